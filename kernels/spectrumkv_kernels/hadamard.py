@@ -1,0 +1,28 @@
+"""Orthonormal Walsh-Hadamard transform over the channels of a head."""
+
+import torch
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Multiply the last dimension by the orthonormal Hadamard matrix, which is its own inverse.
+
+    A size that is no power of two is transformed in blocks of its largest power-of-two factor (96 = 3 blocks of
+    32). Written as butterflies, not as a matrix product, so that a row's result does not depend on how many rows are
+    transformed with it: dequantised contents are then bit-equal before and after any cache operation.
+
+    Args:
+        x: `[..., channels]`, floating point.
+
+    Returns:
+        A new tensor of the shape and dtype of `x`.
+    """
+    channels = x.shape[-1]
+    block = channels & -channels  # the largest power of two that divides it
+    y = x.reshape(*x.shape[:-1], channels // block, block)
+    half = 1
+    while half < block:
+        pairs = y.unflatten(-1, (block // (2 * half), 2, half))
+        low, high = pairs.unbind(-2)
+        y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        half *= 2
+    return (y * block**-0.5).flatten(-2)

@@ -1,0 +1,86 @@
+"""Round-to-nearest quantisation per token and head, and the packed layout of its codes."""
+
+from typing import NamedTuple
+
+import torch
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+class Quantized(NamedTuple):
+    """Vectors stored as packed integer codes: `x ~ codes * scale + zero`.
+
+    Attributes:
+        codes: uint8 `[..., channels * bits / 8]`. With `w = channels * bits / 8`, byte `i` holds channels
+            `i, i + w, i + 2w, ...` from its lowest bits up, so INT4 has channel `i` in the low and channel
+            `i + channels / 2` in the high nibble.
+        scale: float16 `[...]`.
+        zero: float16 `[...]`, or None for symmetric codes, whose zero is `-2**(bits - 1) * scale`.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    def zero_point(self, bits: int) -> torch.Tensor:
+        """The zero in float32, `[...]`, for either kind of code."""
+        return -(2.0 ** (bits - 1)) * self.scale.float() if self.zero is None else self.zero.float()
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes below `2**bits`, `[..., channels]`, into bytes, `[..., channels * bits / 8]`."""
+    per_byte = 8 // bits
+    if codes.shape[-1] % per_byte:
+        raise ValueError(f"{bits}-bit codes need a head_dim divisible by {per_byte}, got {codes.shape[-1]}")
+    first, *rest = codes.chunk(per_byte, dim=-1)
+    packed = first.contiguous()
+    for i, part in enumerate(rest, start=1):
+        packed = packed | (part << (bits * i))
+    return packed
+
+
+def unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """The uint8 codes of `pack`, as a list of `8 / bits` consecutive channel ranges, `[..., channels * bits / 8]` each."""
+    if bits == 8:
+        return [packed]
+    last = 8 // bits - 1
+    mask = 2**bits - 1
+    parts = [(packed >> (bits * i)) & mask if i else packed & mask for i in range(last)]
+    return [*parts, packed >> (bits * last)]
+
+
+def quantize(x: torch.Tensor, bits: int, symmetric: bool = False) -> Quantized:
+    """Quantise each vector of the last dimension with its own scale and zero point.
+
+    Asymmetric: `zero = min`, `scale = (max - min) / (2**bits - 1)`. Symmetric (the paper's abs-max, arXiv 2606.08635):
+    `scale = max|x| / (2**(bits - 1) - 1)`. Both are rounded to float16 first and used in their stored form. Ties round
+    to even. Zeros and scales beyond float16 saturate.
+
+    Args:
+        x: float32 `[..., channels]`.
+        bits: 2, 4 or 8.
+        symmetric: Without a zero point.
+    """
+    if bits not in (2, 4, 8):
+        raise ValueError(f"codes of 2, 4 or 8 bits can be packed, got {bits}")
+    top = 2**bits - 1
+    if symmetric:
+        offset = 2 ** (bits - 1)
+        scale = (x.abs().amax(-1) / (offset - 1)).clamp(max=FLOAT16_MAX).half()
+        zero, lowest = None, 1
+        shifted = x
+    else:
+        low, high = x.aminmax(dim=-1)
+        zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+        scale = ((high - low) / top).clamp(max=FLOAT16_MAX).half()
+        offset, lowest = 0, 0
+        shifted = x - zero.float().unsqueeze(-1)
+    inverse = torch.where(scale > 0, scale.float().reciprocal(), 0.0).unsqueeze(-1)
+    codes = ((shifted * inverse).round() + offset).clamp(lowest, top).to(torch.uint8)
+    return Quantized(pack(codes, bits), scale, zero)
+
+
+def dequantize(quantized: Quantized, bits: int) -> torch.Tensor:
+    """`codes * scale + zero` in float32, `[..., channels]`."""
+    codes = torch.cat(unpack(quantized.codes, bits), dim=-1)
+    return codes.float() * quantized.scale.float().unsqueeze(-1) + quantized.zero_point(bits).unsqueeze(-1)

@@ -1,0 +1,201 @@
+"""`SpectrumCache`, a `transformers.Cache` whose tokens lie in precision tiers."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from spectrumkv_kernels import CODECS
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from spectrumkv_hf.attention import install
+from spectrumkv_hf.layer import SharedRanking, SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.memory import FP16_BYTES, MemoryReport, storage_bytes
+from spectrumkv_hf.policy import Policy, get_policy
+from spectrumkv_hf.rope import rotary_of
+from spectrumkv_hf.store import TAIL_STEP
+
+logger = logging.getLogger(__name__)
+
+
+class SpectrumCache(Cache):
+    """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
+
+    Drop-in for `model.generate(past_key_values=...)`: prefill attends over exact keys and values, then tokens move
+    into FP16, INT8 and INT4 tiers, and decoding reads those directly.
+
+    Args:
+        config: The model's config. Layers with full or sliding-window attention are tiered; others keep the class
+            that Transformers has for them (see `summary`).
+        policy: Name of a policy (`spectrumkv_hf.POLICIES`) or a policy. `"fp16"` is lossless.
+        budget: Mean nominal cost per token, as a fraction of FP16; None: the policy's default.
+        codec: `"spectrum"`, or `"absmax"` for the paper's.
+        policy_options: Further fields of a policy given by name, such as `recent_window`, `scope`, `decay`.
+
+    Raises:
+        ValueError: an unknown policy or codec, a value out of range, an encoder-decoder config.
+        TypeError: `config` is no Transformers config, or an option that the policy does not have.
+
+    Example:
+        ```python
+        cache = SpectrumCache(config=model.config, policy="sink_protect", budget=0.3)
+        output = model.generate(**inputs, past_key_values=cache)
+        print(cache.memory())
+        ```
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: str | Policy = "sink_protect",
+        budget: float | None = None,
+        codec: str = "spectrum",
+        **policy_options: Any,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config is a model's config (model.config), got {type(config).__name__}")
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(config).__name__} is an encoder-decoder: its decoder needs a second cache for cross-attention. "
+                "Use SpectrumCache.for_encoder_decoder(config, ...)"
+            )
+        if codec not in CODECS:
+            raise ValueError(f"unknown codec {codec!r}: choose from {', '.join(CODECS)}")
+        self.policy = get_policy(policy, budget, **policy_options)
+        self.codec = CODECS[codec]
+        self._notes: dict[int, str] = {}
+        super().__init__(layers=self._build_layers(config.get_text_config(decoder=True)))
+        install()
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, tokenizer: Any = None, budget: float = 0.5, **options: Any
+    ) -> "SpectrumCache":
+        """A cache for `model` at `budget`, by the default policy, `sink_protect`.
+
+        Args:
+            model: The model that will use the cache.
+            tokenizer: Its tokenizer; nothing here reads it yet.
+            budget: As of the class.
+            options: As of the class.
+        """
+        return cls(model.config, budget=budget, **options)
+
+    @classmethod
+    def for_encoder_decoder(cls, config: PreTrainedConfig, **options: Any) -> EncoderDecoderCache:
+        """Self-attention in a `SpectrumCache`, cross-attention in a `DynamicCache`.
+
+        Args:
+            config: Of an encoder-decoder model.
+            options: As of the class.
+        """
+        if not config.is_encoder_decoder:
+            raise ValueError(f"{type(config).__name__} is no encoder-decoder: use SpectrumCache(config, ...)")
+        decoder = config.get_text_config(decoder=True)
+        if decoder.is_encoder_decoder:  # the flat configs (BART, T5) come back whole
+            decoder.is_encoder_decoder = False
+        return EncoderDecoderCache(cls(decoder, **options), DynamicCache(config=decoder))
+
+    def _build_layers(self, config: PreTrainedConfig) -> list[Any]:
+        types, kwargs = get_layer_types_and_kwargs(config)
+        per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs  # one dict up to Transformers 5.17
+        shares = getattr(config, "num_kv_shared_layers", None) or "reuse" in (
+            getattr(config, "kv_sharing_modes", None) or ()
+        )
+        ranking = SharedRanking() if self.policy.scope == "token" else None
+        layers: list[Any] = []
+        for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
+            if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
+                raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic cache layer")
+            window = options.get("sliding_window") if kind == "sliding_attention" else None
+            if note := self._stock_because(config, kind, window):
+                self._notes[index] = note
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                continue
+            ours: dict[str, Any] = {
+                "policy": self.policy,
+                "codec": self.codec,
+                "rotary": rotary_of(config, kind),
+                "layer_idx": index,
+                "defer": bool(shares),
+                "shared": ranking,
+            }
+            if window is not None:
+                layers.append(SlidingSpectrumLayer(window, **ours))
+            else:
+                layers.append(SpectrumLayer(**ours))
+            if ranking is not None:
+                ranking.members += 1
+        if self._notes and not self.policy.lossless:
+            logger.info("SpectrumCache leaves some layers uncompressed:\n%s", self.summary(layers))
+        return layers
+
+    def _stock_because(self, config: PreTrainedConfig, kind: str, window: int | None) -> str | None:
+        """Why a layer keeps its stock class, or None where it is tiered."""
+        if kind not in ("full_attention", "sliding_attention"):
+            return f"{kind}: not tiered"
+        if getattr(config, "kv_lora_rank", None):
+            return "MLA latents: not tiered"
+        if window is not None and self.policy.lossless:
+            return "sliding window: exact anyway"
+        least = self.policy.recent_window + 2 * TAIL_STEP
+        if window is not None and window < least:
+            return f"sliding window of {window}: below {least} tokens nothing would leave the exact tail"
+        return None
+
+    def summary(self, layers: list[Any] | None = None) -> str:
+        """Which layers are tiered, and why the others are not; a line for each kind."""
+        layers = self.layers if layers is None else layers
+        kinds = Counter(
+            (type(layer).__name__, self._notes.get(i, f"tiered, {self.policy.name} b={self.policy.budget:g}"))
+            for i, layer in enumerate(layers)
+        )
+        return "\n".join(f"{count} x {name}: {note}" for (name, note), count in kinds.items())
+
+    def _tiered(self) -> Iterator[SpectrumLayer]:
+        return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)
+
+    def memory(self) -> MemoryReport:
+        """Bytes stored by tier and part, and those of FP16 that they replace."""
+        parts: Counter[str] = Counter()
+        tensors: list[torch.Tensor] = []
+        elements = cost = 0.0
+        for layer in self._tiered():
+            store = layer.store
+            for name, tensor in store.tensors():
+                parts[name] += storage_bytes([tensor])
+                tensors.append(tensor)
+            keys, values = store.tail
+            per_token = store.batch_size * layer.kv_heads * (keys.shape[3] + values.shape[3])
+            visible = store.length - (layer._first_needed() if isinstance(layer, SlidingSpectrumLayer) else 0)
+            elements += visible * per_token
+            cost += store.tail_length * per_token
+            cost += sum(float(arena.tier.cost) * len(arena) * per_token for arena in store.arenas.values())
+        stock = [t for layer in self.layers if not isinstance(layer, SpectrumLayer) for t in _tensors_of(layer)]
+        uncompressed = storage_bytes(stock)
+        if uncompressed:
+            parts["uncompressed"] = uncompressed
+        order = sorted(parts, key=lambda name: -parts[name])
+        return MemoryReport(
+            stored=storage_bytes([*tensors, *stock]),
+            fp16=int(elements * FP16_BYTES) + uncompressed,
+            nominal_ratio=cost / elements if elements else 0.0,
+            parts={name: parts[name] for name in order},
+        )
+
+    def tier_map(self) -> dict[int, torch.Tensor]:
+        """Bits of every token by tiered layer, int64 `[batch, kv_heads, length]`; 0 where it was dropped or left."""
+        return {layer.layer_idx: layer.tier_map() for layer in self._tiered()}
+
+
+def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a stock layer holds, in attributes or in dicts and lists of them."""
+    for value in vars(layer).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from (v for v in value.values() if isinstance(v, torch.Tensor))
+        elif isinstance(value, list | tuple):
+            yield from (v for v in value if isinstance(v, torch.Tensor))

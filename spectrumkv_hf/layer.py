@@ -1,0 +1,478 @@
+"""Cache layers that keep their tokens in tiers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spectrumkv_kernels import Codec, Rotary, operation, real_tokens
+from transformers.cache_utils import CacheLayerMixin
+
+from spectrumkv_hf.handle import SpectrumHandle
+from spectrumkv_hf.importance import importance
+from spectrumkv_hf.policy import Policy
+from spectrumkv_hf.store import TAIL_STEP, TieredStore
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+FUSED_QUERIES = 32
+"""With more queries than this, one dequantisation of the layer costs less than reading its codes query by query."""
+
+
+class SharedRanking:
+    """One importance for all layers and heads (scope `token`): the mean of what the layers offer.
+
+    Layers wait with tiering until the last of them has offered its scores, so the exact cache is whole until then.
+    """
+
+    def __init__(self) -> None:
+        self.members = 0
+        self.offers: list[tuple[SpectrumLayer, torch.Tensor]] = []
+
+    def offer(self, layer: "SpectrumLayer", score: torch.Tensor) -> None:
+        """Add the scores of a layer's oldest tail tokens, `[batch, kv_heads, tokens]`."""
+        self.offers.append((layer, score))
+        if len(self.offers) == self.members:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tier every layer that has offered."""
+        offers, self.offers = self.offers, []
+        if not offers:
+            return
+        end = max(layer.store.tail_start + score.shape[-1] for layer, score in offers)
+        total = offers[0][1].new_zeros(offers[0][1].shape[0], end)
+        for layer, score in offers:
+            start = layer.store.tail_start
+            total[:, start : start + score.shape[-1]] += score.mean(1).to(total.device)
+        for layer, score in offers:
+            start = layer.store.tail_start
+            shared = total[:, None, start : start + score.shape[-1]].to(score.device).expand_as(score)
+            layer.store.compress(score.shape[-1], layer.policy, shared)
+
+
+class SpectrumLayer(CacheLayerMixin):
+    """A layer with full attention.
+
+    New tokens are exact. After attention has run on them, all but the last `recent_window` get their tiers; decoding
+    tiers `TAIL_STEP` tokens at a time.
+
+    Args:
+        policy: How tokens are tiered.
+        codec: How tiers are coded.
+        rotary: The model's rotation, for the codec's centring.
+        layer_idx: Index in the model.
+        defer: Tier at the next update only, because other layers read this one's keys and values in the same forward.
+        shared: The ranking that all layers share, for scope `token`.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        codec: Codec,
+        rotary: Rotary,
+        layer_idx: int = 0,
+        defer: bool = False,
+        shared: SharedRanking | None = None,
+    ) -> None:
+        # Not super().__init__(), which would assign `keys` and `values`, properties here.
+        self.policy, self.codec, self.rotary = policy, codec, rotary
+        self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
+        self.window: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.is_initialized = False
+        self._store: TieredStore | None = None
+        self.generation = getattr(self, "generation", 0) + 1
+        self.new_tokens = 0
+        self._attended = True
+        self._pending: torch.Tensor | None = None
+        if self.shared is not None:
+            self.shared.offers.clear()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.policy.name}, tokens={self.get_seq_length()})"
+
+    # -- what the model calls -------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> TieredStore:
+        """The layer's tensors; there are some from the first update on."""
+        assert self._store is not None
+        return self._store
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Set up for tensors like these, `[batch, kv_heads, any, dim]`."""
+        if key_states.dtype not in DTYPES or value_states.dtype != key_states.dtype:
+            raise TypeError(
+                f"keys and values of {' or '.join(str(t) for t in DTYPES)} can be cached, both the same, "
+                f"got {key_states.dtype} and {value_states.dtype}"
+            )
+        if not self.policy.lossless and (key_states.shape[-1] % 2 or value_states.shape[-1] % 2):
+            raise ValueError(
+                f"INT4 packs two channels a byte: head_dim must be even, got {key_states.shape[-1]} for keys and "
+                f"{value_states.shape[-1]} for values"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv_heads = key_states.shape[1]
+        self._store = TieredStore(key_states, value_states, self.codec, self.rotary)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values, `[batch, kv_heads, tokens, dim]`, and return what attention reads.
+
+        Returns:
+            `SpectrumHandle`s of the layer, or plain tensors where the policy is lossless.
+
+        Raises:
+            ValueError: gradients are required, or the shape does not fit the tokens held.
+            TypeError: an unsupported dtype.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                "SpectrumCache carries no gradients: run the model under torch.no_grad() or torch.inference_mode(), "
+                "or train with use_cache=False"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        store = self.store
+        held, given = store.tail[0], key_states
+        if (held.shape[0], held.shape[1], held.shape[3]) != (given.shape[0], given.shape[1], given.shape[3]):
+            raise ValueError(
+                f"layer {self.layer_idx} holds {store.length} tokens of batch {held.shape[0]}, {held.shape[1]} KV heads, "
+                f"head_dim {held.shape[3]}; got batch {given.shape[0]}, {given.shape[1]} KV heads, head_dim "
+                f"{given.shape[3]}. Call reset(), or take a new cache for another batch."
+            )
+        if given.dtype != self.dtype:
+            raise TypeError(f"layer {self.layer_idx} holds {self.dtype}, got {given.dtype}")
+        self._settle()
+        kv_length, _ = self.get_mask_sizes(given.shape[2])
+        store.append(key_states, value_states)
+        self.generation += 1
+        self.new_tokens, self._attended = given.shape[2], False
+        self._read_from = store.length - kv_length
+        if self.policy.lossless:
+            self._attended = True
+            return store.dense(self._read_from)
+        shape = (*given.shape[:2], kv_length)
+        return (
+            SpectrumHandle(self, "keys", (*shape, key_states.shape[3])),
+            SpectrumHandle(self, "values", (*shape, value_states.shape[3])),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` will return for `query_length` new tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, those included that a policy has dropped."""
+        return self._store.length if self._store is not None else 0
+
+    def get_max_length(self) -> int:
+        """-1: no bound."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Name of `get_max_length` up to Transformers 5.17."""
+        return self.get_max_length()
+
+    # -- what attention calls -------------------------------------------------------------------------------------
+
+    def dense_for(self, generation: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantised keys and values for handles of `generation`, `[batch, kv_heads, length, dim]`."""
+        self.check(generation)
+        return self.store.dense(self._read_from)
+
+    def check(self, generation: int) -> None:
+        """Refuse a handle that is older than the layer's last change."""
+        if generation != self.generation:
+            raise RuntimeError(
+                f"these keys or values of layer {self.layer_idx} are stale: the cache has changed since update() "
+                "returned them"
+            )
+
+    def attend(
+        self,
+        generation: int,
+        on_dense: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        fused: bool = True,
+    ) -> torch.Tensor:
+        """Attention of the new tokens' queries over the layer, after which it may tier them.
+
+        Args:
+            generation: Of the handles that lead here.
+            on_dense: The stock attention on keys and values, `[batch, kv_heads, length, dim]`, and a mask; returns
+                `[batch, heads, queries, value_dim]`.
+            query: `[batch, heads, queries, head_dim]`.
+            mask: `[batch or 1, heads or 1, queries, length]`, bool or additive, or None for causal.
+            scale, softcap, sinks: What `on_dense` does with the scores, for reading the store directly.
+            fused: Whether it may be read directly.
+
+        Returns:
+            `[batch, heads, queries, value_dim]`.
+        """
+        self.check(generation)
+        if fused and self.store.arenas and query.shape[2] <= FUSED_QUERIES:
+            keys = None
+            out = self.read(query, mask, scale, softcap, sinks)
+        else:
+            keys, values = self.dense_for(generation)
+            out = on_dense(keys, values, self._without_dropped(mask, query, keys.shape[2]))
+        self.attended(query, keys, mask, scale, softcap, sinks)
+        return out
+
+    def _without_dropped(self, mask: torch.Tensor | None, query: torch.Tensor, length: int) -> torch.Tensor | None:
+        """The mask, with the tokens hidden that the policy has dropped."""
+        if not self.store.drops:
+            return mask
+        held = self.store.tier_map(self.store.length - length) > 0
+        held = held.repeat_interleave(query.shape[1] // held.shape[1], dim=1).unsqueeze(2)
+        if mask is None:
+            queries = query.shape[2]
+            mask = torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(length - queries)
+        if mask.dtype == torch.bool:
+            return mask & held
+        return mask.masked_fill(~held, torch.finfo(mask.dtype).min)
+
+    def read(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over the store where it lies; arguments and result as of `spectrumkv_kernels.tiered_attention`."""
+        store = self.store
+        return operation("tiered_attention", query.device)(
+            query,
+            store.segments(),
+            length=store.length,
+            scale=scale,
+            codec=self.codec,
+            mean=store.mean,
+            rotary=self.rotary,
+            mask=mask,
+            window=self.window,
+            softcap=softcap,
+            sinks=sinks,
+            ragged=store.ragged,
+        )
+
+    def attended(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """Take note of an attention over the last update, which may then be tiered.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`.
+            keys: All keys it saw, in order of position, or None where they were not at hand; then tokens are ranked
+                without attention.
+            mask, scale, softcap, sinks: As in `spectrumkv_kernels.attention_scores`.
+        """
+        if self._attended:  # by another layer that shares these keys and values
+            return
+        self._attended = True
+        fits = mask is None or (mask.dim() == 4 and mask.shape[-2] == self.new_tokens)
+        if self.new_tokens > 1 and mask is not None and fits:
+            real = real_tokens(mask, self.new_tokens)
+            self.store.note_padding(real.expand(self.store.batch_size, -1))
+        tokens = self._due()
+        if not tokens:
+            return
+        scores = None
+        if self.policy.importance == "attention" and keys is not None and fits and self.new_tokens > TAIL_STEP:
+            score = operation("attention_scores", query.device)
+            scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
+            scores = scores[..., keys.shape[2] - self.store.tail_length :]
+        if self.defer:
+            self._pending = scores
+            self._attended = False
+        else:
+            self._tier(scores)
+
+    def _due(self) -> int:
+        """How many of the oldest tail tokens are to be tiered now."""
+        excess = self.store.tail_length - self.policy.recent_window
+        if self.policy.lossless or excess <= TAIL_STEP:
+            return 0
+        return excess if self.new_tokens > TAIL_STEP else excess // TAIL_STEP * TAIL_STEP
+
+    def _settle(self) -> None:
+        """Finish what the last update left open: its tiering was deferred, or no attention took note of it."""
+        if not self._attended:
+            self._attended = True
+            self._tier(self._pending)
+            self._pending = None
+        if self.shared is not None:
+            self.shared.settle()
+
+    def _tier(self, scores: torch.Tensor | None) -> None:
+        """Tier what is due, by attention scores of the tail or without."""
+        tokens, store = self._due(), self.store
+        if not tokens:
+            return
+        keys, values = (t[:, :, :tokens] for t in store.tail)
+        score = importance(
+            self.policy,
+            None if scores is None else scores[..., :tokens],
+            keys,
+            values,
+            start=store.tail_start,
+            seen=store.length,
+            pads=store.pads,
+            layer=self.layer_idx,
+        )
+        if self.shared is not None:
+            self.shared.offer(self, score)
+        else:
+            store.compress(tokens, self.policy, score)
+
+    # -- what users and generate() call ---------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update."""
+        return self._visible()[0]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update."""
+        return self._visible()[1]
+
+    def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return (None, None) if self._store is None else self._store.dense()
+
+    def tier_map(self) -> torch.Tensor:
+        """Bits of every token, int64 `[batch, kv_heads, length]`; 0 for one that was dropped or left the window."""
+        return self.store.tier_map()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; 0 removes none.
+
+        Raises:
+            ValueError: a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative number (or 0), got {tokens_to_remove}"
+            )
+        if self._store is None or not tokens_to_remove:
+            return
+        self._settle()
+        self.store.crop(max(self.store.length + tokens_to_remove, 0))
+        self.generation += 1
+
+    def _map(self, function: Any) -> None:
+        if self._store is not None:
+            self._settle()
+            self._store.map(function)
+            self.generation += 1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Move the tensors to the CPU."""
+        if self._store is not None:
+            self._store.map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the tensors back to the layer's device."""
+        if self._store is not None and self._store.device != self.device:
+            self._store.map(lambda t: t.to(self.device, non_blocking=True))
+
+
+class SlidingSpectrumLayer(SpectrumLayer):
+    """A layer with sliding-window attention: tokens that left the window are freed, `TAIL_STEP` or more at a time.
+
+    Args:
+        sliding_window: Tokens that a query sees, itself included.
+        kwargs: As of `SpectrumLayer`.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sliding_window = self.window = sliding_window
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves the window until the next `crop`, so that it can be rolled back."""
+        self.record_past = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` will return for `query_length` new tokens."""
+        offset = max(self.get_seq_length() - self.sliding_window + 1, 0)
+        return self.get_seq_length() - offset + query_length, offset
+
+    def get_max_length(self) -> int:
+        """The sliding window."""
+        return self.sliding_window
+
+    def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return (None, None) if self._store is None else self._store.dense(self._first_needed())
+
+    def _first_needed(self) -> int:
+        """Position of the oldest token that the next query will see."""
+        return max(self.get_seq_length() - self.sliding_window + 1, 0)
+
+    def _tier(self, scores: torch.Tensor | None) -> None:
+        if not self.record_past:
+            self._discard()
+            if scores is not None:
+                scores = scores[..., scores.shape[-1] - self.store.tail_length :]
+        super()._tier(scores)
+
+    def _discard(self) -> None:
+        if self._first_needed() - self.store.first_kept >= TAIL_STEP:
+            self.store.discard(self._first_needed())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of `SpectrumLayer`, and free what has left the window.
+
+        Raises:
+            RuntimeError: tokens that would be seen again are gone; call `activate_past_recording` before.
+        """
+        if self._store is None:
+            return
+        length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
+        if max(length - self.sliding_window + 1, 0) < self.store.first_kept:
+            raise RuntimeError(
+                f"can't remove {abs(tokens_to_remove)} tokens: the sliding window of {self.sliding_window} has moved on "
+                "and older tokens were freed. Call activate_past_recording() before the tokens are added."
+            )
+        super().crop(tokens_to_remove)
+        if self.record_past:
+            self._settle()
+            self._discard()

@@ -1,0 +1,326 @@
+"""Policies: how many tokens each precision tier takes at a byte budget, and by what they are ranked."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import ClassVar, NamedTuple
+
+
+class Tier(NamedTuple):
+    """A precision. `cost` is nominal: bytes per element over those of FP16, scales and zero points not counted."""
+
+    name: str
+    bits: int
+    cost: Fraction
+
+
+FP16 = Tier("fp16", 16, Fraction(1))
+INT8 = Tier("int8", 8, Fraction(1, 2))
+INT4 = Tier("int4", 4, Fraction(1, 4))
+DROPPED = Tier("dropped", 0, Fraction(0))
+TIERS = (FP16, INT8, INT4, DROPPED)
+"""From the most to the least precise: the most important tokens take the first."""
+
+IMPORTANCE = ("attention", "kv_norm", "positional", "recency", "random")
+SCOPES = ("head", "layer", "token")
+
+Counts = dict[Tier, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Assigns a precision to every token of the cache. `b`, the budget, is the mean nominal cost over the tokens.
+
+    Counts round the more precise tiers down and give the rest to the least precise, so that `b` is never exceeded but
+    by the sinks where a policy says so.
+
+    Attributes:
+        budget: `b`, in the range that the policy serves.
+        sinks: The first tokens of each row, ranked above all others.
+        recent_window: The last tokens, kept exact and outside the budget until that many newer ones have come.
+        importance: Score that ranks tokens: `attention` they receive, `kv_norm`, `positional` (as in the paper's
+            released code), `recency` or `random`. What needs queries falls back to `kv_norm` where none are seen.
+        decay: lambda of `I_j = A_j exp(-lambda (n - j))`, per token.
+        scope: Rank per `head`, per `layer`, or once for all layers and heads (`token`, as in the paper).
+        seed: Of the random ranking.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    minimum: ClassVar[Fraction] = Fraction(1, 4)
+    lossless: ClassVar[bool] = False
+
+    budget: float = 0.5
+    sinks: int = 4
+    recent_window: int = 64
+    importance: str = "attention"
+    decay: float = 0.0
+    scope: str = "head"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, int | float) or not self.minimum <= self.exact_budget <= 1:
+            raise ValueError(
+                f"policy {self.name!r} serves budgets from {float(self.minimum):g} to 1 (fraction of the FP16 bytes), "
+                f"got {self.budget!r}"
+            )
+        if self.importance not in IMPORTANCE:
+            raise ValueError(f"importance is one of {', '.join(IMPORTANCE)}, got {self.importance!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope is one of {', '.join(SCOPES)}, got {self.scope!r}")
+        for field in ("sinks", "recent_window"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{field} is a number of tokens, 0 or more, got {value!r}")
+        if not self.decay >= 0:
+            raise ValueError(f"decay is 0 or more, got {self.decay!r}")
+
+    @property
+    def exact_budget(self) -> Fraction:
+        """`b` as the decimal that was written: .3 is 3/10, not the binary number next to it."""
+        return Fraction(str(self.budget))
+
+    def counts(self, tokens: int) -> Counts:
+        """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`."""
+        raise NotImplementedError
+
+    def nominal_ratio(self, tokens: int) -> float:
+        """Mean nominal cost at these counts."""
+        return float(sum(tier.cost * n for tier, n in self.counts(tokens).items()) / max(tokens, 1))
+
+
+def _fill(tokens: int, shares: dict[Tier, Fraction], rest: Tier) -> Counts:
+    counts = {tier: int(share * tokens) for tier, share in shares.items()}
+    return {tier: n for tier, n in counts.items() if n} | {rest: tokens - sum(counts.values())}
+
+
+def _greedy(budget: Fraction, tokens: int) -> Counts:
+    if budget <= INT8.cost:
+        return _fill(tokens, {INT8: 4 * budget - 1}, rest=INT4)
+    return _fill(tokens, {FP16: 2 * budget - 1}, rest=INT8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lossless(Policy):
+    """Everything exact, bit-equal to `DynamicCache`."""
+
+    name = "fp16"
+    source = "control"
+    minimum = Fraction(1)
+    lossless = True
+    budget: float = 1.0
+
+    def counts(self, tokens: int) -> Counts:
+        return {FP16: tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Policy):
+    """b <= .5: INT8 = 4b - 1, INT4 = 2 - 4b; above: FP16 = 2b - 1, INT8 = 2 - 2b."""
+
+    name = "greedy"
+    source = "paper, three-tier Greedy"
+
+    def counts(self, tokens: int) -> Counts:
+        return _greedy(self.exact_budget, tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkProtect(Policy):
+    """The sinks FP16, then greedy at `b` on the rest: the sinks come on top of the budget."""
+
+    name = "sink_protect"
+    source = "paper, SinkProtect"
+
+    def counts(self, tokens: int) -> Counts:
+        sinks = min(self.sinks, tokens)
+        counts = _greedy(self.exact_budget, tokens - sinks)
+        return {FP16: counts.pop(FP16, 0) + sinks} | counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balanced(Policy):
+    """R = 4b - 1: FP16 = R / 5, INT8 = 2R / 5, rest INT4; where that is below 0, FP16 = 2b - 1, INT8 = 1 - FP16."""
+
+    name = "balanced"
+    source = "paper, Balanced"
+
+    def counts(self, tokens: int) -> Counts:
+        surplus = 4 * self.exact_budget - 1
+        if surplus * 3 / 5 > 1:
+            return _fill(tokens, {FP16: 2 * self.exact_budget - 1}, rest=INT8)
+        return _fill(tokens, {FP16: surplus / 5, INT8: surplus * 2 / 5}, rest=INT4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTier(Policy):
+    """FP16 = 2b - 1 and INT8; below b = .5 INT8 = 2b and the least important tokens are dropped."""
+
+    name = "two_tier"
+    source = "paper, two-tier fallback"
+    minimum = Fraction(1, 100)
+
+    def counts(self, tokens: int) -> Counts:
+        if self.exact_budget >= INT8.cost:
+            return _fill(tokens, {FP16: 2 * self.exact_budget - 1}, rest=INT8)
+        return _fill(tokens, {INT8: 2 * self.exact_budget}, rest=DROPPED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(Policy):
+    """Three-tier greedy for a model that passed the probe, else `two_tier`.
+
+    Attributes:
+        probe_passed: The verdict, required.
+    """
+
+    name = "adaptive"
+    source = "paper, Adaptive"
+    minimum = TwoTier.minimum
+    probe_passed: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe_passed is None:
+            raise ValueError("policy 'adaptive' follows the verdict of a probe: give probe_passed=True or False")
+        if self.probe_passed:
+            Greedy(budget=self.budget)  # checks the range of its budget
+
+    def counts(self, tokens: int) -> Counts:
+        chosen = Greedy if self.probe_passed else TwoTier
+        return chosen(budget=self.budget).counts(tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Uniform(Policy):
+    tier: ClassVar[Tier]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exact_budget != self.tier.cost:
+            raise ValueError(f"policy {self.name!r} has the budget {float(self.tier.cost):g}, got {self.budget!r}")
+
+    def counts(self, tokens: int) -> Counts:
+        return {self.tier: tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformInt8(_Uniform):
+    """All tokens INT8."""
+
+    name = "uniform_int8"
+    source = "paper, control"
+    tier = INT8
+    budget: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformInt4(_Uniform):
+    """All tokens INT4."""
+
+    name = "uniform_int4"
+    source = "paper, control"
+    tier = INT4
+    budget: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTier(Greedy):
+    """Greedy counts, random ranking."""
+
+    name = "random"
+    source = "paper, control"
+    importance: str = "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropScored(Policy):
+    """FP16 = b, the least important tokens dropped ("SWS" in the paper)."""
+
+    name = "drop_scored"
+    source = "paper, baseline"
+    minimum = Fraction(1, 100)
+
+    def counts(self, tokens: int) -> Counts:
+        return _fill(tokens, {FP16: self.exact_budget}, rest=DROPPED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropWindow(DropScored):
+    """The sinks and the last tokens FP16, the middle dropped ("PDTrim" in the paper; StreamingLLM's window)."""
+
+    name = "drop_window"
+    source = "paper, baseline"
+    importance: str = "recency"
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        Lossless,
+        Greedy,
+        SinkProtect,
+        Balanced,
+        TwoTier,
+        Adaptive,
+        UniformInt8,
+        UniformInt4,
+        RandomTier,
+        DropWindow,
+        DropScored,
+    )
+}
+"""Every policy by name."""
+
+
+def get_policy(policy: str | Policy, budget: float | None = None, **options: object) -> Policy:
+    """A policy by name, or the given one.
+
+    Args:
+        policy: A key of `POLICIES`, or a policy.
+        budget: Its budget; None: the policy's own.
+        options: Further fields of the policy class, for a policy by name.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range.
+        TypeError: an unknown option, or options beside a policy that is already built.
+    """
+    if isinstance(policy, Policy):
+        if options or budget not in (None, policy.budget):
+            raise TypeError(f"give budget and options inside the policy: {policy!r} is already built")
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+    cls = POLICIES[policy]
+    accepted = {field.name for field in fields(cls)}
+    if unknown := sorted(set(options) - accepted):
+        raise TypeError(f"policy {policy!r} has no option {', '.join(unknown)}: it takes {', '.join(sorted(accepted))}")
+    if budget is not None:
+        options["budget"] = budget
+    return cls(**options)  # type: ignore[arg-type]
+
+
+def increments(policy: Policy, before: int, tokens: int) -> Counts:
+    """Counts for `tokens` further tokens of a row in which `before` already have a tier.
+
+    Taken as a difference of totals, so that the counts of a row are the documented ones for its length, in however
+    many steps it was tiered.
+    """
+    total, had = policy.counts(before + tokens), policy.counts(before)
+    counts: Counts = {}
+    left = tokens
+    for tier in TIERS:
+        grown = max(total.get(tier, 0) - had.get(tier, 0), 0)
+        counts[tier] = min(grown, left)
+        left -= counts[tier]
+    last = next(tier for tier in reversed(TIERS) if total.get(tier))
+    counts[last] += left
+    return counts
+
+
+def stored(counts: Counts) -> Iterator[tuple[Tier, int]]:
+    """The tiers that keep tokens, with their counts."""
+    return ((tier, n) for tier, n in counts.items() if n and tier is not DROPPED)
