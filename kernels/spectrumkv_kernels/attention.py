@@ -1,12 +1,14 @@
 """Attention of a few queries over tiers of compressed tokens, read where they lie."""
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from spectrumkv_kernels.codec import Codec
-from spectrumkv_kernels.hadamard import hadamard
+from spectrumkv_kernels.hadamard import hadamard_matrix
 from spectrumkv_kernels.quantize import Quantized, unpack
 from spectrumkv_kernels.rotary import Rotary
 
@@ -65,86 +67,118 @@ def tiered_attention(
     Returns:
         `[batch, heads, queries, value_dim]` in the dtype of `query`; 0 for a query that sees no token.
     """
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries, head_dim = query.shape
     kv_heads = segments[0].positions.shape[1]
-    rows = heads // kv_heads * queries
-    first = 0 if mask is None else length - mask.shape[-1]  # the position of the mask's first column
-    q = query.float().reshape(batch, kv_heads, rows, -1) * scale
-    q_codes = hadamard(q) if codec.hadamard else q
-    mean_scores = None if mean is None else rotary.scores(q, mean, length)
+    group, rows = heads // kv_heads, heads // kv_heads * queries
+    q = (query.float() * scale).reshape(batch, kv_heads, rows, head_dim)
+    segments = [s for s in segments if s.positions.shape[-1]]
+    coded = [s for s in segments if isinstance(s.keys, Quantized)]
+    exact = [s for s in segments if not isinstance(s.keys, Quantized)]
+    sizes = [s.positions.shape[-1] for s in exact]
 
-    def visible(positions: torch.Tensor) -> torch.Tensor | None:
-        """bool, broadcast to `[batch, kv_heads, group, queries, tokens]`; None where all tokens are."""
-        tests = []
-        if ragged or first > 0:
-            tests.append((positions >= first)[:, :, None, None])
-        if mask is None and (queries > 1 or window is not None):
-            at = torch.arange(length - queries, length, device=positions.device)[:, None]
-            ahead = at - positions[:, :, None, None]
-            if queries > 1:
-                tests.append(ahead >= 0)
-            if window is not None:
-                tests.append(ahead < window)
-        return None if not tests else torch.stack(torch.broadcast_tensors(*tests)).all(0)
-
-    def masked(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        scores = scores.view(batch, kv_heads, -1, queries, positions.shape[-1])
-        if mask is not None:
-            column = (positions.long() - first).clamp(min=0)[:, :, None, None]
-            table = mask.expand(batch, -1, -1, -1).unflatten(1, (-1, heads // kv_heads) if mask.shape[1] > 1 else (1, 1))
-            table = table.expand(-1, kv_heads, -1, -1, -1)
-            chosen = table.gather(-1, column.expand(*table.shape[:-1], -1))
-            scores = scores.masked_fill(~chosen, -torch.inf) if mask.dtype == torch.bool else scores + chosen
-        seen = visible(positions)
-        return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
-
-    all_scores = []
-    for segment in segments:
-        if isinstance(segment.keys, torch.Tensor):
-            scores = q @ segment.keys.float().transpose(-1, -2)
-        else:
-            scores = _code_scores(q_codes, segment.keys, segment.bits)
-            if mean_scores is not None:
-                index = segment.positions.long().clamp(min=0).unsqueeze(-2)
-                scores = scores + mean_scores.gather(-1, index.expand(-1, -1, rows, -1))
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        all_scores.append(masked(scores, segment.positions).reshape(batch, kv_heads, rows, -1))
-
-    top = torch.stack([scores.amax(-1) for scores in all_scores if scores.shape[-1]]).amax(0)
+    parts = []
+    if coded:
+        key_scale, key_zero, value_scale, value_zero = _scales(coded)
+        q_coded = linear(q, hadamard_matrix(head_dim, q.device)) if codec.hadamard else q
+        offset = q_coded.sum(-1, keepdim=True) * key_zero.unsqueeze(-2)
+        if mean is not None:
+            columns = _positions(coded)
+            columns = (columns.clamp(min=0) if ragged else columns).unsqueeze(-2).expand(-1, -1, rows, -1)
+            offset = offset + rotary.scores(q, mean, length).gather(-1, columns)
+        products = torch.cat([_query_codes(q_coded, s.keys.codes, s.bits) for s in coded], dim=-1)
+        parts.append(torch.addcmul(offset, products, key_scale.unsqueeze(-2)))
+        sizes.insert(0, products.shape[-1])
+    parts += [q @ s.keys.float().transpose(-1, -2) for s in exact]  # type: ignore[union-attr]
+    scores = torch.cat(parts, dim=-1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    hides = mask is not None or window is not None or queries > 1 or ragged
+    if hides:
+        scores = scores.view(batch, kv_heads, group, queries, -1)
+        scores = _masked(scores, _positions([*coded, *exact]), length, mask, window, ragged)
+        scores = scores.view(batch, kv_heads, rows, -1)
     if sinks is not None:
-        sinks = sinks.float().view(1, kv_heads, -1, 1).expand(batch, -1, -1, queries).reshape(batch, kv_heads, rows)
-        top = torch.maximum(top, sinks)
-    top = top.clamp(min=torch.finfo(torch.float32).min)  # a query that sees nothing: exp(-inf - top) is 0, not NaN
-    total = torch.zeros_like(top) if sinks is None else torch.exp(sinks - top)
-    exact: torch.Tensor | float = 0.0
-    coded: torch.Tensor | None = None
-    for segment, scores in zip(segments, all_scores, strict=True):
-        p = torch.exp(scores - top.unsqueeze(-1))
-        total = total + p.sum(-1)
-        if isinstance(segment.values, torch.Tensor):
-            exact = exact + p @ segment.values.float()
-        else:
-            out = _code_values(p, segment.values, segment.bits)
-            coded = out if coded is None else coded + out
-    if coded is not None:
-        exact = exact + (hadamard(coded) if codec.hadamard else coded)
-    out = exact / total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        sink_scores = sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, queries, -1)
+        scores = torch.cat((scores, sink_scores.reshape(batch, kv_heads, rows, 1)), dim=-1)
+    p = torch.softmax(scores, dim=-1)
+    if hides:
+        p = p.nan_to_num()  # a query that sees nothing gets 0
+    shares = list(p[..., : sum(sizes)].split(sizes, dim=-1))
+
+    out: torch.Tensor | None = None
+    if coded:
+        share = shares.pop(0)
+        scaled = (share * value_scale.unsqueeze(-2)).split([s.positions.shape[-1] for s in coded], dim=-1)
+        out = torch.linalg.vecdot(share, value_zero.unsqueeze(-2)).unsqueeze(-1)
+        for segment, weights in zip(coded, scaled, strict=True):
+            out = out + _weighted_codes(weights, segment.values.codes, segment.bits)
+        if codec.hadamard:
+            out = linear(out, hadamard_matrix(out.shape[-1], out.device))
+    for segment, share in zip(exact, shares, strict=True):
+        part = share @ segment.values.float()  # type: ignore[union-attr]
+        out = part if out is None else out + part
+    assert out is not None, "the queries' own tokens are among the segments"
     return out.view(batch, heads, queries, -1).to(query.dtype)
 
 
-def _code_scores(query: torch.Tensor, keys: Quantized, bits: int) -> torch.Tensor:
-    """`query . (codes * scale + zero)`, `[batch, kv_heads, rows, tokens]`."""
-    width = keys.codes.shape[-1]
-    scores: torch.Tensor | float = 0.0
-    for i, part in enumerate(unpack(keys.codes, bits)):
-        scores = scores + query[..., i * width : (i + 1) * width] @ part.float().transpose(-1, -2)
-    zero = query.sum(-1, keepdim=True) * keys.zero_point(bits).unsqueeze(-2)
-    return scores * keys.scale.float().unsqueeze(-2) + zero
+def _positions(segments: Sequence[Segment]) -> torch.Tensor:
+    return torch.cat([s.positions for s in segments], dim=-1).long()
 
 
-def _code_values(p: torch.Tensor, values: Quantized, bits: int) -> torch.Tensor:
-    """`p @ (codes * scale + zero)`, `[batch, kv_heads, rows, value_dim]`."""
-    scaled = p * values.scale.float().unsqueeze(-2)
-    out = torch.cat([scaled @ part.float() for part in unpack(values.codes, bits)], dim=-1)
-    return out + (p @ values.zero_point(bits).unsqueeze(-1))
+def _scales(coded: Sequence[Segment]) -> Sequence[torch.Tensor]:
+    """Scales and zeros of keys, then of values, over the tokens of all tiers: float32 `[batch, kv_heads, tokens]`."""
+    keys = [s.keys for s in coded]
+    values = [s.values for s in coded]
+    parts = [
+        *(k.scale for k in keys),
+        *(k.zero_point(s.bits) for k, s in zip(keys, coded, strict=True)),
+        *(v.scale for v in values),
+        *(v.zero_point(s.bits) for v, s in zip(values, coded, strict=True)),
+    ]
+    return torch.cat(parts, dim=-1).float().chunk(4, dim=-1)
+
+
+# One product for each part of the bytes: converting a part is a contiguous pass, joining them would not be.
+
+
+def _query_codes(query: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`query . codes`, `[batch, kv_heads, rows, tokens]`."""
+    parts = zip(query.chunk(8 // bits, dim=-1), unpack(codes, bits), strict=True)
+    products = [q @ part.float().transpose(-1, -2) for q, part in parts]
+    return functools.reduce(torch.add, products)
+
+
+def _weighted_codes(weights: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`weights @ codes`, `[batch, kv_heads, rows, value_dim]`."""
+    return torch.cat([weights @ part.float() for part in unpack(codes, bits)], dim=-1)
+
+
+def _masked(
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    length: int,
+    mask: torch.Tensor | None,
+    window: int | None,
+    ragged: bool,
+) -> torch.Tensor:
+    """`scores`, `[batch, kv_heads, group, queries, tokens]`, with what a query may not see at -inf."""
+    batch, kv_heads, group, queries, tokens = scores.shape
+    at = positions[:, :, None, None]
+    if mask is None:
+        first = 0
+        ahead = torch.arange(length - queries, length, device=positions.device)[:, None] - at
+        hidden = ahead < 0
+        if window is not None:
+            hidden = hidden | (ahead >= window)
+    else:
+        first = length - mask.shape[-1]  # position of the mask's first column
+        table = mask.expand(batch, -1, -1, -1).unflatten(1, (kv_heads, group) if mask.shape[1] > 1 else (1, 1))
+        table = table.expand(-1, kv_heads, -1, -1, -1)
+        chosen = table.gather(-1, (at - first).clamp(min=0).expand(*table.shape[:-1], tokens))
+        if mask.dtype == torch.bool:
+            hidden = ~chosen
+        else:
+            scores, hidden = scores + chosen, torch.zeros_like(at, dtype=torch.bool)
+    if ragged or first:
+        hidden = hidden | (at < first)
+    return scores.masked_fill(hidden, -torch.inf)

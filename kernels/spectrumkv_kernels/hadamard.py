@@ -1,5 +1,7 @@
 """Orthonormal Walsh-Hadamard transform over the channels of a head."""
 
+import functools
+
 import torch
 
 
@@ -26,3 +28,9 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
         y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         half *= 2
     return (y * block**-0.5).flatten(-2)
+
+
+@functools.lru_cache(maxsize=16)
+def hadamard_matrix(channels: int, device: torch.device) -> torch.Tensor:
+    """The matrix of `hadamard`, float32 `[channels, channels]`: one product where bit-equality does not matter."""
+    return hadamard(torch.eye(channels)).to(device)

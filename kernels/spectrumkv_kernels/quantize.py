@@ -23,8 +23,8 @@ class Quantized(NamedTuple):
     zero: torch.Tensor | None
 
     def zero_point(self, bits: int) -> torch.Tensor:
-        """The zero in float32, `[...]`, for either kind of code."""
-        return -(2.0 ** (bits - 1)) * self.scale.float() if self.zero is None else self.zero.float()
+        """The zero, `[...]`, for either kind of code."""
+        return self.scale * -(2.0 ** (bits - 1)) if self.zero is None else self.zero
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -83,4 +83,4 @@ def quantize(x: torch.Tensor, bits: int, symmetric: bool = False) -> Quantized:
 def dequantize(quantized: Quantized, bits: int) -> torch.Tensor:
     """`codes * scale + zero` in float32, `[..., channels]`."""
     codes = torch.cat(unpack(quantized.codes, bits), dim=-1)
-    return codes.float() * quantized.scale.float().unsqueeze(-1) + quantized.zero_point(bits).unsqueeze(-1)
+    return codes.float() * quantized.scale.float().unsqueeze(-1) + quantized.zero_point(bits).float().unsqueeze(-1)

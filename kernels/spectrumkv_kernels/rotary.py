@@ -4,9 +4,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
-BLOCK = 64
-"""Positions per block of the factorisation `R(64 a + b) = R(64 a) R(b)`, which keeps the tables small."""
+SMALLEST_TABLE = 2048
+"""Positions of a table; it doubles as longer sequences come."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,12 @@ class Rotary:
     inv_freq: tuple[float, ...] = ()
     interleaved: bool = False
 
-    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _paired(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotated channel pairs as complex numbers, `[..., pairs]`, and the channels that are not rotated."""
         pairs = len(self.inv_freq)
-        rest = x[..., 2 * pairs :]
         if self.interleaved:
-            return x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2], rest
-        return x[..., :pairs], x[..., pairs : 2 * pairs], rest
-
-    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        first, second, rest = self._split(x)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        joined = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
-        return torch.cat((joined, rest.expand(*joined.shape[:-1], rest.shape[-1])), -1)
+            return torch.complex(x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]), x[..., 2 * pairs :]
+        return torch.complex(x[..., :pairs], x[..., pairs : 2 * pairs]), x[..., 2 * pairs :]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """`R(t) x`, or `R(-t) x`.
@@ -47,12 +42,11 @@ class Rotary:
         if not self.inv_freq:
             return x.expand(*torch.broadcast_shapes(x.shape[:-1], positions.shape), x.shape[-1])
         positions = positions.clamp(min=0).long()
-        coarse_cos, coarse_sin = self._coarse(int(positions.max()) // BLOCK + 1 if positions.numel() else 1, x.device)
-        fine_cos, fine_sin = _table(self.inv_freq, 1, BLOCK, x.device)
-        block, step = positions // BLOCK, positions % BLOCK
-        cos_a, sin_a, cos_b, sin_b = coarse_cos[block], coarse_sin[block], fine_cos[step], fine_sin[step]
-        cos, sin = cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
-        return self._turn(x, cos, -sin if inverse else sin)
+        turn = self.table(int(positions.max()) + 1 if positions.numel() else 1, x.device)[positions]
+        pairs, rest = self._paired(x)
+        turned = torch.view_as_real(pairs * (turn.conj() if inverse else turn))
+        turned = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
+        return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), -1) if rest.shape[-1] else turned
 
     def scores(self, query: torch.Tensor, mean: torch.Tensor, length: int) -> torch.Tensor:
         """`q . R(t) mean` for every position `t < length`.
@@ -66,22 +60,20 @@ class Rotary:
         """
         if not self.inv_freq:
             return (query @ mean.unsqueeze(-1)).expand(*query.shape[:-1], length)
-        blocks = -(-length // BLOCK)
-        coarse_cos, coarse_sin = self._coarse(blocks, query.device)
-        turned_query = self._turn(query.unsqueeze(-2), coarse_cos[:blocks], -coarse_sin[:blocks])
-        turned_mean = self._turn(mean.unsqueeze(-2), *_table(self.inv_freq, 1, BLOCK, query.device))
-        scores = turned_query.flatten(-3, -2) @ turned_mean.transpose(-1, -2)  # [..., rows * blocks, BLOCK]
-        return scores.unflatten(-2, (query.shape[-2], blocks)).flatten(-2)[..., :length]
+        query_pairs, query_rest = self._paired(query)
+        mean_pairs, mean_rest = self._paired(mean.unsqueeze(-2))
+        # Re(conj(q) m exp(i t f)), summed over pairs: one product with a table that all layers and heads share.
+        weights = torch.view_as_real((query_pairs * mean_pairs.conj()).resolve_conj()).flatten(-2)
+        scores = linear(weights, torch.view_as_real(self.table(length, query.device)[:length]).flatten(-2))
+        return scores + query_rest @ mean_rest.transpose(-1, -2) if query_rest.shape[-1] else scores
 
-    def _coarse(self, blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return _table(self.inv_freq, BLOCK, 1 << max(blocks - 1, 31).bit_length(), device)
+    def table(self, length: int, device: torch.device) -> torch.Tensor:
+        """`exp(i t inv_freq)`, complex64 `[length or more, pairs]`, kept for all caches of the process."""
+        return _table(self.inv_freq, max(SMALLEST_TABLE, 1 << (length - 1).bit_length()), device)
 
 
-@functools.lru_cache(maxsize=64)
-def _table(
-    inv_freq: tuple[float, ...], step: int, count: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of `i * step * inv_freq` for `i < count`, float32 `[count, pairs]`, exact to float32 rounding."""
-    positions = torch.arange(count, dtype=torch.float64) * step
-    angles = positions[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+@functools.lru_cache(maxsize=32)
+def _table(inv_freq: tuple[float, ...], length: int, device: torch.device) -> torch.Tensor:
+    """Exact to float32 rounding: float32 angles would be off by 1e-3 at position 32k."""
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
