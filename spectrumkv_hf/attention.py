@@ -63,7 +63,7 @@ def install() -> None:
     def get_interface(attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         return _routed(stock(attn_implementation, default), attn_implementation)
 
-    ALL_ATTENTION_FUNCTIONS.get_interface = get_interface  # type: ignore[method-assign]
+    ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
 
 
 def uninstall() -> None:
@@ -71,7 +71,7 @@ def uninstall() -> None:
     vars(ALL_ATTENTION_FUNCTIONS).pop("get_interface", None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _routed(stock: Callable[..., Any], name: str) -> Callable[..., Any]:
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -97,8 +97,8 @@ def _on_handles(
     whole = isinstance(value, SpectrumHandle) and value.layer is layer and key.stage == value.stage == "heads"
     plain_mask = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
     if not whole or key.repeats != 1 or not plain_mask or query.shape[2] != layer.new_tokens:
-        key, value = (t.dense() if isinstance(t, SpectrumHandle) else t for t in (key, value))
-        return stock(module, query, key, value, attention_mask, **kwargs)
+        plain = [t.dense() if isinstance(t, SpectrumHandle) else t for t in (key, value)]
+        return stock(module, query, *plain, attention_mask, **kwargs)
 
     weights = None
 

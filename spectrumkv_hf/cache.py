@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from spectrumkv_kernels import CODECS
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
@@ -16,6 +15,7 @@ from spectrumkv_hf.memory import FP16_BYTES, MemoryReport, storage_bytes
 from spectrumkv_hf.policy import Policy, get_policy
 from spectrumkv_hf.rope import rotary_of
 from spectrumkv_hf.store import TAIL_STEP
+from spectrumkv_kernels import CODECS
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class SpectrumCache(Cache):
         layers: list[Any] = []
         for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
             if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
-                raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic cache layer")
+                raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
             window = options.get("sliding_window") if kind == "sliding_attention" else None
             if note := self._stock_because(config, kind, window):
                 self._notes[index] = note

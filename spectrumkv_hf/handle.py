@@ -10,11 +10,10 @@ from torch.utils._pytree import tree_map
 if TYPE_CHECKING:
     from spectrumkv_hf.layer import SpectrumLayer
 
-_METADATA = {
-    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout")
-} | {
-    getattr(torch.Tensor, name)
-    for name in ("size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "is_complex", "__len__")
+_PROPERTIES = ("shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout")
+_METHODS = ("size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "is_complex", "__len__")
+_METADATA = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES} | {
+    getattr(torch.Tensor, name) for name in _METHODS
 }
 
 
@@ -64,7 +63,7 @@ class SpectrumHandle(torch.Tensor):
         tensor = tensor[:, :, None].expand(batch, heads, self.repeats, length, dim)
         return tensor if self.stage == "groups" else tensor.reshape(batch, heads * self.repeats, length, dim)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SpectrumHandle({self.side} of layer {self.layer.layer_idx}, shape={tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -83,7 +82,7 @@ class SpectrumHandle(torch.Tensor):
         return func(*tree_map(_densified, args), **tree_map(_densified, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Reached by operators called from C++, which bypass __torch_function__.
@@ -129,8 +128,9 @@ def _sdpa(
         )
 
     if not (isinstance(key, SpectrumHandle) and isinstance(value, SpectrumHandle) and key.layer is value.layer):
+        key, value = _densified(key), _densified(value)
         return scaled_dot_product_attention(
-            query, _densified(key), _densified(value), attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     layer = key.layer
     queries, heads = layer.new_tokens, query.shape[1]

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spectrumkv_kernels import Codec, Rotary, operation, real_tokens
 from transformers.cache_utils import CacheLayerMixin
 
 from spectrumkv_hf.handle import SpectrumHandle
 from spectrumkv_hf.importance import importance
 from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.store import TAIL_STEP, TieredStore
+from spectrumkv_kernels import Codec, Rotary, operation, real_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -147,8 +147,8 @@ class SpectrumLayer(CacheLayerMixin):
         held, given = store.tail[0], key_states
         if (held.shape[0], held.shape[1], held.shape[3]) != (given.shape[0], given.shape[1], given.shape[3]):
             raise ValueError(
-                f"layer {self.layer_idx} holds {store.length} tokens of batch {held.shape[0]}, {held.shape[1]} KV heads, "
-                f"head_dim {held.shape[3]}; got batch {given.shape[0]}, {given.shape[1]} KV heads, head_dim "
+                f"layer {self.layer_idx} holds {store.length} tokens of batch {held.shape[0]}, {held.shape[1]} KV "
+                f"heads, head_dim {held.shape[3]}; got batch {given.shape[0]}, {given.shape[1]} KV heads, head_dim "
                 f"{given.shape[3]}. Call reset(), or take a new cache for another batch."
             )
         if given.dtype != self.dtype:
@@ -294,8 +294,7 @@ class SpectrumLayer(CacheLayerMixin):
             return
         self._attended = True
         fits = mask is None or (mask.dim() == 4 and mask.shape[-2] == self.new_tokens)
-        if self.new_tokens > 1 and mask is not None and fits:
-            real = real_tokens(mask, self.new_tokens)
+        if self.new_tokens > 1 and fits and (real := real_tokens(mask, self.new_tokens)) is not None:
             self.store.note_padding(real.expand(self.store.batch_size, -1))
         tokens = self._due()
         if not tokens:
@@ -469,8 +468,8 @@ class SlidingSpectrumLayer(SpectrumLayer):
         length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
         if max(length - self.sliding_window + 1, 0) < self.store.first_kept:
             raise RuntimeError(
-                f"can't remove {abs(tokens_to_remove)} tokens: the sliding window of {self.sliding_window} has moved on "
-                "and older tokens were freed. Call activate_past_recording() before the tokens are added."
+                f"can't remove {abs(tokens_to_remove)} tokens: the sliding window of {self.sliding_window} has moved "
+                "on and older tokens were freed. Call activate_past_recording() before the tokens are added."
             )
         super().crop(tokens_to_remove)
         if self.record_past:

@@ -3,9 +3,10 @@
 import importlib
 
 import torch
-from spectrumkv_kernels import Rotary
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from spectrumkv_kernels import Rotary
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types of RoPE whose frequencies change with the length of the sequence."""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, key_mean, operation
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Policy, Tier, increments
+from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, key_mean, operation
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens, and decoding tiers this many at a time."""
@@ -37,25 +37,21 @@ class Arena:
         yield "positions", self.positions
 
     def map(self, function: TensorMap) -> "Arena":
-        """A new arena of `function` of every tensor."""
+        """A new arena of `function` of every tensor, called in the order of `tensors`."""
 
         def side(stored: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
             if isinstance(stored, torch.Tensor):
                 return function(stored)
-            return Quantized(*(None if t is None else function(t) for t in stored))
+            codes, scale = function(stored.codes), function(stored.scale)
+            return Quantized(codes, scale, None if stored.zero is None else function(stored.zero))
 
         return replace(self, keys=side(self.keys), values=side(self.values), positions=function(self.positions))
 
     def extended(self, other: "Arena") -> "Arena":
         """A new arena with the tokens of `other` behind its own."""
 
-        def joined(a: torch.Tensor | Quantized, b: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
-            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-                return torch.cat((a, b), dim=2)
-            return Quantized(*(None if x is None else torch.cat((x, y), dim=2) for x, y in zip(a, b, strict=True)))
-
-        positions = torch.cat((self.positions, other.positions), dim=2)
-        return Arena(self.tier, joined(self.keys, other.keys), joined(self.values, other.values), positions)
+        theirs = (tensor for _, tensor in other.tensors())  # in the order in which `map` visits its own
+        return self.map(lambda own: torch.cat((own, next(theirs)), dim=2))
 
     def kept(self, keep: torch.Tensor) -> "Arena":
         """A new arena of the tokens where `keep`, bool `[batch, kv_heads, tokens]`; rows with fewer start with -1."""
@@ -221,7 +217,8 @@ class TieredStore:
             edges = counts.cumsum(-1)[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
             return torch.searchsorted(edges, rank, right=True)
 
-        score = score.masked_fill((place < policy.sinks)[:, None], torch.inf).masked_fill((place < 0)[:, None], -torch.inf)
+        score = score.masked_fill((place < policy.sinks)[:, None], torch.inf)
+        score = score.masked_fill((place < 0)[:, None], -torch.inf)
         ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
         rank = torch.empty_like(ranked)
         rank.scatter_(-1, ranked, torch.arange(tokens, device=self.device).expand_as(ranked).contiguous())
@@ -261,8 +258,9 @@ class TieredStore:
         decode = operation("decode", self.device)
         for arena in self.arenas.values():
             k, v = arena.keys, arena.values
-            if isinstance(k, Quantized):
+            if arena.tier is not FP16:
                 k, v = decode(k, v, arena.positions, arena.tier.bits, self.codec, self.mean, self.rotary)
+            assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
             slot = self._slot(arena.positions, start, size).unsqueeze(-1)
             keys.scatter_(2, slot.expand_as(k), k.to(self.dtype))
             values.scatter_(2, slot.expand_as(v), v.to(self.dtype))

@@ -18,14 +18,14 @@ class Segment(NamedTuple):
 
     Attributes:
         bits: 16 for exact tokens, else the width of a code.
-        keys: `[batch, kv_heads, tokens, head_dim]` in the model's dtype, or `Quantized`.
+        keys: A tensor `[batch, kv_heads, tokens, head_dim]` in the model's dtype for 16 bits, else `Quantized`.
         values: Likewise.
         positions: int32 `[batch, kv_heads, tokens]`, the slots of the tokens, ascending, -1 where a row has no token.
     """
 
     bits: int
-    keys: torch.Tensor | Quantized
-    values: torch.Tensor | Quantized
+    keys: Any
+    values: Any
     positions: torch.Tensor
 
 
@@ -88,7 +88,7 @@ def tiered_attention(
         products = torch.cat([_query_codes(q_coded, s.keys.codes, s.bits) for s in coded], dim=-1)
         parts.append(torch.addcmul(offset, products, key_scale.unsqueeze(-2)))
         sizes.insert(0, products.shape[-1])
-    parts += [q @ s.keys.float().transpose(-1, -2) for s in exact]  # type: ignore[union-attr]
+    parts += [q @ s.keys.float().transpose(-1, -2) for s in exact]
     scores = torch.cat(parts, dim=-1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -115,7 +115,7 @@ def tiered_attention(
         if codec.hadamard:
             out = linear(out, hadamard_matrix(out.shape[-1], out.device))
     for segment, share in zip(exact, shares, strict=True):
-        part = share @ segment.values.float()  # type: ignore[union-attr]
+        part = share @ segment.values.float()
         out = part if out is None else out + part
     assert out is not None, "the queries' own tokens are among the segments"
     return out.view(batch, heads, queries, -1).to(query.dtype)

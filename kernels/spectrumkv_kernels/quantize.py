@@ -40,7 +40,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
-    """The uint8 codes of `pack`, as a list of `8 / bits` consecutive channel ranges, `[..., channels * bits / 8]` each."""
+    """The codes of `pack`: `8 / bits` uint8 tensors of consecutive channels, `[..., channels * bits / 8]` each."""
     if bits == 8:
         return [packed]
     last = 8 // bits - 1

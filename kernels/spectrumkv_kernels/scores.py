@@ -21,7 +21,9 @@ def real_tokens(mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
     return _allowed(diagonal)
 
 
-def probe_rows(real: torch.Tensor | None, queries: int, recent: int, strided: int, device: torch.device) -> torch.Tensor:
+def probe_rows(
+    real: torch.Tensor | None, queries: int, recent: int, strided: int, device: torch.device
+) -> torch.Tensor:
     """The sample of queries: the last `recent` and `strided` more, spread evenly over those before, padding skipped.
 
     Args:
