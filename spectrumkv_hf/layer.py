@@ -323,7 +323,7 @@ class SpectrumLayer(CacheLayerMixin):
             self._attended = True
             self._tier(self._pending)
             self._pending = None
-        if self.shared is not None:
+        if self.shared is not None and any(layer is self for layer, _ in self.shared.offers):
             self.shared.settle()
 
     def _tier(self, scores: torch.Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Policies: how many tokens each precision tier takes at a byte budget, and by what they are ranked."""
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import ClassVar, NamedTuple
@@ -62,7 +62,8 @@ class Policy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int | float) or not self.minimum <= self.exact_budget <= 1:
+        finite = isinstance(self.budget, int | float) and math.isfinite(self.budget)
+        if not finite or not self.minimum <= self.exact_budget <= 1:
             raise ValueError(
                 f"policy {self.name!r} serves budgets from {float(self.minimum):g} to 1 (fraction of the FP16 bytes), "
                 f"got {self.budget!r}"
@@ -319,8 +320,3 @@ def increments(policy: Policy, before: int, tokens: int) -> Counts:
     last = next(tier for tier in reversed(TIERS) if total.get(tier))
     counts[last] += left
     return counts
-
-
-def stored(counts: Counts) -> Iterator[tuple[Tier, int]]:
-    """The tiers that keep tokens, with their counts."""
-    return ((tier, n) for tier, n in counts.items() if n and tier is not DROPPED)

@@ -182,7 +182,7 @@ class TieredStore:
         for tier, chosen in zip(TIERS, order.split(sizes, dim=-1), strict=True):
             if not chosen.shape[-1]:
                 continue
-            if tier is DROPPED:
+            if tier == DROPPED:
                 self.drops = True
                 continue
             positions = (chosen + self.tail_start).to(torch.int32)
@@ -229,7 +229,7 @@ class TieredStore:
         return tier_of, sizes.tolist()
 
     def _encode(self, tier: Tier, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> Arena:
-        if tier is FP16:
+        if tier == FP16:
             return Arena(tier, keys, values, positions)
         encode = operation("encode", self.device)
         k, v = encode(keys, values, positions, tier.bits, self.codec, self.mean, self.rotary)
@@ -258,7 +258,7 @@ class TieredStore:
         decode = operation("decode", self.device)
         for arena in self.arenas.values():
             k, v = arena.keys, arena.values
-            if arena.tier is not FP16:
+            if arena.tier != FP16:
                 k, v = decode(k, v, arena.positions, arena.tier.bits, self.codec, self.mean, self.rotary)
             assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
             slot = self._slot(arena.positions, start, size).unsqueeze(-1)

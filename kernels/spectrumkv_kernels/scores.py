@@ -31,17 +31,18 @@ def probe_rows(
         queries: How many there are.
 
     Returns:
-        int64 `[batch or 1, probes]`; a row with fewer real queries than probes names some twice.
+        int64 `[batch or 1, probes]`; -1 where a row has fewer real queries than probes.
     """
     if real is None:
         real = torch.ones(1, queries, dtype=torch.bool, device=device)
-    count = real.sum(-1, keepdim=True)
     order = torch.argsort(real.logical_not().to(torch.uint8), dim=-1, stable=True)  # real ones first, in order
-    recent, strided = min(recent, queries), min(strided, max(queries - recent, 0))
-    last = count - recent + torch.arange(recent, device=device)
-    earlier = torch.arange(strided, device=device) * (count - recent).clamp(min=0) // max(strided, 1)
-    picked = torch.cat((earlier, last), dim=-1).clamp(min=0)
-    return order.gather(-1, picked)
+    count = real.sum(-1, keepdim=True)
+    early = (count - recent).clamp(min=0)
+    step = torch.arange(min(strided, max(queries - recent, 0)), device=device)
+    spread = torch.where(early > strided, step * early // max(strided, 1), step.where(step < early, -1))
+    last = count - torch.arange(min(recent, queries), 0, -1, device=device)
+    picked = torch.cat((spread, last), dim=-1)
+    return order.gather(-1, picked.clamp(min=0)).where(picked >= 0, -1)
 
 
 def attention_scores(
@@ -79,13 +80,13 @@ def attention_scores(
     mass = torch.zeros(batch, kv_heads, tokens, device=query.device)
     seen_by = torch.zeros(batch, 1, tokens, device=query.device)
     for chunk in rows.split(QUERY_CHUNK, dim=-1):
-        index = chunk[:, None, :, None]
+        index = chunk.clamp(min=0)[:, None, :, None]
         q = query.gather(2, index.expand(-1, heads, -1, query.shape[-1])).float()
         scores = (q.unflatten(1, (kv_heads, -1)) @ k).flatten(1, 2) * scale  # [batch, heads, probes, tokens]
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if mask is None:
-            ahead = (tokens - queries + chunk)[:, None, :, None] - columns
+            ahead = tokens - queries + index - columns
             allowed = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
         else:
             part = mask.expand(batch, -1, -1, -1)
@@ -93,6 +94,7 @@ def attention_scores(
             allowed = _allowed(part)
             if mask.dtype != torch.bool:
                 scores = scores + part
+        allowed = allowed & (chunk >= 0)[:, None, :, None]
         scores = scores.masked_fill(~allowed, -torch.inf)
         if sinks is not None:
             scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)

@@ -80,9 +80,9 @@ def model(family: str, attention: str | None = None, **changes):
     prefix, _ = FAMILIES[family]
     name = {"gpt2": "GPT2LMHeadModel"}.get(family, f"{prefix}ForCausalLM")
     torch.manual_seed(7)
-    built = getattr(transformers, name)._from_config(config(family, **changes), **(
-        {"attn_implementation": attention} if attention else {}
-    ))
+    built = getattr(transformers, name)._from_config(
+        config(family, **changes), **({"attn_implementation": attention} if attention else {})
+    )
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.dim() > 1:

@@ -1,0 +1,277 @@
+"""Generate the same answer over exact and compressed KV caches, and show what compression saves and costs.
+
+python examples/generate.py --budgets 0.5 0.3 --plot tiers.png
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from models import HelpFormatter, add_model_arguments, check_folders, environment, load_from, passage
+from quality import Quality, cache_memory, measure, prefill, print_table, text_windows
+from tqdm import tqdm
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from spectrumkv_hf import MemoryReport, SpectrumCache, get_policy
+
+INSTRUCTION = "Summarise the following text in four sentences, for a reader who knows nothing about the subject."
+PASSAGE_TOKENS = 650
+"""Of the passage in the default prompt, which so has about 700 tokens with instruction and chat template."""
+
+COLUMN = 36
+"""Least width of a printed text."""
+
+EXACT = "DynamicCache"
+
+
+class Clock(LogitsProcessor):
+    """Notes the time at which each forward has given its logits, and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize(scores.device)
+        self.times.append(time.perf_counter())
+        return scores
+
+
+@dataclass
+class Generation:
+    """What generating over one kind of cache gave, and its times in all counted rounds."""
+
+    tokens: list[int] = field(default_factory=list)
+    memory: MemoryReport = field(default_factory=lambda: MemoryReport(0, 0, 0.0))
+    prefills: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+    @property
+    def prefill_seconds(self) -> float:
+        return statistics.median(self.prefills)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: one over the median time of a token after the first."""
+        return 1 / statistics.median(self.steps) if self.steps else float("nan")
+
+    def run(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: Cache, **options: Any) -> None:
+        """Generate once more, greedily."""
+        clock = Clock()
+        started = time.perf_counter()
+        output = model.generate(
+            **inputs, past_key_values=cache, do_sample=False, num_beams=1, logits_processor=[clock], **options
+        )
+        self.tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        self.memory = cache_memory(cache)
+        self.prefills.append(clock.times[0] - started)
+        self.steps += [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> dict[str, torch.Tensor]:
+    """Model inputs for the prompt, through the chat template where there is one; None: the built-in prompt."""
+    if prompt is None:
+        start = tokenizer(passage(), add_special_tokens=False, verbose=False).input_ids[:PASSAGE_TOKENS]
+        text = tokenizer.decode(start, skip_special_tokens=True)
+        prompt = f"{INSTRUCTION}\n\n{text[: text.rfind('. ') + 1]}"
+    if not tokenizer.chat_template:
+        return dict(tokenizer(prompt, return_tensors="pt"))
+    message = [{"role": "user", "content": prompt}]
+    return dict(
+        tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    )
+
+
+def generate_all(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    make_caches: dict[str, Callable[[], Cache]],
+    rounds: int,
+    **options: Any,
+) -> dict[str, Generation]:
+    """Generate over every cache in turn, for a round of warm-up that is not counted and then `rounds` more."""
+    results: dict[str, Generation] = {}
+    with tqdm(total=(1 + rounds) * len(make_caches), desc="generation", disable=None) as bar:
+        for counted in range(1 + rounds):
+            if counted <= 1:
+                results = {name: Generation() for name in make_caches}
+            for name, make_cache in make_caches.items():
+                results[name].run(model, inputs, make_cache(), **options)
+                bar.update()
+    return results
+
+
+def departure(tokens: list[int], exact: list[int]) -> int | None:
+    """After how many tokens they first differ, or None where they do not."""
+    if tokens == exact:
+        return None
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, exact, strict=False)))
+
+
+def print_texts(tokenizer: PreTrainedTokenizerBase, results: dict[str, Generation]) -> None:
+    """The generated texts side by side, with a bar where one departs from the exact cache's."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    exact = results[EXACT].tokens
+    beside = max(1, (width + 3) // (COLUMN + 3))
+    names = list(results)
+    for group in (names[i : i + beside] for i in range(0, len(names), beside)):
+        column = (width + 3) // len(group) - 3
+        columns = []
+        for name in group:
+            result = results[name]
+            text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+            at = departure(result.tokens, exact)
+            note = f"{len(exact)} tokens" if name == EXACT else "the same tokens"
+            if at is not None:
+                note = f"departs after {at} tokens, at ||"
+                same = len(tokenizer.decode(result.tokens[:at], skip_special_tokens=True))
+                text = f"{text[:same]} || {text[same:].lstrip(' ')}"
+            lines = [line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""]]
+            columns.append([name, note, "-" * column, *lines])
+        for row in zip_longest(*columns, fillvalue=""):
+            print(" | ".join(cell.ljust(column) for cell in row).rstrip())
+        print()
+
+
+def plot_tiers(path: Path, cache: SpectrumCache, title: str) -> None:
+    """Draw the mean bits over the KV heads of every token (x) in every layer (y)."""
+    maps = {layer: bits[0].float().mean(0).cpu() for layer, bits in cache.tier_map().items()}
+    length = max((len(bits) for bits in maps.values()), default=1)
+    rows = torch.full((len(cache.layers), length), torch.nan)
+    for layer, bits in maps.items():
+        rows[layer] = bits
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("lightgrey")
+    image = axes.imshow(rows.numpy(), aspect="auto", origin="lower", interpolation="nearest", vmin=0, vmax=16)
+    legend = figure.colorbar(image, ax=axes, ticks=[0, 4, 8, 16], label="mean over the KV heads")
+    legend.ax.set_yticklabels(["dropped", "INT4", "INT8", "FP16"])
+    grey = "; grey: layers left as they are" if len(maps) < len(cache.layers) else ""
+    axes.set(xlabel="token of the prompt", ylabel="layer", title=f"Bits per token after prefill: {title}{grey}")
+    figure.savefig(path, dpi=130)
+
+
+def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> list[str]:
+    """What the numbers mean and what they do not."""
+    policy = caches[0].policy
+    found = [
+        f"Times: a LogitsProcessor's clock in generate(), caches in turn, a round of warm-up, then {repeats} "
+        "counted; medians. Other load on the machine shows in them. Prefill includes the "
+        "compression and generate()'s set-up.",
+        "KV MiB and ratios are of the cache after generation; the budget binds the nominal ratio. Scales, zero "
+        "points, means and positions come on top in the actual one, as do tokens that a policy keeps FP16 beyond it.",
+        f"The last {policy.recent_window} tokens and up to 64 that wait to be compressed are exact and outside the "
+        "budget, so a short text stays above it.",
+        "KL and perplexity are of one window of text: enough to see a difference between caches, not to rank them.",
+    ]
+    if model.dtype == torch.float32:
+        found.insert(
+            2,
+            "The model is float32: exact tokens take four bytes an element and count double in the actual ratio, "
+            "which is against two bytes an element. With --dtype bfloat16 they do not.",
+        )
+    if model.device.type == "cpu":
+        found.append(
+            "On the CPU the tiers are read by plain PyTorch operations: speeds say nothing about CUDA kernels."
+        )
+    return found
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", help="default: to summarise the first part of the passage, about 700 tokens")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3], help="fractions of the FP16 bytes")
+    parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate")
+    parser.add_argument("--repeats", type=int, default=2, help="counted rounds of generation")
+    parser.add_argument("--text-file", type=Path, help="held-out text, UTF-8; default: the examples' passage")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of it prefilled")
+    parser.add_argument("--continuation", type=int, default=256, help="tokens of it scored on the compressed cache")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the tiers at the smallest budget")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        if args.max_new_tokens < 1 or args.repeats < 1 or args.context < 1 or args.continuation < 2:
+            raise ValueError("--max-new-tokens, --repeats and --context are 1 or more, --continuation is 2 or more")
+        check_folders(args.plot, args.json)
+        policies = {f"SpectrumCache b={b:g}": get_policy(args.policy, b) for b in args.budgets}
+        text = args.text_file.read_text(encoding="utf-8") if args.text_file else passage()
+        model, tokenizer = load_from(args)
+        windows = text_windows(tokenizer, text, args.context + args.continuation)
+        caches = [SpectrumCache(config=model.config, policy=policy) for policy in policies.values()]
+    except (ImportError, OSError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    def maker(policy: Any) -> Callable[[], Cache]:
+        return lambda: SpectrumCache(config=model.config, policy=policy)
+
+    ours = {name: maker(policy) for name, policy in policies.items()}
+    inputs = {name: t.to(model.device) for name, t in encode_prompt(tokenizer, args.prompt).items()}
+    about = environment(model)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{args.model}, prompt of {inputs['input_ids'].shape[1]} tokens\n{caches[0].summary()}\n")
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    every: dict[str, Callable[[], Cache]] = {EXACT: lambda: DynamicCache(config=model.config)} | ours
+    results = generate_all(model, inputs, every, args.repeats, max_new_tokens=args.max_new_tokens, pad_token_id=pad)
+    qualities: dict[str, Quality] = measure(model, windows, args.context, ours)
+    print_texts(tokenizer, results)
+
+    rows: list[dict[str, Any]] = []
+    for name, result in results.items():
+        quality = qualities.get(name)
+        rows.append(
+            {
+                "cache": name,
+                "kv_mib": result.memory.stored / 2**20,
+                "actual_ratio": result.memory.actual_ratio,
+                "nominal_ratio": result.memory.nominal_ratio,
+                "prefill_seconds": result.prefill_seconds,
+                "decode_tokens_per_second": result.tokens_per_second,
+                "kl_nats": quality.kl if quality else 0.0,
+                "perplexity_change_percent": quality.perplexity_change if quality else 0.0,
+                "departs_after_tokens": departure(result.tokens, results[EXACT].tokens),
+                "text": tokenizer.decode(result.tokens, skip_special_tokens=True),
+                "quality": asdict(quality) if quality else None,
+            }
+        )
+    formats = ("", ".2f", ".3f", ".3f", ".3f", ".1f", ".5f", "+.2f")
+    print_table(
+        ["cache", "KV MiB", "actual", "nominal", "prefill s", "tokens/s", "KL (nats)", "dPPL %"],
+        [[format(v, f) for v, f in zip(row.values(), formats, strict=False)] for row in rows],
+    )
+    remarks = notes(model, caches, args.repeats)
+    print(
+        "", *(textwrap.fill(remark, 118, initial_indent="* ", subsequent_indent="  ") for remark in remarks), sep="\n"
+    )
+
+    if args.plot:
+        cache = min(caches, key=lambda cache: cache.policy.budget)
+        prefill(model, inputs["input_ids"], cache)
+        plot_tiers(args.plot, cache, f"{args.model}, {cache.policy.name}, budget {cache.policy.budget:g}")
+    if args.json:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        report = {"environment": about, "settings": settings, "results": rows, "notes": remarks}
+        args.json.write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

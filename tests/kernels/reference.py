@@ -1,0 +1,55 @@
+"""Float64 references that the tests of the kernels share."""
+
+import torch
+
+torch.set_num_threads(1)  # tensors of tests are tiny: on a busy machine threads make them ten times slower
+
+
+def error(x, y):
+    """Relative error, `rms(x - y) / rms(y)`."""
+    assert x.shape == y.shape
+    return ((x.double() - y.double()).square().mean() / y.double().square().mean()).sqrt().item()
+
+
+def sylvester(channels):
+    """The orthonormal Hadamard matrix, block-diagonal where `channels` is no power of two."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while channels % (2 * len(block)) == 0:
+        block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
+    return torch.block_diag(*[block / len(block) ** 0.5] * (channels // len(block)))
+
+
+def frequencies(pairs, theta=10000.0):
+    return tuple(theta ** (-i / pairs) for i in range(pairs))
+
+
+def rotations(rotary, positions, channels):
+    """The matrices `R(t)`, `[*positions.shape, channels, channels]`."""
+    matrices = torch.eye(channels, dtype=torch.float64).repeat(*positions.shape, 1, 1)
+    pairs = len(rotary.inv_freq)
+    for i, frequency in enumerate(rotary.inv_freq):
+        a, b = (2 * i, 2 * i + 1) if rotary.interleaved else (i, i + pairs)
+        angle = positions.clamp(min=0).double() * frequency
+        matrices[..., a, a] = matrices[..., b, b] = angle.cos()
+        matrices[..., b, a] = angle.sin()
+        matrices[..., a, b] = -angle.sin()
+    return matrices
+
+
+def rotated(rotary, x, positions):
+    """`R(t) x` for one position of each vector."""
+    return (rotations(rotary, positions, x.shape[-1]) @ x.double().unsqueeze(-1)).squeeze(-1)
+
+
+def rounding_bound(x, bits, symmetric):
+    """Largest error that rounding to nearest may have in each vector, float16 scale and zero included."""
+    x = x.double()
+    half, tiny = 2.0**-11, 2.0**-25  # float16 rounding: of normal numbers, relative, and of subnormal ones
+    if symmetric:
+        steps = 2 ** (bits - 1) - 1
+        scale, zero_error = x.abs().amax(-1) / steps, 0.0
+    else:
+        steps = 2**bits - 1
+        scale, zero_error = (x.amax(-1) - x.amin(-1)) / steps, half * x.amin(-1).abs() + tiny
+    scale_error = half * scale + tiny
+    return (scale + scale_error) / 2 + steps * scale_error + zero_error + 1e-6 * x.abs().amax(-1)
