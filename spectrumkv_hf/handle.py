@@ -33,9 +33,15 @@ class SpectrumHandle(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, layer: "SpectrumLayer", side: str, shape: tuple[int, ...], repeats: int = 1, stage: str = "heads"
+        cls,
+        layer: "SpectrumLayer",
+        side: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        repeats: int = 1,
+        stage: str = "heads",
     ) -> "SpectrumHandle":
-        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
         handle.layer, handle.side, handle.repeats, handle.stage = layer, side, repeats, stage
         handle.generation = layer.generation
         return handle
@@ -99,13 +105,16 @@ class SpectrumHandle(torch.Tensor):
             return self
         if name == "__getitem__" and self.stage == "heads" and self.repeats == 1:
             if sizes == (full, full, None, full, full):
-                return SpectrumHandle(self.layer, self.side, (*shape[:2], 1, *shape[2:]), stage="groups")
+                return self._view((*shape[:2], 1, *shape[2:]), 1, "groups")
         elif self.stage == "groups" and name == "expand" and len(sizes) == 5 and self.repeats == 1:
             if (*sizes[:2], *sizes[3:]) == (*shape[:2], *shape[3:]):
-                return SpectrumHandle(self.layer, self.side, sizes, repeats=sizes[2], stage="groups")
+                return self._view(sizes, sizes[2], "groups")
         elif self.stage == "groups" and name == "reshape" and sizes == (shape[0], shape[1] * shape[2], *shape[3:]):
-            return SpectrumHandle(self.layer, self.side, sizes, repeats=self.repeats)
+            return self._view(sizes, self.repeats, "heads")
         return None
+
+    def _view(self, shape: tuple[int, ...], repeats: int, stage: str) -> "SpectrumHandle":
+        return SpectrumHandle(self.layer, self.side, shape, self.dtype, repeats, stage)
 
 
 def _densified(value: Any) -> Any:

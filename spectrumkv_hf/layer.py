@@ -1,6 +1,7 @@
 """Cache layers that keep their tokens in tiers."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 FUSED_QUERIES = 32
 """With more queries than this, one dequantisation of the layer costs less than reading its codes query by query."""
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keeps autocast out of what is computed in float32 on purpose."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class SharedRanking:
@@ -109,10 +117,10 @@ class SpectrumLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Set up for tensors like these, `[batch, kv_heads, any, dim]`."""
-        if key_states.dtype not in DTYPES or value_states.dtype != key_states.dtype:
+        if key_states.dtype not in DTYPES or value_states.dtype not in DTYPES:
             raise TypeError(
-                f"keys and values of {' or '.join(str(t) for t in DTYPES)} can be cached, both the same, "
-                f"got {key_states.dtype} and {value_states.dtype}"
+                f"keys and values of {' or '.join(str(t) for t in DTYPES)} can be cached, got {key_states.dtype} and "
+                f"{value_states.dtype}"
             )
         if not self.policy.lossless and (key_states.shape[-1] % 2 or value_states.shape[-1] % 2):
             raise ValueError(
@@ -151,8 +159,9 @@ class SpectrumLayer(CacheLayerMixin):
                 f"heads, head_dim {held.shape[3]}; got batch {given.shape[0]}, {given.shape[1]} KV heads, head_dim "
                 f"{given.shape[3]}. Call reset(), or take a new cache for another batch."
             )
-        if given.dtype != self.dtype:
-            raise TypeError(f"layer {self.layer_idx} holds {self.dtype}, got {given.dtype}")
+        held_types, given_types = [t.dtype for t in store.tail], [key_states.dtype, value_states.dtype]
+        if held_types != given_types:
+            raise TypeError(f"layer {self.layer_idx} holds keys and values of {held_types}, got {given_types}")
         self._settle()
         kv_length, _ = self.get_mask_sizes(given.shape[2])
         store.append(key_states, value_states)
@@ -164,8 +173,8 @@ class SpectrumLayer(CacheLayerMixin):
             return store.dense(self._read_from)
         shape = (*given.shape[:2], kv_length)
         return (
-            SpectrumHandle(self, "keys", (*shape, key_states.shape[3])),
-            SpectrumHandle(self, "values", (*shape, value_states.shape[3])),
+            SpectrumHandle(self, "keys", (*shape, key_states.shape[3]), key_states.dtype),
+            SpectrumHandle(self, "values", (*shape, value_states.shape[3]), value_states.dtype),
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -228,11 +237,13 @@ class SpectrumLayer(CacheLayerMixin):
         self.check(generation)
         if fused and self.store.arenas and query.shape[2] <= FUSED_QUERIES:
             keys = None
-            out = self.read(query, mask, scale, softcap, sinks)
+            with _own_precision(query.device):
+                out = self.read(query, mask, scale, softcap, sinks)
         else:
             keys, values = self.dense_for(generation)
             out = on_dense(keys, values, self._without_dropped(mask, query, keys.shape[2]))
-        self.attended(query, keys, mask, scale, softcap, sinks)
+        with _own_precision(query.device):
+            self.attended(query, keys, mask, scale, softcap, sinks)
         return out
 
     def _without_dropped(self, mask: torch.Tensor | None, query: torch.Tensor, length: int) -> torch.Tensor | None:
@@ -447,15 +458,12 @@ class SlidingSpectrumLayer(SpectrumLayer):
         return max(self.get_seq_length() - self.sliding_window + 1, 0)
 
     def _tier(self, scores: torch.Tensor | None) -> None:
-        if not self.record_past:
-            self._discard()
+        if not self.record_past and self._due():
+            self.store.settle_mean(self.policy.sinks)  # over all tokens at hand, as in a layer without a window
+            self.store.discard(self._first_needed())
             if scores is not None:
                 scores = scores[..., scores.shape[-1] - self.store.tail_length :]
         super()._tier(scores)
-
-    def _discard(self) -> None:
-        if self._first_needed() - self.store.first_kept >= TAIL_STEP:
-            self.store.discard(self._first_needed())
 
     def crop(self, tokens_to_remove: int) -> None:
         """As of `SpectrumLayer`, and free what has left the window.
@@ -474,4 +482,5 @@ class SlidingSpectrumLayer(SpectrumLayer):
         super().crop(tokens_to_remove)
         if self.record_past:
             self._settle()
-            self._discard()
+            if self._first_needed() - self.store.first_kept >= TAIL_STEP:
+                self.store.discard(self._first_needed())

@@ -310,6 +310,8 @@ def increments(policy: Policy, before: int, tokens: int) -> Counts:
     Taken as a difference of totals, so that the counts of a row are the documented ones for its length, in however
     many steps it was tiered.
     """
+    if not tokens:
+        return {}
     total, had = policy.counts(before + tokens), policy.counts(before)
     counts: Counts = {}
     left = tokens

@@ -98,7 +98,7 @@ class TieredStore:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec, rotary: Rotary) -> None:
         """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
         self.codec, self.rotary = codec, rotary
-        self.dtype, self.device = keys.dtype, keys.device
+        self.device = keys.device
         self._keys, self._values = keys[:, :, :0].clone(), values[:, :, :0].clone()
         self.length = 0
         self.tail_start = 0
@@ -162,6 +162,14 @@ class TieredStore:
         positions = torch.arange(self.tail_start, self.tail_start + tokens, device=self.device)
         return positions[None] if self.pads is None else positions - self.pads[:, None]
 
+    def settle_mean(self, sinks: int) -> None:
+        """Fix the mean for good, from the tokens of the tail but the sinks and padding, if there is none yet."""
+        if self.mean is None and self.codec.center:
+            index = self._row_index(self.tail_length)
+            positions = torch.arange(self.tail_start, self.length, device=self.device)
+            past_sinks = index >= (sinks if self.tail_length > sinks else 0)
+            self.mean = key_mean(self.tail[0], positions, self.rotary, past_sinks)
+
     def compress(self, tokens: int, policy: Policy, score: torch.Tensor) -> None:
         """Give the oldest `tokens` of the tail their tiers, by rank of `score`.
 
@@ -171,11 +179,7 @@ class TieredStore:
             score: float32 `[batch, kv_heads, tokens]`, higher ranks first. Padding ranks last, and fills up the
                 arenas of rows that have fewer real tokens than others.
         """
-        if self.mean is None and self.codec.center:
-            index = self._row_index(self.tail_length)
-            positions = torch.arange(self.tail_start, self.length, device=self.device)
-            past_sinks = index >= (policy.sinks if self.tail_length > policy.sinks else 0)
-            self.mean = key_mean(self.tail[0], positions, self.rotary, past_sinks)
+        self.settle_mean(policy.sinks)
         keys, values = (t[:, :, :tokens] for t in self.tail)
         tier_of, sizes = self._assign(tokens, policy, score)
         order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
@@ -243,7 +247,7 @@ class TieredStore:
         return [*(Segment(a.tier.bits, a.keys, a.values, a.positions) for a in self.arenas.values()), tail]
 
     def dense(self, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values from position `start` on, `[batch, kv_heads, length - start, dim]`, in the model's dtype.
+        """Keys and values from position `start` on, `[batch, kv_heads, length - start, dim]`, in their own dtypes.
 
         What was dropped is 0. Views of the tail where nothing else is asked for.
         """
@@ -262,8 +266,8 @@ class TieredStore:
                 k, v = decode(k, v, arena.positions, arena.tier.bits, self.codec, self.mean, self.rotary)
             assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
             slot = self._slot(arena.positions, start, size).unsqueeze(-1)
-            keys.scatter_(2, slot.expand_as(k), k.to(self.dtype))
-            values.scatter_(2, slot.expand_as(v), v.to(self.dtype))
+            keys.scatter_(2, slot.expand_as(k), k.to(keys.dtype))
+            values.scatter_(2, slot.expand_as(v), v.to(values.dtype))
         keys, values = keys[:, :, :size], values[:, :, :size]
         tail_keys, tail_values = self.tail
         keys[:, :, size - self.tail_length :] = tail_keys

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

@@ -59,7 +59,7 @@ def tiered_attention(
         rotary: The rotation that `mean` was taken with.
         mask: `[batch or 1, heads or 1, queries, columns]` for the last `columns` positions: bool (True attends) or
             added to the scores. None: causal.
-        window: Only positions above `query position - window` are seen.
+        window: Only positions above `query position - window` are seen; a mask has this in it already.
         softcap: Scores become `softcap * tanh(score / softcap)`.
         sinks: `[heads]`, logits that take part in the softmax and carry no value (GPT-OSS).
         ragged: Some positions are -1.
@@ -178,7 +178,7 @@ def _masked(
         if mask.dtype == torch.bool:
             hidden = ~chosen
         else:
-            scores, hidden = scores + chosen, torch.zeros_like(at, dtype=torch.bool)
+            scores, hidden = scores + chosen, chosen <= torch.finfo(mask.dtype).min / 2
     if ragged or first:
         hidden = hidden | (at < first)
     return scores.masked_fill(hidden, -torch.inf)

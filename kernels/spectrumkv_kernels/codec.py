@@ -50,7 +50,8 @@ def key_mean(
     if weights is None:
         return flat.mean(-2)
     weights = weights.float()[:, None, :, None]
-    return (flat * weights).sum(-2) / weights.sum(-2).clamp(min=1.0)
+    total = weights.sum(-2)
+    return (flat * weights).sum(-2) / total.where(total > 0, 1.0)
 
 
 def encode(

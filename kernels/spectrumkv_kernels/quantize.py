@@ -24,7 +24,7 @@ class Quantized(NamedTuple):
 
     def zero_point(self, bits: int) -> torch.Tensor:
         """The zero, `[...]`, for either kind of code."""
-        return self.scale * -(2.0 ** (bits - 1)) if self.zero is None else self.zero
+        return self.scale.float() * -(2.0 ** (bits - 1)) if self.zero is None else self.zero
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -44,7 +44,9 @@ class Rotary:
         positions = positions.clamp(min=0).long()
         turn = self.table(int(positions.max()) + 1 if positions.numel() else 1, x.device)[positions]
         pairs, rest = self._paired(x)
-        turned = torch.view_as_real(pairs * (turn.conj() if inverse else turn))
+        # Not one complex product: its rounding depends on how many there are, and a token's bits must not.
+        first, second, cos, sin = pairs.real, pairs.imag, turn.real, -turn.imag if inverse else turn.imag
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
         turned = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
         return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), -1) if rest.shape[-1] else turned
 

@@ -1,5 +1,6 @@
 """Tiny random models of many families, built from configs without a hub."""
 
+import copy
 import functools
 
 import torch
@@ -80,9 +81,10 @@ def model(family: str, attention: str | None = None, **changes):
     prefix, _ = FAMILIES[family]
     name = {"gpt2": "GPT2LMHeadModel"}.get(family, f"{prefix}ForCausalLM")
     torch.manual_seed(7)
-    built = getattr(transformers, name)._from_config(
-        config(family, **changes), **({"attn_implementation": attention} if attention else {})
-    )
+    cls = getattr(transformers, name)
+    own = copy.deepcopy(config(family, **changes))  # a model writes its attention implementation into its config
+    built = cls._from_config(own, **({"attn_implementation": attention} if attention else {}))
+    assert attention is None or built.config._attn_implementation == attention
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.dim() > 1:

@@ -2,8 +2,6 @@
 
 import torch
 
-torch.set_num_threads(1)  # tensors of tests are tiny: on a busy machine threads make them ten times slower
-
 
 def error(x, y):
     """Relative error, `rms(x - y) / rms(y)`."""
