@@ -1,8 +1,9 @@
 """`SpectrumCache`, a `transformers.Cache` whose tokens lie in precision tiers."""
 
+import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -106,13 +107,15 @@ class SpectrumCache(Cache):
         )
         ranking = SharedRanking() if self.policy.scope == "token" else None
         layers: list[Any] = []
+        self._stock: dict[int, Callable[[], Any]] = {}
         for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
             if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
                 raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
             window = options.get("sliding_window") if kind == "sliding_attention" else None
             if note := self._stock_because(config, kind, window):
                 self._notes[index] = note
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                self._stock[index] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+                layers.append(self._stock[index]())
                 continue
             ours: dict[str, Any] = {
                 "policy": self.policy,
@@ -153,6 +156,14 @@ class SpectrumCache(Cache):
             for i, layer in enumerate(layers)
         )
         return "\n".join(f"{count} x {name}: {note}" for (name, note), count in kinds.items())
+
+    def reset(self) -> None:
+        """Forget all tokens, so that the cache serves another prompt."""
+        for index, layer in enumerate(self.layers):
+            if index in self._stock:  # up to Transformers 5.17 theirs would keep its length
+                self.layers[index] = self._stock[index]()
+            else:
+                layer.reset()
 
     def _tiered(self) -> Iterator[SpectrumLayer]:
         return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)

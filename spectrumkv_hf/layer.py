@@ -383,6 +383,7 @@ class SpectrumLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number.
         """
+        tokens_to_remove = int(tokens_to_remove)  # Transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number (or 0), got {tokens_to_remove}"
@@ -473,7 +474,7 @@ class SlidingSpectrumLayer(SpectrumLayer):
         """
         if self._store is None:
             return
-        length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
+        length = max(self.get_seq_length() - abs(int(tokens_to_remove)), 0)
         if max(length - self.sliding_window + 1, 0) < self.store.first_kept:
             raise RuntimeError(
                 f"can't remove {abs(tokens_to_remove)} tokens: the sliding window of {self.sliding_window} has moved "

@@ -123,6 +123,16 @@ def test_crop_any_number(target, removed):
     assert_same(target, keys[:, :, :left], values[:, :, :left])
 
 
+def test_crop_by_a_tensor(target):
+    """Transformers 5.17 passes one; it must not become the layer's length, which is added to in place."""
+    for _ in range(2):
+        target.crop(torch.tensor(-20))
+        feed(target, 1)
+    assert target.get_seq_length() == 206 - 2 * 19
+    assert target.keys.shape[2] == 168
+    assert isinstance(target.get_seq_length(), int)
+
+
 def test_crop_then_go_on(target):
     """After cuts into the arenas rows and heads hold different numbers of each tier."""
     keys, values = target.keys, target.values
