@@ -4,6 +4,9 @@ import torch
 
 from spectrumkv_hf.policy import Policy
 
+READS_QUERIES = ("attention", "attention_value")
+"""Kinds of importance that need attention scores."""
+
 
 def importance(
     policy: Policy,
@@ -36,9 +39,11 @@ def importance(
     """
     batch, heads, tokens, _ = keys.shape
     positions = torch.arange(start, start + tokens, device=keys.device)
-    if policy.importance == "attention" and attention is not None:
+    if policy.importance in READS_QUERIES and attention is not None:
         score = attention
-    elif policy.importance in ("attention", "kv_norm"):
+        if policy.importance == "attention_value":  # VATP, arXiv 2406.12335, with the 2-norm
+            score = score * values.float().norm(dim=-1)
+    elif policy.importance in (*READS_QUERIES, "kv_norm"):
         score = kv_norm(keys, values)
     elif policy.importance == "positional":
         score = positional(positions, seen, pads).unsqueeze(1).expand(batch, heads, -1)

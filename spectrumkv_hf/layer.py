@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from spectrumkv_hf.handle import SpectrumHandle
-from spectrumkv_hf.importance import importance
+from spectrumkv_hf.importance import READS_QUERIES, importance
 from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.store import TAIL_STEP, TieredStore
 from spectrumkv_kernels import Codec, Rotary, operation, real_tokens
@@ -311,7 +311,8 @@ class SpectrumLayer(CacheLayerMixin):
         if not tokens:
             return
         scores = None
-        if self.policy.importance == "attention" and keys is not None and fits and self.new_tokens > TAIL_STEP:
+        reads = self.policy.importance in READS_QUERIES
+        if reads and keys is not None and fits and self.new_tokens > TAIL_STEP:
             score = operation("attention_scores", query.device)
             scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
             scores = scores[..., keys.shape[2] - self.store.tail_length :]

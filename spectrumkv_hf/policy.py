@@ -21,7 +21,7 @@ DROPPED = Tier("dropped", 0, Fraction(0))
 TIERS = (FP16, INT8, INT4, DROPPED)
 """From the most to the least precise: the most important tokens take the first."""
 
-IMPORTANCE = ("attention", "kv_norm", "positional", "recency", "random")
+IMPORTANCE = ("attention", "attention_value", "kv_norm", "positional", "recency", "random")
 SCOPES = ("head", "layer", "token")
 
 Counts = dict[Tier, int]
@@ -38,8 +38,9 @@ class Policy:
         budget: `b`, in the range that the policy serves.
         sinks: The first tokens of each row, ranked above all others.
         recent_window: The last tokens, kept exact and outside the budget until that many newer ones have come.
-        importance: Score that ranks tokens: `attention` they receive, `kv_norm`, `positional` (as in the paper's
-            released code), `recency` or `random`. What needs queries falls back to `kv_norm` where none are seen.
+        importance: Score that ranks tokens: `attention` they receive, `attention_value` (that times the norm of
+            their value), `kv_norm`, `positional` (as in the paper's released code), `recency` or `random`. What needs
+            queries falls back to `kv_norm` where none are seen.
         decay: lambda of `I_j = A_j exp(-lambda (n - j))`, per token.
         scope: Rank per `head`, per `layer`, or once for all layers and heads (`token`, as in the paper).
         seed: Of the random ranking.

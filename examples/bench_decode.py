@@ -1,0 +1,125 @@
+"""Time of a decode step over a long context: SpectrumCache against DynamicCache and Transformers' QuantizedCache.
+
+python examples/bench_decode.py --context 2048 --caches dynamic 0.5 0.3 quanto:4
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from models import HelpFormatter, add_model_arguments, check_folders, environment, load_from, passage
+from quality import cache_memory, prefill, print_table
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers.cache_utils import Cache
+
+from spectrumkv_hf import SpectrumCache
+
+BASELINE = "dynamic"
+
+
+def cache_maker(name: str, model: PreTrainedModel) -> Callable[[], Cache]:
+    """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, or `BACKEND:BITS` of `QuantizedCache`.
+
+    Raises:
+        ValueError: none of those.
+    """
+    if name == BASELINE:
+        return lambda: DynamicCache(config=model.config)
+    if name == "fp16":
+        return lambda: SpectrumCache(config=model.config, policy="fp16")
+    backend, colon, bits = name.partition(":")
+    if colon and bits.isdigit():
+        return lambda: QuantizedCache(backend=backend, config=model.config, nbits=int(bits))
+    try:
+        budget = float(name)
+    except ValueError:
+        raise ValueError(f"cache {name!r}: choose {BASELINE}, fp16, a budget such as 0.3, or quanto:4") from None
+    return lambda: SpectrumCache(config=model.config, budget=budget)
+
+
+@torch.inference_mode()
+def decode_times(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, steps: int) -> list[float]:
+    """Seconds of each of `steps` forwards with one token, after a prefill of `ids` and a step of warm-up."""
+    prefill(model, ids, cache)
+    token, times = ids[:, -1:], []
+    for _ in range(1 + steps):
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--context", type=int, default=2048, help="tokens prefilled")
+    parser.add_argument("--steps", type=int, default=48, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each over all caches in turn")
+    parser.add_argument("--caches", nargs="+", default=[BASELINE, "fp16", "0.5", "0.3", "quanto:4"])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        check_folders(args.json)
+        model, tokenizer = load_from(args)
+        names = [BASELINE, *(name for name in args.caches if name != BASELINE)]
+        makers = {name: cache_maker(name, model) for name in names}
+        for make in makers.values():
+            make()
+    except (ImportError, OSError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    once = tokenizer(passage(), return_tensors="pt", verbose=False).input_ids
+    ids = once.repeat(1, -(-args.context // once.shape[1]))[:, : args.context].to(model.device)
+    medians: dict[str, list[float]] = {name: [] for name in makers}
+    stored: dict[str, int] = {}
+    with tqdm(total=args.rounds * len(makers), desc="decode", disable=None) as bar:
+        for _ in range(args.rounds):
+            for name, make in makers.items():
+                cache = make()
+                medians[name].append(statistics.median(decode_times(model, ids, cache, args.steps)))
+                stored[name] = cache_memory(cache).stored
+                bar.update()
+
+    about = environment(model)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{args.model}, {args.context} tokens of context, {args.rounds} rounds of {args.steps} steps\n")
+    rows = {}
+    for name, seconds in medians.items():
+        ratios = [base / own for base, own in zip(medians[BASELINE], seconds, strict=True)]
+        rows[name] = {
+            "milliseconds": 1e3 * statistics.median(seconds),
+            "tokens_per_second": 1 / statistics.median(seconds),
+            "speed_over_dynamic": statistics.median(ratios),
+            "lowest_and_highest": [min(ratios), max(ratios)],
+            "stored_bytes": None if ":" in name else stored[name],
+        }
+    print_table(
+        ["cache", "ms/token", "tokens/s", f"x {BASELINE}", "lowest", "highest"],
+        [
+            [name, *(f"{row[key]:.1f}" for key in ("milliseconds", "tokens_per_second"))]
+            + [f"{value:.2f}" for value in (row["speed_over_dynamic"], *row["lowest_and_highest"])]
+            for name, row in rows.items()
+        ],
+    )
+    if args.json:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        args.json.write_text(json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The embedded SmolLM2-135M: README, examples, and the quality that the tables show."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import quality
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spectrumkv_hf import SpectrumCache, get_policy
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        models.smollm2_file()
+    except FileNotFoundError as problem:
+        pytest.skip(str(problem))
+    return models.load("smollm2", torch.float32)
+
+
+def test_readme_snippet(smollm2, monkeypatch, capsys):
+    """The first Python block of the README, with the hub replaced by the embedded model."""
+    model, tokenizer = smollm2
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(snippet.strip().splitlines()) <= 12
+    exec(snippet, {})
+    assert "actual" in capsys.readouterr().out
+
+
+def test_generate_example(smollm2, tmp_path):
+    arguments = ["--max-new-tokens", "4", "--repeats", "1", "--context", "200", "--continuation", "16"]
+    plot, report = tmp_path / "tiers.png", tmp_path / "report.json"
+    command = [sys.executable, ROOT / "examples/generate.py", *arguments, "--plot", plot, "--json", report]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = {row["cache"]: row for row in json.loads(report.read_text())["results"]}
+    assert rows["SpectrumCache b=0.3"]["kv_mib"] < rows["SpectrumCache b=0.5"]["kv_mib"] < rows["DynamicCache"]["kv_mib"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_examples_report_bad_arguments():
+    command = [sys.executable, ROOT / "examples/generate.py", "--budgets", "0.1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "error: policy 'sink_protect' serves budgets from 0.25 to 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_quality_on_the_passage(smollm2):
+    model, tokenizer = smollm2
+    windows = quality.text_windows(tokenizer, models.passage(), 1280)
+    policies = {
+        "0.5": get_policy("sink_protect", 0.5, recent_window=0),
+        "0.3": get_policy("sink_protect", 0.3, recent_window=0),
+        "random": get_policy("random", 0.3, recent_window=0),
+        "drop_window": get_policy("drop_window", 0.3, recent_window=0),
+        "drop_scored": get_policy("drop_scored", 0.3, recent_window=0),
+    }
+    makers = {name: lambda p=p: SpectrumCache(model.config, policy=p) for name, p in policies.items()}
+    got = {name: q.kl for name, q in quality.measure(model, windows, 1024, makers).items()}
+    assert got["0.5"] < 1e-4
+    assert got["0.3"] < 0.003
+    assert got["0.3"] < got["random"]
+    assert 20 * got["0.3"] < min(got["drop_window"], got["drop_scored"])
