@@ -100,6 +100,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.generation = getattr(self, "generation", 0) + 1
         self.new_tokens = 0
         self._attended = True
+        self._deferred = False
         self._pending: torch.Tensor | None = None
         if self.shared is not None:
             self.shared.offers.clear()
@@ -317,8 +318,7 @@ class SpectrumLayer(CacheLayerMixin):
             scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
             scores = scores[..., keys.shape[2] - self.store.tail_length :]
         if self.defer:
-            self._pending = scores
-            self._attended = False
+            self._deferred, self._pending = True, scores
         else:
             self._tier(scores)
 
@@ -331,10 +331,10 @@ class SpectrumLayer(CacheLayerMixin):
 
     def _settle(self) -> None:
         """Finish what the last update left open: its tiering was deferred, or no attention took note of it."""
-        if not self._attended:
-            self._attended = True
-            self._tier(self._pending)
-            self._pending = None
+        if not self._attended or self._deferred:
+            scores, self._pending = self._pending, None
+            self._attended, self._deferred = True, False
+            self._tier(scores)
         if self.shared is not None and any(layer is self for layer, _ in self.shared.offers):
             self.shared.settle()
 

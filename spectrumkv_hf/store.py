@@ -128,7 +128,8 @@ class TieredStore:
         if held == 0 and grown > self._keys.shape[2]:
             self._keys, self._values = owned(keys), owned(values)
         else:
-            if grown > self._keys.shape[2]:
+            fixed = self._keys.is_inference() and not torch.is_inference_mode_enabled()  # can't be written to
+            if grown > self._keys.shape[2] or fixed:
                 self._resize(held, grown)
             self._keys[:, :, held:grown] = keys
             self._values[:, :, held:grown] = values

@@ -44,7 +44,9 @@ def test_generate_example(smollm2, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = {row["cache"]: row for row in json.loads(report.read_text())["results"]}
-    assert rows["SpectrumCache b=0.3"]["kv_mib"] < rows["SpectrumCache b=0.5"]["kv_mib"] < rows["DynamicCache"]["kv_mib"]
+    assert (
+        rows["SpectrumCache b=0.3"]["kv_mib"] < rows["SpectrumCache b=0.5"]["kv_mib"] < rows["DynamicCache"]["kv_mib"]
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -437,6 +437,20 @@ def test_half_precision(dtype):
     assert relative(got, reference) < 0.02
 
 
+@pytest.mark.parametrize(("policy", "budget"), [("fp16", None), ("sink_protect", 0.5)])
+def test_prefill_in_inference_mode_decode_outside(policy, budget):
+    m = model("llama", "sdpa")
+    expected = logits_of(m, SpectrumCache(m.config, policy=policy, budget=budget, recent_window=8), prompt(300))
+    cache = SpectrumCache(m.config, policy=policy, budget=budget, recent_window=8)
+    with torch.inference_mode():
+        m(prompt(300)[:, :280], past_key_values=cache)
+    with torch.no_grad():
+        later = [m(prompt(300)[:, i, None], past_key_values=cache).logits for i in range(280, 300)]
+        cache.crop(-3)
+        cache.reorder_cache(torch.tensor([0]))
+    assert torch.equal(torch.cat(later, dim=1), expected[:, 1:])
+
+
 def test_autocast():
     m = model("llama", "sdpa")
     with torch.autocast("cpu", torch.bfloat16):
