@@ -115,6 +115,23 @@ def test_fused_equals_materialised(family, implementation, policy, budget, lengt
     assert relative(fused, materialised) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_fused_equals_materialised_after_a_crop_into_the_arenas(family, monkeypatch):
+    """Rows and heads then hold different numbers of tokens of each tier, and the empty places must not be read."""
+    m = model(family, "sdpa", **sizes(family))
+    cache = SpectrumCache(m.config, policy="sink_protect", budget=0.3, recent_window=8)
+    with torch.no_grad():
+        m(prompt(220, batch=2), past_key_values=cache)
+        cache.activate_past_recording()
+        m(prompt(80, batch=2, seed=1), past_key_values=cache)
+    cache.crop(-75)
+    assert any(layer.store.ragged for layer in cache.layers)
+    other = copy.deepcopy(cache)
+    fused = logits_after(m, cache, 2)
+    monkeypatch.setattr(attention, "FUSED", ())
+    assert relative(fused, logits_after(m, other, 2)) < 1e-5
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "spectrumkv"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
 def test_padded_rows_equal_unpadded_ones(family, implementation):
