@@ -164,12 +164,19 @@ class TieredStore:
         return positions[None] if self.pads is None else positions - self.pads[:, None]
 
     def settle_mean(self, sinks: int) -> None:
-        """Fix the mean for good, from the tokens of the tail but the sinks and padding, if there is none yet."""
-        if self.mean is None and self.codec.center:
-            index = self._row_index(self.tail_length)
-            positions = torch.arange(self.tail_start, self.length, device=self.device)
-            past_sinks = index >= (sinks if self.tail_length > sinks else 0)
-            self.mean = key_mean(self.tail[0], positions, self.rotary, past_sinks)
+        """Fix the mean of rows that have none, from their tokens in the tail but the sinks and padding."""
+        if not self.codec.center:
+            return
+        begins = None if self.pads is None else self.pads >= self.tail_start  # rows of which nothing is tiered yet
+        if self.mean is not None and (begins is None or not bool(begins.any())):
+            return
+        index = self._row_index(self.tail_length)
+        positions = torch.arange(self.tail_start, self.length, device=self.device)
+        past_sinks = index >= (sinks if self.tail_length > sinks else 0)
+        mean = key_mean(self.tail[0], positions, self.rotary, past_sinks)
+        if self.mean is not None and begins is not None:
+            mean = torch.where(begins[:, None, None], mean, self.mean)
+        self.mean = mean
 
     def compress(self, tokens: int, policy: Policy, score: torch.Tensor) -> None:
         """Give the oldest `tokens` of the tail their tiers, by rank of `score`.
@@ -298,6 +305,8 @@ class TieredStore:
         self.length = length
         if self.pads is not None:
             self.pads = self.pads.clamp(max=length)
+        if length == 0:
+            self.mean, self.pads, self.drops = None, None, False
 
     def discard(self, start: int) -> None:
         """Free the tokens before position `start`, which no query will see again."""

@@ -234,6 +234,19 @@ def test_padding_longer_than_a_chunk():
     real = bits[1, :, begins : target.store.tail_start]
     for head in real:
         assert {n: (head == n).sum().item() for n in (16, 8, 4)} == {t.bits: n for t, n in expected.items()}
+    # Both rows have the constant 3 in their keys before RoPE, whenever they begin.
+    assert (target.store.mean[0] - 3).abs().mean() < 0.3
+    offset = ROTARY.rotate(target.store.mean[1], torch.tensor([120]))  # its keys count from its chunk
+    assert (offset - 3).abs().mean() < 0.5
+
+
+def test_cropped_to_nothing_is_as_new(target):
+    target.crop(-206)
+    fresh = layer(target.policy.name, target.policy.budget)
+    for seed in (3, 4):
+        for used in (target, fresh):
+            feed(used, 150, seed=seed)
+    assert torch.equal(target.keys, fresh.keys)
 
 
 class TestSliding:
