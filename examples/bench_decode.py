@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--context", type=int, default=2048, help="tokens prefilled")
     parser.add_argument("--steps", type=int, default=48, help="tokens decoded in a round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, each over all caches in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each over all caches in turn")
     parser.add_argument("--caches", nargs="+", default=[BASELINE, "fp16", "0.5", "0.3", "quanto:4"])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     return parser.parse_args()
