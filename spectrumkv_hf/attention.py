@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spectrumkv_hf.handle import SpectrumHandle
+from spectrumkv_hf.layer import causal_mask
 
 NAME = "spectrumkv"
 FUSED = (NAME, "sdpa")
@@ -36,8 +37,7 @@ def spectrumkv_attention(
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None:
-        queries, length = query.shape[2], key.shape[2]
-        attention_mask = query.new_ones(1, 1, queries, length, dtype=torch.bool).tril(length - queries)
+        attention_mask = causal_mask(query, key.shape[2])
     if attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
             ~attention_mask, torch.finfo(query.dtype).min

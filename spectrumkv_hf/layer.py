@@ -19,6 +19,12 @@ FUSED_QUERIES = 32
 """With more queries than this, one dequantisation of the layer costs less than reading its codes query by query."""
 
 
+def causal_mask(query: torch.Tensor, length: int) -> torch.Tensor:
+    """bool `[1, 1, queries, length]` for the queries of the last tokens: True where one may attend."""
+    queries = query.shape[2]
+    return query.new_ones(1, 1, queries, length, dtype=torch.bool).tril(length - queries)
+
+
 def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Keeps autocast out of what is computed in float32 on purpose."""
     if torch.is_autocast_enabled(device.type):
@@ -254,8 +260,7 @@ class SpectrumLayer(CacheLayerMixin):
         held = self.store.tier_map(self.store.length - length) > 0
         held = held.repeat_interleave(query.shape[1] // held.shape[1], dim=1).unsqueeze(2)
         if mask is None:
-            queries = query.shape[2]
-            mask = torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(length - queries)
+            mask = causal_mask(query, length)
         if mask.dtype == torch.bool:
             return mask & held
         return mask.masked_fill(~held, torch.finfo(mask.dtype).min)

@@ -13,7 +13,8 @@ class MemoryReport:
     """Bytes of a cache.
 
     Attributes:
-        stored: All bytes that the cache keeps alive: whole storages, each counted once.
+        stored: All bytes that the cache keeps alive: whole storages, each counted once. Not among them is the table of
+            cos and sin that all caches of a process share, `head_dim` float32 a position for each kind of RoPE.
         parts: The same by tier and part, `int8.keys.codes`, `tail.values`, `mean`, ...; `uncompressed` is what stock
             Transformers layers hold.
         fp16: Bytes of the same tokens at two bytes an element, what an uncompressed FP16 or BF16 cache would hold

@@ -89,10 +89,6 @@ class Policy:
         """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`."""
         raise NotImplementedError
 
-    def nominal_ratio(self, tokens: int) -> float:
-        """Mean nominal cost at these counts."""
-        return float(sum(tier.cost * n for tier, n in self.counts(tokens).items()) / max(tokens, 1))
-
 
 def _fill(tokens: int, shares: dict[Tier, Fraction], rest: Tier) -> Counts:
     counts = {tier: int(share * tokens) for tier, share in shares.items()}

@@ -25,12 +25,12 @@ class Rotary:
     inv_freq: tuple[float, ...] = ()
     interleaved: bool = False
 
-    def _paired(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotated channel pairs as complex numbers, `[..., pairs]`, and the channels that are not rotated."""
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """First and second channels of the rotated pairs, `[..., pairs]` each, and those that are not rotated."""
         pairs = len(self.inv_freq)
         if self.interleaved:
-            return torch.complex(x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]), x[..., 2 * pairs :]
-        return torch.complex(x[..., :pairs], x[..., pairs : 2 * pairs]), x[..., 2 * pairs :]
+            return x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2], x[..., 2 * pairs :]
+        return x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """`R(t) x`, or `R(-t) x`.
@@ -43,9 +43,9 @@ class Rotary:
             return x.expand(*torch.broadcast_shapes(x.shape[:-1], positions.shape), x.shape[-1])
         positions = positions.clamp(min=0).long()
         turn = self.table(int(positions.max()) + 1 if positions.numel() else 1, x.device)[positions]
-        pairs, rest = self._paired(x)
+        first, second, rest = self._split(x)
         # Not one complex product: its rounding depends on how many there are, and a token's bits must not.
-        first, second, cos, sin = pairs.real, pairs.imag, turn.real, -turn.imag if inverse else turn.imag
+        cos, sin = turn.real, -turn.imag if inverse else turn.imag
         turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
         turned = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
         return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), -1) if rest.shape[-1] else turned
@@ -62,10 +62,10 @@ class Rotary:
         """
         if not self.inv_freq:
             return (query @ mean.unsqueeze(-1)).expand(*query.shape[:-1], length)
-        query_pairs, query_rest = self._paired(query)
-        mean_pairs, mean_rest = self._paired(mean.unsqueeze(-2))
+        *query_pairs, query_rest = self._split(query)
+        *mean_pairs, mean_rest = self._split(mean.unsqueeze(-2))
         # Re(conj(q) m exp(i t f)), summed over pairs: one product with a table that all layers and heads share.
-        weights = torch.view_as_real((query_pairs * mean_pairs.conj()).resolve_conj()).flatten(-2)
+        weights = torch.view_as_real(torch.complex(*query_pairs) * torch.complex(*mean_pairs).conj()).flatten(-2)
         scores = linear(weights, torch.view_as_real(self.table(length, query.device)[:length]).flatten(-2))
         return scores + query_rest @ mean_rest.transpose(-1, -2) if query_rest.shape[-1] else scores
 
