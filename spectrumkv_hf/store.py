@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Policy, Tier, increments
-from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, key_mean, operation
+from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, operation
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens, and decoding tiers this many at a time."""
@@ -173,7 +173,7 @@ class TieredStore:
         index = self._row_index(self.tail_length)
         positions = torch.arange(self.tail_start, self.length, device=self.device)
         past_sinks = index >= (sinks if self.tail_length > sinks else 0)
-        mean = key_mean(self.tail[0], positions, self.rotary, past_sinks)
+        mean = operation("key_mean", self.device)(self.tail[0], positions, self.rotary, past_sinks)
         if self.mean is not None and begins is not None:
             mean = torch.where(begins[:, None, None], mean, self.mean)
         self.mean = mean

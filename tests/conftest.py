@@ -1,7 +1,12 @@
 """Fixtures for all tests: NaN in fresh memory, tiny models of many families."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors; read when they are defined
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
 

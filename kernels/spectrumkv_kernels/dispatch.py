@@ -1,39 +1,55 @@
 """Picks the implementation of an operation by device."""
 
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from spectrumkv_kernels import attention, codec, scores
-
 VARIABLE = "SPECTRUMKV_KERNELS"
 """Environment variable that forces one implementation."""
 
-IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "torch": {
-        "encode": codec.encode,
-        "decode": codec.decode,
-        "tiered_attention": attention.tiered_attention,
-        "attention_scores": scores.attention_scores,
-    },
-}
-"""Operations by implementation. All implementations of an operation have the signature of the one in torch."""
+IMPLEMENTATIONS = {"torch": "", "triton": "_triton"}
+"""Implementations, by the suffix of their modules. All have the signature of the one in torch, which specifies it."""
 
-DEFAULT_BY_DEVICE = {"cpu": "torch"}
-"""Implementation for a type of device; `torch` for those not named."""
+OPERATIONS = {
+    "key_mean": "codec",
+    "encode": "codec",
+    "decode": "codec",
+    "tiered_attention": "attention",
+    "attention_scores": "scores",
+}
+"""The module of each operation."""
+
+
+@functools.cache
+def default_implementation(device_type: str) -> str:
+    """The implementation for a type of device: Triton where there is a CUDA device and Triton is installed."""
+    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") else "torch"
+
+
+@functools.cache
+def _load(name: str, implementation: str) -> Callable[..., Any]:
+    module = OPERATIONS[name]
+    try:
+        return getattr(importlib.import_module(f"spectrumkv_kernels.{module}{IMPLEMENTATIONS[implementation]}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the {implementation} implementation of {name} can't be loaded: {error}") from error
 
 
 def operation(name: str, device: torch.device) -> Callable[..., Any]:
     """The function for operation `name` on `device`.
 
-    `SPECTRUMKV_KERNELS` overrides the choice. An operation that the chosen implementation lacks falls back to torch.
+    `SPECTRUMKV_KERNELS` overrides the choice.
 
     Raises:
         ValueError: `SPECTRUMKV_KERNELS` names no implementation.
+        ModuleNotFoundError: it names one that is not installed.
     """
-    chosen = os.environ.get(VARIABLE) or DEFAULT_BY_DEVICE.get(device.type, "torch")
+    chosen = os.environ.get(VARIABLE) or default_implementation(device.type)
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE}={chosen!r} names no implementation: choose from {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[chosen].get(name) or IMPLEMENTATIONS["torch"][name]
+    return _load(name, chosen)

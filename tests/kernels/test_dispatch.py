@@ -1,21 +1,19 @@
 import pytest
 import torch
 
-from spectrumkv_kernels import attention_scores, decode, encode, operation, tiered_attention
-from spectrumkv_kernels.dispatch import IMPLEMENTATIONS, VARIABLE
+from spectrumkv_kernels import dispatch, operation
+from spectrumkv_kernels.dispatch import IMPLEMENTATIONS, OPERATIONS, VARIABLE
 
-CPU = torch.device("cpu")
-OPERATIONS = {f.__name__: f for f in (encode, decode, tiered_attention, attention_scores)}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("setting", [None, "", "torch"], ids=["unset", "empty", "torch"])
-def test_torch_on_cpu(monkeypatch, setting, name):
-    if setting is None:
-        monkeypatch.delenv(VARIABLE, raising=False)
-    else:
-        monkeypatch.setenv(VARIABLE, setting)
-    assert operation(name, CPU) is OPERATIONS[name]
+def module_of(function):
+    return function.__module__.removeprefix("spectrumkv_kernels.")
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 def test_variable_name():
@@ -23,9 +21,36 @@ def test_variable_name():
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_torch_on_a_device_without_own_implementation(monkeypatch, name):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert operation(name, torch.device("meta")) is OPERATIONS[name]
+@pytest.mark.parametrize("setting", ["", "torch"], ids=["empty", "torch"])
+def test_torch_on_cpu(monkeypatch, setting, name):
+    monkeypatch.setenv(VARIABLE, setting)
+    function = operation(name, CPU)
+    assert function.__name__ == name and module_of(function) == OPERATIONS[name]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_torch_on_a_device_without_own_implementation(name):
+    assert module_of(operation(name, torch.device("meta"))) == OPERATIONS[name]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_triton_on_cuda_or_where_forced(monkeypatch, name):
+    pytest.importorskip("triton")
+    on_cuda = operation(name, CUDA)
+    assert on_cuda.__name__ == name and module_of(on_cuda) == OPERATIONS[name] + "_triton"
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert operation(name, CPU) is on_cuda
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert module_of(operation(name, CUDA)) == OPERATIONS[name]
+
+
+def test_torch_on_cuda_without_triton(monkeypatch):
+    dispatch.default_implementation.cache_clear()
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    try:
+        assert module_of(operation("decode", CUDA)) == "codec"
+    finally:
+        dispatch.default_implementation.cache_clear()
 
 
 def test_unknown_implementation(monkeypatch):
@@ -37,17 +62,13 @@ def test_unknown_implementation(monkeypatch):
     assert all(choice in message for choice in IMPLEMENTATIONS)
 
 
-def test_forced_implementation_falls_back_to_torch(monkeypatch):
-    def own():
-        pass
-
-    monkeypatch.setitem(IMPLEMENTATIONS, "other", {"decode": own})
+def test_an_implementation_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "other", "_other")
     monkeypatch.setenv(VARIABLE, "other")
-    assert operation("decode", CPU) is own
-    assert operation("encode", CPU) is encode
+    with pytest.raises(ModuleNotFoundError, match="other implementation of decode"):
+        operation("decode", CPU)
 
 
-def test_unknown_operation(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
+def test_unknown_operation():
     with pytest.raises(KeyError, match="no-such-operation"):
         operation("no-such-operation", CPU)
