@@ -173,9 +173,11 @@ def _launches(block_d: int, dtype: torch.dtype, masked: bool) -> tuple[dict[str,
         return both, both
     normalisers = {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
     mass = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3 if block_d <= 128 else 2}
-    if block_d > 128:
-        normalisers["BLOCK_N"] = 32 if masked else 64
-    elif not masked:
+    if masked:  # whose entries and their addresses take registers
+        normalisers |= {"BLOCK_R": 64, "BLOCK_N": 128 if block_d == 128 else 64}
+    elif block_d > 128:
+        normalisers["BLOCK_N"] = 64
+    else:
         normalisers["maxnreg"] = 128  # two programs on a multiprocessor
     return normalisers, mass
 
@@ -206,6 +208,8 @@ def attention_scores(
             query, keys, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks,
             recent=recent, strided=strided,
         )  # fmt: skip
+    if not query.is_cuda and query.dtype == torch.bfloat16:  # Triton's interpreter multiplies their bits
+        query, keys = query.float(), keys.float()
     rows = probe_rows(real_tokens(mask, queries), queries, recent, strided, query.device)
     rows = rows.expand(batch, -1).contiguous()
     probes, group = rows.shape[1], heads // kv_heads
