@@ -28,7 +28,7 @@ LENGTHS = ["window", "tokens", "probes", "offset", "span", "mask_heads", "mask_b
 
 @triton.jit
 def _seen(at, n, tokens, window, hidden, mask, mask_column):
-    """Whether a row, whose place among the keys is `at`, -1 for none, sees key `n`, and what the mask adds to scores.
+    """Whether a row, whose place among the keys is `at` (-1: none), sees key `n`, and what an additive mask adds.
 
     `at`, `n` and `mask`, pointers to the rows of the mask, broadcast to `[rows, keys]` or `[keys, rows]`.
     """
@@ -53,11 +53,11 @@ def _logits(product, scale, softcap, at, n, tokens, window, hidden, mask, mask_c
     """Scores of products of queries and keys, as exponents of 2; -inf where a row does not see the key."""
     seen, bias = _seen(at, n, tokens, window, hidden, mask, mask_column)
     if softcap is not None:
-        tanh = 1 - 2 / (1 + tl.exp2(product * (scale / softcap * 2 * LOG2E)))
-        logits = tanh * (softcap * LOG2E)
-    else:
-        logits = product * (scale * LOG2E)
-    return tl.where(seen, logits + bias, float("-inf"))
+        product, scale = 1 - 2 / (1 + tl.exp2(product * (scale / softcap * 2 * LOG2E))), softcap  # tanh
+    logits = product * (scale * LOG2E)
+    if mask is not None and mask.dtype.element_ty != tl.uint8:
+        logits += bias
+    return tl.where(seen, logits, float("-inf"))
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def test_lengths(queries, dtype, device):
     check(inputs(queries, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 20, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim, dtype, device):
     check(inputs(37, head_dim=head_dim, dtype=dtype), device, recent=9, strided=5)
@@ -186,7 +186,7 @@ def test_views(device):
 
 
 def test_runs_are_identical(device):
-    given, options = inputs(300, 1700, batch=2, head_dim=64, dtype=torch.bfloat16), {"softcap": 5.0, "window": 900}
+    given, options = inputs(200, 1300, head_dim=64, dtype=torch.bfloat16), {"softcap": 5.0, "window": 700}
     first = run(given, device, **options)
     for _ in range(20 if device.type == "cuda" else 1):
         assert torch.equal(run(given, device, **options), first)
