@@ -27,13 +27,13 @@ class Arena:
         return self.positions.shape[-1]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor with its name: `keys.codes`, `keys.scale`, ..., `positions`."""
+        """Every tensor with its name: `keys.codes`, `keys.affine`, ..., `positions`."""
         for side in ("keys", "values"):
             stored = getattr(self, side)
             if isinstance(stored, torch.Tensor):
                 yield side, stored
             else:
-                yield from ((f"{side}.{name}", t) for name, t in stored._asdict().items() if t is not None)
+                yield from ((f"{side}.{name}", t) for name, t in stored._asdict().items())
         yield "positions", self.positions
 
     def map(self, function: TensorMap) -> "Arena":
@@ -42,8 +42,7 @@ class Arena:
         def side(stored: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
             if isinstance(stored, torch.Tensor):
                 return function(stored)
-            codes, scale = function(stored.codes), function(stored.scale)
-            return Quantized(codes, scale, None if stored.zero is None else function(stored.zero))
+            return Quantized(function(stored.codes), function(stored.affine))
 
         return replace(self, keys=side(self.keys), values=side(self.values), positions=function(self.positions))
 

@@ -127,15 +127,13 @@ def _positions(segments: Sequence[Segment]) -> torch.Tensor:
 
 def _scales(coded: Sequence[Segment]) -> Sequence[torch.Tensor]:
     """Scales and zeros of keys, then of values, over the tokens of all tiers: float32 `[batch, kv_heads, tokens]`."""
-    keys = [s.keys for s in coded]
-    values = [s.values for s in coded]
-    parts = [
-        *(k.scale for k in keys),
-        *(k.zero_point(s.bits) for k, s in zip(keys, coded, strict=True)),
-        *(v.scale for v in values),
-        *(v.zero_point(s.bits) for v, s in zip(values, coded, strict=True)),
-    ]
-    return torch.cat(parts, dim=-1).float().chunk(4, dim=-1)
+    stored = [(s.keys, s.values) for s in coded]
+    keys, values = (torch.cat([q.affine for q in side], dim=2).float() for side in zip(*stored, strict=True))
+    if keys.shape[-1] == 2:
+        return *keys.unbind(-1), *values.unbind(-1)
+    keys, values = keys.squeeze(-1), values.squeeze(-1)
+    low = torch.cat([keys.new_full((s.positions.shape[-1],), -(2.0 ** (s.bits - 1))) for s in coded])
+    return keys, keys * low, values, values * low
 
 
 # One product for each part of the bytes: converting a part is a contiguous pass, joining them would not be.

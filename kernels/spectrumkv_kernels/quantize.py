@@ -14,13 +14,22 @@ class Quantized(NamedTuple):
         codes: uint8 `[..., channels * bits / 8]`. With `w = channels * bits / 8`, byte `i` holds channels
             `i, i + w, i + 2w, ...` from its lowest bits up, so INT4 has channel `i` in the low and channel
             `i + channels / 2` in the high nibble.
-        scale: float16 `[...]`.
-        zero: float16 `[...]`, or None for symmetric codes, whose zero is `-2**(bits - 1) * scale`.
+        affine: float16 `[..., 2]`, scale and zero side by side, so that one read fetches both; `[..., 1]`, the scale
+            alone, for symmetric codes, whose zero is `-2**(bits - 1) * scale`.
     """
 
     codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
+    affine: torch.Tensor
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """float16 `[...]`."""
+        return self.affine[..., 0]
+
+    @property
+    def zero(self) -> torch.Tensor | None:
+        """float16 `[...]`, or None for symmetric codes."""
+        return self.affine[..., 1] if self.affine.shape[-1] == 2 else None
 
     def zero_point(self, bits: int) -> torch.Tensor:
         """The zero, `[...]`, for either kind of code."""
@@ -67,17 +76,17 @@ def quantize(x: torch.Tensor, bits: int, symmetric: bool = False) -> Quantized:
     if symmetric:
         offset = 2 ** (bits - 1)
         scale = (x.abs().amax(-1) / (offset - 1)).clamp(max=FLOAT16_MAX).half()
-        zero, lowest = None, 1
+        affine, lowest = scale.unsqueeze(-1), 1
         shifted = x
     else:
         low, high = x.aminmax(dim=-1)
         zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
         scale = ((high - low) / top).clamp(max=FLOAT16_MAX).half()
-        offset, lowest = 0, 0
+        affine, offset, lowest = torch.stack((scale, zero), dim=-1), 0, 0
         shifted = x - zero.float().unsqueeze(-1)
     inverse = torch.where(scale > 0, scale.float().reciprocal(), 0.0).unsqueeze(-1)
     codes = ((shifted * inverse).round() + offset).clamp(lowest, top).to(torch.uint8)
-    return Quantized(pack(codes, bits), scale, zero)
+    return Quantized(pack(codes, bits), affine)
 
 
 def dequantize(quantized: Quantized, bits: int) -> torch.Tensor:

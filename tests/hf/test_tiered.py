@@ -292,7 +292,7 @@ class TestMemory:
             m(prompt(300), past_key_values=cache)
         parts = cache.memory().parts
         assert parts["int4.keys.codes"] == 2 * 300 * 2 * 8
-        assert parts["int4.values.zero"] == 2 * 300 * 2 * 2
+        assert parts["int4.values.affine"] == 2 * 300 * 2 * 2 * 2
         assert parts["int4.positions"] == 2 * 300 * 2 * 4
 
 

@@ -127,8 +127,8 @@ def with_fillers(segment, seed):
         """What lies in an empty place was a token once: finite, though maybe far larger than the others."""
         if not isinstance(stored, Quantized):
             return garbage(stored, large)
-        zero = None if stored.zero is None else garbage(stored.zero, -large)
-        return Quantized(garbage(stored.codes, 0xA7), garbage(stored.scale, 300.0), zero)
+        spoilt = [garbage(t, value) for t, value in zip(stored.affine.unbind(-1), (300.0, -large), strict=False)]
+        return Quantized(garbage(stored.codes, 0xA7), torch.stack(spoilt, dim=-1))
 
     return Segment(bits, spoilt(keys, 1e4), spoilt(values, -2e4), positions.masked_fill(filler, -1))
 
@@ -304,7 +304,7 @@ def test_ragged_places_with_nan_keys(kind):
     for bits, keys, values, positions in case.segments:
         nan = torch.where(positions < 0, torch.nan, 0.0)
         if isinstance(keys, Quantized):
-            keys = keys._replace(scale=keys.scale + nan.half(), zero=keys.zero + nan.half())
+            keys = keys._replace(affine=keys.affine + nan.half().unsqueeze(-1))
         else:
             keys = keys + nan.unsqueeze(-1)
         segments.append(Segment(bits, keys, values, positions))

@@ -148,7 +148,7 @@ def test_key_mean_in_bfloat16_keys_is_float32():
 
 def gathered(stored, index):
     if isinstance(stored, Quantized):
-        return Quantized(*(None if t is None else gathered(t, index) for t in stored))
+        return Quantized(*(gathered(t, index) for t in stored))
     return stored.gather(2, index.unsqueeze(-1).expand(*index.shape, stored.shape[-1]) if stored.dim() == 4 else index)
 
 

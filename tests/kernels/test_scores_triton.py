@@ -121,7 +121,7 @@ def test_strided_masks(kind, device):
     expected = check(given, device, mask=mask, **options)
     wide = torch.nn.functional.pad(mask.float(), (3, 6, 2, 2)).to(kind)
     for same in (mask.expand(-1, 4, -1, -1), wide[..., 2:-2, 3:-6], mask.mT.contiguous().mT):
-        assert torch.equal(run(given, device, mask=same, recent=8, strided=8), expected)
+        assert error(run(given, device, mask=same, recent=8, strided=8), expected) < 1e-6
     keys_only = masked(torch.arange(41) >= torch.tensor([[[[0]]], [[[7]]]]), kind)
     check(given, device, mask=keys_only.expand(-1, -1, 30, -1), **options)
     check(given, device, mask=mask[:1].expand(2, 4, -1, -1), **options)

@@ -1,0 +1,234 @@
+"""Time one decode step's attention of one layer on a GPU: tiers read where they lie, against what else is there.
+
+Every time is the median over replays of a CUDA graph that goes through several copies of the inputs, more than the L2
+cache holds. `GB/s` counts the bytes that the method has to read; `of copy` is their share of the bandwidth of a
+device-to-device copy in the same run.
+
+    python examples/bench_kernels.py --output results/kernels.json --plot results/kernels.png
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, operation
+
+SHAPES = {  # heads, KV heads, head_dim
+    "Qwen2.5-7B": (28, 4, 128),
+    "Llama-3-8B": (32, 8, 128),
+    "Gemma-2-9B": (16, 8, 256),
+}
+SIZES = {4096: (1, 4096), 32768: (1, 32768), 131072: (4, 32768), 262144: (8, 32768)}  # B*T: batch, tokens
+TIERS = {"b=.5": {8: 1.0}, "b=.3": {8: 0.2, 4: 0.8}}
+SINKS, TAIL = 4, 96
+L2_BYTES = 128 << 20
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+CODEC = CODECS["spectrum"]
+DTYPE = torch.bfloat16
+
+
+class Timing(NamedTuple):
+    """Milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def timed(calls: list[Callable[[], Any]], replays: int = 25) -> Timing:
+    """Time of one call: each replay of the graph makes all of them once."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+    for start, stop in events:
+        start.record()
+        graph.replay()
+        stop.record()
+    torch.cuda.synchronize()
+    times = torch.tensor([start.elapsed_time(stop) / len(calls) for start, stop in events])
+    return Timing(*(round(float(times.quantile(q)), 5) for q in (0.5, 0.2, 0.8)))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy within the device."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    ways = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))  # the driver's, a kernel's
+    return 2 * source.nbytes / min(timed([way]).median for way in ways) * 1e3
+
+
+def copies(size: int) -> int:
+    return max(1, -(-L2_BYTES // size))
+
+
+def exact(batch: int, heads: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (batch, heads, tokens, dim)
+    return torch.randn(shape, device="cuda", dtype=DTYPE), torch.randn(shape, device="cuda", dtype=DTYPE)
+
+
+def tiered(batch: int, heads: int, tokens: int, dim: int, tiers: dict[int, float]) -> list[Segment]:
+    """Random codes in the layout of a cache after prefill: sinks, coded tokens scattered over the tiers, a tail."""
+    middle = tokens - SINKS - TAIL
+    counts = [round(middle * share) for share in tiers.values()]
+    order = torch.rand(batch, heads, middle, device="cuda").argsort(-1).to(torch.int32) + SINKS
+    segments = [Segment(16, *exact(batch, heads, SINKS, dim), torch.arange(SINKS, device="cuda").int())]
+    for bits, positions in zip(tiers, order.split(counts, dim=-1), strict=True):
+
+        def side(n: int = positions.shape[-1], bits: int = bits) -> Quantized:
+            codes = torch.randint(256, (batch, heads, n, dim * bits // 8), device="cuda", dtype=torch.uint8)
+            scale = torch.rand(batch, heads, n, device="cuda") / 2**bits
+            return Quantized(codes, torch.stack((scale, -scale * 2 ** (bits - 1)), dim=-1).half())
+
+        segments.append(Segment(bits, side(), side(), positions.sort(-1).values))
+    last = torch.arange(tokens - TAIL, tokens, device="cuda").int()
+    segments.append(Segment(16, *exact(batch, heads, TAIL, dim), last))
+    return [s._replace(positions=s.positions.expand(batch, heads, -1)) for s in segments]
+
+
+def stored_bytes(segments: list[Segment]) -> int:
+    tensors = [t for s in segments for t in ((*s.keys, *s.values, s.positions) if s.bits < 16 else (s.keys, s.values))]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def attend(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
+    read = operation("tiered_attention", query.device)
+    return read(
+        query, segments, length=tokens, scale=query.shape[-1] ** -0.5, codec=CODEC, mean=mean, rotary=rotary
+    )  # fmt: skip
+
+
+def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
+    dense = operation("dense", query.device)
+    return packed(query, *dense(segments, start=0, size=tokens, codec=CODEC, mean=mean, rotary=rotary))
+
+
+def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The heads of a group as the queries of one head: what Transformers does in decoding."""
+    return scaled_dot_product_attention(query.unflatten(1, (keys.shape[1], -1)).squeeze(3), keys, values)
+
+
+def grouped(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def best_sdpa(query: torch.Tensor, cases: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[str, Timing]:
+    found = {}
+    for name, backend in BACKENDS.items():
+        for form in (packed, grouped):
+            try:
+                with sdpa_kernel(backend):
+                    calls = [lambda k=k, v=v, form=form: form(query, k, v) for k, v in cases]
+                    found[f"{name}, {form.__name__}"] = timed(calls)
+            except RuntimeError as error:
+                print(f"  SDPA {name} {form.__name__}: {str(error).splitlines()[0][:90]}")
+                torch.cuda.synchronize()
+    return min(found.items(), key=lambda item: item[1].median)
+
+
+def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterator[dict[str, Any]]:
+    for model in shapes:
+        heads, kv_heads, dim = SHAPES[model]
+        rotary = Rotary(tuple(5e5 ** (-i * 2 / dim) for i in range(dim // 2)))
+        for size in sizes:
+            batch, tokens = SIZES[size]
+            query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPE)
+            mean = torch.randn(batch, kv_heads, dim, device="cuda")
+            whole = 2 * batch * kv_heads * tokens * dim * 2
+            cases = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
+            backend, base = best_sdpa(query, cases)
+            del cases
+            torch.cuda.empty_cache()
+            common = {"model": model, "batch": batch, "tokens": tokens}
+
+            def row(method: str, time: Timing, size: int, base: Timing = base, common: Any = common) -> dict[str, Any]:
+                rate = size / time.median * 1e3
+                return {
+                    **common, "method": method, **time._asdict(), "GB/s": round(rate / 1e9),
+                    "of copy": round(rate / peak, 3), "speedup": round(base.median / time.median, 3),
+                }  # fmt: skip
+
+            yield row(f"SDPA bf16 ({backend})", base, whole)
+            for name, tiers in TIERS.items():
+                segments = [tiered(batch, kv_heads, tokens, dim, tiers)]
+                stored = stored_bytes(segments[0])
+                segments += [tiered(batch, kv_heads, tokens, dim, tiers) for _ in range(copies(stored) - 1)]
+                time = timed([lambda s=s: attend(query, s, tokens, mean, rotary) for s in segments])
+                yield row(f"SpectrumKV {name}", time, stored)
+                if slow:
+                    time = timed([lambda s=s: dequantised(query, s, tokens, mean, rotary) for s in segments[:2]])
+                    yield row(f"dequantise {name}, SDPA", time, stored)
+                del segments
+                torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="batch times tokens")
+    parser.add_argument("--quick", action="store_true", help="SDPA and SpectrumKV only")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_kernels.py times GPU kernels and finds no CUDA device")
+    torch.manual_seed(0)
+    peak = copy_bandwidth()
+    print(f"copy: {peak / 1e9:.0f} GB/s read and written")
+    results = []
+    for row in rows(args.shapes, args.sizes, peak, not args.quick):
+        results.append(row)
+        print(
+            f"{row['model']:<12}{row['batch']:>3} x {row['tokens']:<7}{row['method']:<28}{row['median']:>9.4f} ms"
+            f" ({row['p20']:.4f}-{row['p80']:.4f}){row['GB/s']:>6} GB/s{row['of copy']:>7.1%} of copy"
+            f"{row['speedup']:>7.2f}x SDPA",
+            flush=True,
+        )
+    if args.output:
+        versions = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
+        }  # fmt: skip
+        report = {"versions": versions, "copy GB/s": round(peak / 1e9), "rows": results}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Speedup over SDPA by size, one panel for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(row["model"] for row in results))
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.4), sharey=True, squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for method in dict.fromkeys(row["method"] for row in results if not row["method"].startswith("SDPA")):
+            points = [(r["batch"] * r["tokens"], r["speedup"]) for r in results if (r["model"], r["method"]) == (shape, method)]
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set(title=shape, xscale="log", xlabel="batch x tokens")
+    axes[0][0].set_ylabel("speedup over SDPA, bf16")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
