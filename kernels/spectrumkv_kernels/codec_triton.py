@@ -389,7 +389,7 @@ def _rotation(rotary: Rotary, centred: bool, device: torch.device) -> tuple[torc
 
 def _fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
     """Whether the kernels can do it; what they can't is the twin's, errors included."""
-    whole = bits == 16 or (bits in (2, 4, 8) and all(t.shape[-1] * bits % 8 == 0 for t in tensors))
+    whole = bits in (2, 4, 8) and all(t.shape[-1] * bits % 8 == 0 for t in tensors)
     return whole and all(t.dtype in DTYPES for t in tensors) and 2 * len(rotary.inv_freq) <= tensors[0].shape[-1]
 
 
@@ -402,7 +402,7 @@ def key_mean(
 ) -> torch.Tensor:
     """As `codec.key_mean`. Reads the keys once; splits of the tokens are summed in a fixed order."""
     batch, heads, tokens, dim = keys.shape
-    if not _fits(rotary, 16, keys) or not keys.numel():
+    if not _fits(rotary, 8, keys) or not keys.numel():
         return twin.key_mean(keys, positions, rotary, weights)
     keys, positions = _dense_last(keys), positions.contiguous()
     factors, rotation = _rotation(rotary, True, keys.device)
