@@ -11,9 +11,11 @@ from spectrumkv_kernels import codec as twin
 from spectrumkv_kernels.attention import Segment
 from spectrumkv_kernels.codec import Codec
 from spectrumkv_kernels.hadamard_triton import hadamard, join_quarters
+from spectrumkv_kernels.mean_triton import mean_kernel, sums_kernel
 from spectrumkv_kernels.quantize import Quantized
+from spectrumkv_kernels.quantize_triton import load_codes, store_codes
 from spectrumkv_kernels.rotary import Rotary
-from spectrumkv_kernels.rotary_triton import partner, rotated_mean, turn
+from spectrumkv_kernels.rotary_triton import rotated_mean
 
 ELEMENTS = 4096
 """Of a block of tokens and channels, for 4 warps."""
@@ -22,26 +24,13 @@ SPLIT = 512
 SEGMENTS = 4
 """Most segments of one launch."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROUND = tl.constexpr(1.5 * 2.0**23)
-"""Adding it to a small float32 leaves no fraction: rounds to the nearest integer, ties to even."""
-FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _load_part(
-    x,  # of each token
-    inside,
-    positions,
-    mean,
-    factors,
-    part,
-    WIDTH: tl.constexpr,
-    DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+def _load_residual(
+    x, inside, positions, mean, factors, channels, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """Channels `part * WIDTH` and on of the tokens, less those of `R(t) mean`: float32 `[tokens, WIDTH]`."""
-    channels = part * WIDTH + tl.arange(0, WIDTH)
+    """These channels of tokens that begin at `x`, less those of `R(t) mean`: float32 `[tokens, channels]`."""
     y = tl.load(x + channels[None, :], mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
     if mean is not None:
         y -= rotated_mean(mean, factors, positions, channels, DIM, PAIRS, INTERLEAVED)
@@ -50,117 +39,37 @@ def _load_part(
 
 @triton.jit
 def _encode_tokens(
-    x,  # the row's first token
-    stride,
-    index,
-    positions,
-    mean,
-    factors,
-    codes,
-    scales,
-    zeros,
-    first,  # of the row's tokens in codes, scales and zeros
-    n,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,  # DIM, rounded up to a power of two
-    BITS: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Quantise `TOKENS` tokens of one row of keys or values."""
+    x, stride, index, positions, mean, factors, codes, scales, zeros, first, n,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < n
-    source = token.to(tl.int64) if index is None else tl.load(index + token, mask=inside, other=0)
-    real = (tl.arange(0, WIDTH) < DIM)[None, :]
     at = tl.load(positions + first + token, mask=inside, other=0) if mean is not None else token
+    source = token.to(tl.int64) if index is None else tl.load(index + token, mask=inside, other=0)
     x += source[:, None] * stride
     if WIDTH == DIM and WIDTH >= 32:
-        QUARTER: tl.constexpr = WIDTH // 4
-        y0 = _load_part(x, inside, at, mean, factors, 0, QUARTER, DIM, PAIRS, INTERLEAVED)
-        y1 = _load_part(x, inside, at, mean, factors, 1, QUARTER, DIM, PAIRS, INTERLEAVED)
-        y2 = _load_part(x, inside, at, mean, factors, 2, QUARTER, DIM, PAIRS, INTERLEAVED)
-        y3 = _load_part(x, inside, at, mean, factors, 3, QUARTER, DIM, PAIRS, INTERLEAVED)
+        channels = tl.arange(0, WIDTH // 4)
+        y0 = _load_residual(x, inside, at, mean, factors, channels, DIM, PAIRS, INTERLEAVED)
+        y1 = _load_residual(x, inside, at, mean, factors, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y2 = _load_residual(x, inside, at, mean, factors, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
+        y3 = _load_residual(x, inside, at, mean, factors, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
         y = join_quarters(y0, y1, y2, y3)
     else:
-        y = _load_part(x, inside, at, mean, factors, 0, WIDTH, DIM, PAIRS, INTERLEAVED)
-    if HADAMARD:
-        y = hadamard(y, TOKENS, WIDTH, DIM & -DIM)
-    NORM: tl.constexpr = (DIM & -DIM) ** -0.5 if HADAMARD else 1.0
-
-    TOP: tl.constexpr = 2**BITS - 1
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
-    if zeros is None:
-        scale = tl.max(tl.abs(y), 1) * NORM * (1 / (MIDDLE - 1))
-        zero = tl.zeros([TOKENS], tl.float32)
-        offset = ROUND + MIDDLE
-        lowest = ROUND + 1
-    else:
-        low = tl.min(tl.where(real, y, float("inf")), 1) * NORM
-        high = tl.max(tl.where(real, y, float("-inf")), 1) * NORM
-        scale = (high - low) * (1 / TOP)
-        zero = tl.minimum(tl.maximum(low, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
-        tl.store(zeros + first + token, zero, mask=inside)
-        zero = zero.to(tl.float32)
-        offset = ROUND
-        lowest = ROUND
-    scale = tl.minimum(scale, FLOAT16_MAX).to(tl.float16)
-    tl.store(scales + first + token, scale, mask=inside)
-    steps = scale.to(tl.float32)
-    inverse = tl.where(steps > 0, 1.0 / tl.where(steps > 0, steps, 1.0), 0.0)
-    y = (y * NORM - zero[:, None]) * inverse[:, None] + offset
-    code = tl.minimum(tl.maximum(y, lowest), ROUND + TOP).to(tl.uint32, bitcast=True)  # in the lowest byte
-
-    PARTS: tl.constexpr = 8 // BITS
-    if WIDTH == DIM:
-        shift = BITS * tl.arange(0, PARTS)[None, :, None]
-        packed = tl.sum(tl.reshape(code, [TOKENS, PARTS, WIDTH // PARTS]) << shift, 1)
-        byte = tl.arange(0, WIDTH // PARTS)
-    else:
-        byte = tl.arange(0, WIDTH)
-        packed = code
-        for part in tl.static_range(1, PARTS):
-            there = tl.broadcast_to(tl.minimum(byte + part * (DIM // PARTS), WIDTH - 1)[None, :], [TOKENS, WIDTH])
-            packed += tl.gather(code, there, 1) << (BITS * part)
-    place = (first + token)[:, None] * (DIM // PARTS) + byte[None, :]
-    tl.store(codes + place, (packed & 255).to(tl.uint8), mask=inside[:, None] & (byte < DIM // PARTS)[None, :])
+        y = _load_residual(x, inside, at, mean, factors, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
+    BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
+    store_codes(hadamard(y, BLOCK), codes, scales, zeros, first + token, inside, BLOCK**-0.5, DIM, BITS)
 
 
-@triton.jit(do_not_specialize=["n", "index_batch", "index_head"])
+@triton.jit(do_not_specialize=["index", "n", "index_batch", "index_head"])
 def _encode_kernel(
-    keys,
-    values,
-    index,
-    positions,
-    mean,
-    factors,
-    key_codes,
-    key_scale,
-    key_zero,
-    value_codes,
-    value_scale,
-    value_zero,
-    n,
-    heads,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    index_batch,
-    index_head,
-    KEY_DIM: tl.constexpr,
-    KEY_WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    keys, values, index, positions, mean, factors,
+    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, n, heads,
+    key_batch, key_head, key_token, value_batch, value_head, value_token, index_batch, index_head,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Grid: blocks of tokens, batch x heads, keys and values."""
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -184,39 +93,20 @@ def _encode_kernel(
 
 
 @triton.jit
-def _load_codes(codes, tokens, inside, scale, zero, part, WIDTH: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Channels `part * WIDTH` and on of coded tokens, float32 `[tokens, WIDTH]`."""
-    BYTES: tl.constexpr = DIM * BITS // 8
-    channels = part * WIDTH + tl.arange(0, WIDTH)
-    place = codes + tokens[:, None] * BYTES + (channels % BYTES)[None, :]
-    packed = tl.load(place, mask=inside[:, None] & (channels < DIM)[None, :], other=0)
-    code = (packed.to(tl.int32) >> (channels // BYTES * BITS)[None, :]) & (2**BITS - 1)
-    return tl.where((channels < DIM)[None, :], code.to(tl.float32) * scale[:, None] + zero[:, None], 0.0)
-
-
-@triton.jit
 def _decode_tokens(
-    x, scales, zeros, positions, mean, factors, out, row, block, n, start, size, stride,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    SCATTER: tl.constexpr,
-    TOKENS: tl.constexpr,
+    x, stride, scales, zeros, positions, mean, factors, out, row, block, n, start, size,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCATTER: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write keys or values of `TOKENS` tokens of one row and segment to where they belong."""
+    """Write `TOKENS` keys or values of one row and segment to where they belong."""
     token = block * TOKENS + tl.arange(0, TOKENS)
     inside = token < n
     at = tl.load(positions + token, mask=inside, other=-1)
     channels = tl.arange(0, WIDTH)
+    real = (channels < DIM)[None, :]
     if BITS == 16:
-        y = tl.load(
-            x + token.to(tl.int64)[:, None] * stride + channels[None, :],
-            mask=inside[:, None] & (channels < DIM)[None, :],
-            other=0.0,
-        )
+        place = x + token.to(tl.int64)[:, None] * stride + channels[None, :]
+        y = tl.load(place, mask=inside[:, None] & real, other=0.0)
     else:
         stored = row * n + token
         scale = tl.load(scales + stored, mask=inside, other=0.0).to(tl.float32)
@@ -225,52 +115,35 @@ def _decode_tokens(
         else:
             zero = tl.load(zeros + stored, mask=inside, other=0.0).to(tl.float32)
         if WIDTH == DIM and WIDTH >= 32:
-            y0 = _load_codes(x, stored, inside, scale, zero, 0, WIDTH // 4, DIM, BITS)
-            y1 = _load_codes(x, stored, inside, scale, zero, 1, WIDTH // 4, DIM, BITS)
-            y2 = _load_codes(x, stored, inside, scale, zero, 2, WIDTH // 4, DIM, BITS)
-            y3 = _load_codes(x, stored, inside, scale, zero, 3, WIDTH // 4, DIM, BITS)
+            part = tl.arange(0, WIDTH // 4)
+            y0 = load_codes(x, scale, zero, stored, inside, part, DIM, BITS)
+            y1 = load_codes(x, scale, zero, stored, inside, part + WIDTH // 4, DIM, BITS)
+            y2 = load_codes(x, scale, zero, stored, inside, part + WIDTH // 2, DIM, BITS)
+            y3 = load_codes(x, scale, zero, stored, inside, part + 3 * WIDTH // 4, DIM, BITS)
             y = join_quarters(y0, y1, y2, y3)
         else:
-            y = _load_codes(x, stored, inside, scale, zero, 0, WIDTH, DIM, BITS)
-        if HADAMARD:
-            y = hadamard(y, TOKENS, WIDTH, DIM & -DIM) * (DIM & -DIM) ** -0.5
+            y = load_codes(x, scale, zero, stored, inside, channels, DIM, BITS)
+        BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
+        y = hadamard(y, BLOCK) * BLOCK**-0.5
         if mean is not None:
             y += rotated_mean(mean, factors, at, channels, DIM, PAIRS, INTERLEAVED)
-    slot = token
-    if SCATTER:
-        slot = at - start
+    slot = at - start if SCATTER else token
     there = inside & (slot >= 0) & (slot < size)
     place = out + (row * size + slot)[:, None] * DIM + channels[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=there[:, None] & (channels < DIM)[None, :])
+    tl.store(place, y.to(out.dtype.element_ty), mask=there[:, None] & real)
 
 
 @triton.jit(do_not_specialize=["count0", "count1", "count2", "count3", "start", "size"])
 def _dense_kernel(
     segments,  # of each: keys, their scale and zero, values, their scale and zero, positions
     strides,  # of 16-bit keys and values: batch, head, token
-    count0,
-    count1,
-    count2,
-    count3,
-    out_keys,
-    out_values,
-    mean,
-    factors,
-    start,
-    size,
-    heads,
+    count0, count1, count2, count3, out_keys, out_values, mean, factors, start, size, heads,
     BITS: tl.constexpr,  # of each segment
     SHARED: tl.constexpr,  # whether all rows of the segment have the same positions
-    KEY_DIM: tl.constexpr,
-    KEY_WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    SCATTER: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SCATTER: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Grid: blocks of tokens of all segments, batch x heads, keys and values."""
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -289,79 +162,16 @@ def _dense_kernel(
                 if mean is not None:
                     mean += row * KEY_DIM
                 _decode_tokens(
-                    keys, key_scale, key_zero, positions, mean, factors, out_keys, row, block, n, start, size,
-                    key_token, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
+                    keys, key_token, key_scale, key_zero, positions, mean, factors, out_keys, row, block, n, start,
+                    size, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
                 )  # fmt: skip
             else:
                 values += batch * value_batch + head * value_head
                 _decode_tokens(
-                    values, value_scale, value_zero, positions, None, None, out_values, row, block, n, start,
-                    size, value_token, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
+                    values, value_token, value_scale, value_zero, positions, None, None, out_values, row, block, n,
+                    start, size, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
                 )  # fmt: skip
         block -= blocks
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _sums_kernel(
-    keys, positions, weights, factors, sums, tokens, heads, batch_stride, head_stride, token_stride,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Sums over `SPLIT` tokens of keys times cosine and keys times sine. Grid: splits, batch x heads."""
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
-    keys += batch * batch_stride + head * head_stride
-    channels = tl.arange(0, WIDTH)
-    along = tl.zeros([TOKENS, WIDTH], tl.float32)
-    across = tl.zeros([TOKENS, WIDTH], tl.float32)
-    for i in range(SPLIT // TOKENS):
-        token = tl.program_id(0) * SPLIT + i * TOKENS + tl.arange(0, TOKENS)
-        inside = token < tokens
-        place = keys + token.to(tl.int64)[:, None] * token_stride + channels[None, :]
-        x = tl.load(place, mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
-        if weights is not None:
-            x *= tl.load(weights + batch * tokens + token, mask=inside, other=0.0)[:, None]
-        if PAIRS:
-            at = tl.load(positions + token, mask=inside, other=0)
-            cos, sin = turn(factors, at, channels, PAIRS, INTERLEAVED)
-            along += x * cos
-            across += x * sin
-        else:
-            along += x
-    sums += (row * tl.num_programs(0) + tl.program_id(0)) * 2 * WIDTH
-    tl.store(sums + channels, tl.sum(along, 0))
-    if PAIRS:
-        tl.store(sums + WIDTH + channels, tl.sum(across, 0))
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _mean_kernel(
-    sums, total, mean, splits, heads,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Mean of the splits' sums, turned back. Grid: batch x heads."""
-    row = tl.program_id(0).to(tl.int64)
-    channels = tl.arange(0, WIDTH)
-    acc = tl.zeros([SPLITS, WIDTH], tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        place = sums + (row * splits + split)[:, None] * 2 * WIDTH
-        acc += tl.load(place + channels[None, :], mask=(split < splits)[:, None], other=0.0)
-        if PAIRS:
-            other, sign = partner(channels, PAIRS, INTERLEAVED)
-            turned = (split < splits)[:, None] & (channels < 2 * PAIRS)[None, :]
-            acc -= tl.load(place + WIDTH + other[None, :], mask=turned, other=0.0) * sign[None, :]
-    weight = tl.load(total + row // heads)
-    weight = tl.where(weight > 0, weight, 1.0)
-    tl.store(mean + row * DIM + channels, tl.sum(acc, 0) / weight, mask=channels < DIM)
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -416,11 +226,11 @@ def key_mean(
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
     sizes = {"DIM": dim, "WIDTH": width, **rotation}
     with _on(keys):
-        _sums_kernel[splits, batch * heads](
+        sums_kernel[splits, batch * heads](
             keys, positions, weights, factors, sums, tokens, heads, *keys.stride()[:3],
             TOKENS=max(1, ELEMENTS // 2 // width), SPLIT=max(SPLIT, 1), **sizes,
         )  # fmt: skip
-        _mean_kernel[(batch * heads,)](sums, total, mean, splits, heads, SPLITS=max(1, ELEMENTS // 2 // width), **sizes)
+        mean_kernel[(batch * heads,)](sums, total, mean, splits, heads, SPLITS=max(1, ELEMENTS // 2 // width), **sizes)
     return mean
 
 

@@ -13,15 +13,16 @@ def join_quarters(y0, y1, y2, y3):
 
 
 @triton.jit
-def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Hadamard transform, not normalised, of float32 `[ROWS, WIDTH]` in blocks of `BLOCK` channels.
+def hadamard(x, BLOCK: tl.constexpr):
+    """Hadamard transform, not normalised, of float32 `[tokens, channels]` in blocks of `BLOCK` channels.
 
     A butterfly is a sum over an axis of 2, and `a - b = (a + b) - 2b`: registers and warp shuffles, no shared memory.
     """
-    SIZE: tl.constexpr = ROWS * WIDTH // 2
+    PAIRS: tl.constexpr = x.numel // 2
+    y = x
     second = (tl.arange(0, 2) == 1)[None, :, None]
     for stage in tl.static_range(BLOCK.bit_length() - 1):
-        pairs = tl.reshape(x, [SIZE >> stage, 2, 1 << stage])
+        pairs = tl.reshape(y, [PAIRS >> stage, 2, 1 << stage])
         total = tl.sum(pairs, 1, keep_dims=True)
-        x = tl.where(second, total - 2 * pairs, total)
-    return tl.reshape(x, [ROWS, WIDTH])
+        y = tl.where(second, total - 2 * pairs, total)
+    return tl.reshape(y, x.shape)

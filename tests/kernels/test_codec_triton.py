@@ -99,10 +99,10 @@ def assert_same_codes(ours, theirs, bits):
                 assert x.dtype == torch.float16
                 torch.testing.assert_close(x.float(), y.float(), rtol=2.0**-10, atol=2.0**-24)
                 same &= x == y
-        assert (~same).sum() <= max(1, 0.01 * same.numel())
+        assert (~same).sum() <= max(4, 0.02 * same.numel())
         differ = (codes_of(a, bits) - codes_of(b, bits))[same]
         assert differ.abs().max() <= 1
-        assert differ.abs().sum() <= max(1, 1e-4 * differ.numel())
+        assert differ.abs().sum() <= max(5, 1e-4 * differ.numel())
 
 
 def assert_equal(ours, theirs):
@@ -122,6 +122,15 @@ def test_encode_and_decode_as_twin(case, device):
     for a, b in zip(ours, inputs.decode(codec, *theirs), strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) < 1e-6
+
+
+def test_few_codes_differ_from_the_twins(device):
+    """Of float32 keys at 8 bits: those within float32 rounding of a tie."""
+    inputs = Inputs(CASES[7], device, tokens=600, n=512)
+    ours, theirs = (inputs.encode(implementation)[0] for implementation in (codec_triton, codec))
+    same = (ours.scale == theirs.scale) & (ours.zero == theirs.zero)
+    assert same.float().mean() > 0.98
+    assert (codes_of(ours, 8) != codes_of(theirs, 8))[same].float().mean() < 1e-4
 
 
 @EVERY_CASE
@@ -189,7 +198,7 @@ def test_constant_tiny_and_huge_vectors(factor, codec_name, device):
         torch.testing.assert_close(a.scale, b.scale, rtol=2.0**-10, atol=2.0**-24)
         assert a.zero is None or bool(a.zero.isfinite().all())
     pair = [i.decode(*ours, positions, 8, CODECS[codec_name], None, Rotary()) for i in (codec_triton, codec)]
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6 * factor) for a, b in zip(*pair, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5 * factor) for a, b in zip(*pair, strict=True))
 
 
 @SOME_CASES
@@ -381,8 +390,8 @@ def test_lengths_compile_nothing_anew(device):
         codec_triton.dense([segment], 0, tokens, torch.bfloat16, inputs.codec, inputs.mean, inputs.rotary)
 
     def compiled():
-        kernels = ("_encode_kernel", "_dense_kernel", "_sums_kernel", "_mean_kernel")
-        return sum(len(cache[0]) for k in kernels for cache in getattr(codec_triton, k).device_caches.values())
+        kernels = (getattr(codec_triton, k) for k in ("_encode_kernel", "_dense_kernel", "sums_kernel", "mean_kernel"))
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     run(33, 17)
     before = compiled()
