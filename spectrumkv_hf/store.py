@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Policy, Tier, increments
-from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, operation
+from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, operation, take
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens, and decoding tiers this many at a time."""
@@ -61,13 +61,6 @@ class Arena:
         empty = torch.arange(size, device=keep.device) < size - counts
         arena.positions.masked_fill_(empty, -1)
         return arena
-
-
-def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens `index`, `[batch, kv_heads, n]`, of `[batch, kv_heads, tokens]` or `[batch, kv_heads, tokens, dim]`."""
-    if tensor.dim() == 4:
-        index = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
-    return tensor.gather(2, index)
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -197,7 +190,7 @@ class TieredStore:
                 self.drops = True
                 continue
             positions = (chosen + self.tail_start).to(torch.int32)
-            arena = self._encode(tier, take(keys, chosen), take(values, chosen), positions)
+            arena = self._encode(tier, keys, values, positions, chosen)
             self.arenas[tier] = self.arenas[tier].extended(arena) if tier in self.arenas else arena
         self.arenas = {tier: self.arenas[tier] for tier in TIERS if tier in self.arenas}
         self._forget_head(tokens)
@@ -239,11 +232,13 @@ class TieredStore:
             tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_of)
         return tier_of, sizes.tolist()
 
-    def _encode(self, tier: Tier, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> Arena:
+    def _encode(
+        self, tier: Tier, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor
+    ) -> Arena:
         if tier == FP16:
-            return Arena(tier, keys, values, positions)
+            return Arena(tier, take(keys, chosen), take(values, chosen), positions)
         encode = operation("encode", self.device)
-        k, v = encode(keys, values, positions, tier.bits, self.codec, self.mean, self.rotary)
+        k, v = encode(keys, values, positions, tier.bits, self.codec, self.mean, self.rotary, index=chosen)
         return Arena(tier, k, v, positions)
 
     def segments(self) -> list[Segment]:
@@ -262,24 +257,10 @@ class TieredStore:
             skip = start - self.tail_start
             keys, values = self.tail
             return keys[:, :, skip:], values[:, :, skip:]
-        size = self.length - start
-        keys, values = (
-            t.new_zeros(*t.shape[:2], size + 1, t.shape[3]) for t in (self._keys, self._values)
-        )  # the last slot takes what lies before `start`, and rows' empty places
-        decode = operation("decode", self.device)
-        for arena in self.arenas.values():
-            k, v = arena.keys, arena.values
-            if arena.tier != FP16:
-                k, v = decode(k, v, arena.positions, arena.tier.bits, self.codec, self.mean, self.rotary)
-            assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
-            slot = self._slot(arena.positions, start, size).unsqueeze(-1)
-            keys.scatter_(2, slot.expand_as(k), k.to(keys.dtype))
-            values.scatter_(2, slot.expand_as(v), v.to(values.dtype))
-        keys, values = keys[:, :, :size], values[:, :, :size]
-        tail_keys, tail_values = self.tail
-        keys[:, :, size - self.tail_length :] = tail_keys
-        values[:, :, size - self.tail_length :] = tail_values
-        return keys, values
+        size, dtype = self.length - start, self._keys.dtype
+        complete = not (self.drops or self.ragged) and start >= self.first_kept
+        dense = operation("dense", self.device)
+        return dense(self.segments(), start, size, dtype, self.codec, self.mean, self.rotary, complete)
 
     def tier_map(self, start: int = 0) -> torch.Tensor:
         """Bits of every token from `start` on, int64 `[batch, kv_heads, length - start]`: 0 for what was dropped."""

@@ -1,7 +1,7 @@
 """Tensor operations of SpectrumKV: codecs, attention over tiers, importance. Knows nothing of Transformers."""
 
 from spectrumkv_kernels.attention import Segment, tiered_attention
-from spectrumkv_kernels.codec import CODECS, Codec, decode, encode, key_mean
+from spectrumkv_kernels.codec import CODECS, Codec, decode, dense, encode, key_mean, take
 from spectrumkv_kernels.dispatch import operation
 from spectrumkv_kernels.hadamard import hadamard
 from spectrumkv_kernels.quantize import Quantized, dequantize, pack, quantize, unpack
@@ -16,6 +16,7 @@ __all__ = [
     "Segment",
     "attention_scores",
     "decode",
+    "dense",
     "dequantize",
     "encode",
     "hadamard",
@@ -24,6 +25,7 @@ __all__ = [
     "pack",
     "quantize",
     "real_tokens",
+    "take",
     "tiered_attention",
     "unpack",
 ]

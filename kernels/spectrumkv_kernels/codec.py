@@ -1,12 +1,17 @@
 """Codecs: how keys and values of a token become integer codes, and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from spectrumkv_kernels.hadamard import hadamard
 from spectrumkv_kernels.quantize import Quantized, dequantize, quantize
 from spectrumkv_kernels.rotary import Rotary
+
+if TYPE_CHECKING:
+    from spectrumkv_kernels.attention import Segment
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,13 @@ CODECS = {
         Codec("absmax", center=False, hadamard=False, symmetric=True),  # the paper's
     )
 }
+
+
+def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Tokens `index`, `[batch, kv_heads, n]`, of `[batch, kv_heads, tokens]` or `[batch, kv_heads, tokens, dim]`."""
+    if tensor.dim() == 4:
+        index = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
+    return tensor.gather(2, index)
 
 
 def key_mean(
@@ -62,18 +74,22 @@ def encode(
     codec: Codec,
     mean: torch.Tensor | None,
     rotary: Rotary,
+    index: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """Quantise keys and values of the tokens of one tier.
 
     Args:
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
         values: `[batch, kv_heads, tokens, value_dim]`.
-        positions: int32 `[batch, kv_heads, tokens]`; slots of the tokens.
+        positions: int32 `[batch, kv_heads, n]`; slots of the tokens that are taken.
         bits: Width of a code, 2, 4 or 8.
         codec: What to do before rounding.
         mean: `key_mean` of the layer, float32 `[batch, kv_heads, head_dim]`; None where the codec does not centre.
         rotary: The rotation that `mean` was taken with.
+        index: int64 `[batch, kv_heads, n]`, the tokens to take, in this order; None: all.
     """
+    if index is not None:
+        keys, values = take(keys, index), take(values, index)
     k, v = keys.float(), values.float()
     if mean is not None:
         k = k - rotary.rotate(mean.unsqueeze(-2), positions)
@@ -98,3 +114,53 @@ def decode(
     if mean is not None:
         k = k + rotary.rotate(mean.unsqueeze(-2), positions)
     return k, v
+
+
+def dims(segment: "Segment") -> tuple[int, int]:
+    """The head dims of keys and values."""
+    key_dim, value_dim = (
+        side.codes.shape[-1] * 8 // segment.bits if isinstance(side, Quantized) else side.shape[-1]
+        for side in (segment.keys, segment.values)
+    )
+    return key_dim, value_dim
+
+
+def dense(
+    segments: Sequence["Segment"],
+    start: int,
+    size: int,
+    dtype: torch.dtype,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    complete: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the positions from `start` to `start + size`, in their order.
+
+    Args:
+        segments: One at least; no position is in two of them.
+        start: The first position; 0 or more.
+        size: How many.
+        dtype: Of the result and of 16-bit segments, which are copied.
+        codec: How the other segments were encoded.
+        mean: As for `encode`.
+        rotary: Likewise.
+        complete: Every one of these positions lies in a segment, so that no memory need be cleared.
+
+    Returns:
+        `[batch, kv_heads, size, dim]` each, 0 where no segment has the position.
+    """
+    batch, heads = segments[0].positions.shape[:2]
+    keys, values = (
+        torch.zeros(batch, heads, size + 1, dim, dtype=dtype, device=segments[0].positions.device)
+        for dim in dims(segments[0])
+    )  # the last slot takes what lies elsewhere, and rows' empty places
+    for segment in segments:
+        k, v, positions = segment.keys, segment.values, segment.positions
+        if isinstance(k, Quantized):
+            k, v = decode(k, v, positions, segment.bits, codec, mean, rotary)
+        slot = positions.long() - start
+        slot = slot.where((slot >= 0) & (slot < size), size).unsqueeze(-1)
+        keys.scatter_(2, slot.expand_as(k), k.to(dtype))
+        values.scatter_(2, slot.expand_as(v), v.to(dtype))
+    return keys[:, :, :size], values[:, :, :size]

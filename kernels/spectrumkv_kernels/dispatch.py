@@ -19,6 +19,7 @@ OPERATIONS = {
     "key_mean": "codec",
     "encode": "codec",
     "decode": "codec",
+    "dense": "codec",
     "tiered_attention": "attention",
     "attention_scores": "scores",
 }

@@ -8,6 +8,8 @@ from torch.nn.functional import linear
 
 SMALLEST_TABLE = 2048
 """Positions of a table; it doubles as longer sequences come."""
+FACTOR_ROWS = 2048
+"""Rows of the tables of `Rotary.factors`, which cover the square of that many positions."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,22 @@ class Rotary:
     def table(self, length: int, device: torch.device) -> torch.Tensor:
         """`exp(i t inv_freq)`, complex64 `[length or more, pairs]`, kept for all caches of the process."""
         return _table(self.inv_freq, max(SMALLEST_TABLE, 1 << (length - 1).bit_length()), device)
+
+    def factors(self, device: torch.device) -> torch.Tensor:
+        """Tables whose size needs no length, for kernels: `exp(i t f) = exp(i (t // 2048) 2048 f) exp(i (t % 2048) f)`.
+
+        Returns:
+            float32 `[2, 2, 2048, pairs]`: of the fine angles, then the coarse ones, the cosines, then the sines. They
+            cover 4 million positions.
+        """
+        return _factors(self.inv_freq, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _factors(inv_freq: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    rows = torch.arange(FACTOR_ROWS, dtype=torch.float64)
+    angles = torch.stack((rows, rows * FACTOR_ROWS))[..., None] * torch.tensor(inv_freq, dtype=torch.float64)
+    return torch.stack((angles.cos(), angles.sin()), dim=1).float().to(device)
 
 
 @functools.lru_cache(maxsize=32)
