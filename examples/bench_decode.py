@@ -63,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--context", type=int, default=2048, help="tokens prefilled")
+    parser.add_argument("--batch", type=int, default=1, help="rows, all the same length")
     parser.add_argument("--steps", type=int, default=48, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each over all caches in turn")
     parser.add_argument("--caches", nargs="+", default=[BASELINE, "fp16", "0.5", "0.3", "quanto:4"])
@@ -83,36 +84,49 @@ def main() -> None:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
 
-    once = tokenizer(passage(), return_tensors="pt", verbose=False).input_ids
-    ids = once.repeat(1, -(-args.context // once.shape[1]))[:, : args.context].to(model.device)
+    if tokenizer is None:
+        ids = torch.randint(model.config.vocab_size, (args.batch, args.context))
+    else:
+        once = tokenizer(passage(), return_tensors="pt", verbose=False).input_ids
+        ids = once.repeat(args.batch, -(-args.context // once.shape[1]))[:, : args.context]
+    ids = ids.to(model.device)
     medians: dict[str, list[float]] = {name: [] for name in makers}
     stored: dict[str, int] = {}
+    peaks: dict[str, int] = {}
     with tqdm(total=args.rounds * len(makers), desc="decode", disable=None) as bar:
         for _ in range(args.rounds):
             for name, make in makers.items():
+                if ids.is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
                 cache = make()
                 medians[name].append(statistics.median(decode_times(model, ids, cache, args.steps)))
                 stored[name] = cache_memory(cache).stored
+                peaks[name] = torch.cuda.max_memory_allocated() if ids.is_cuda else 0
+                del cache
                 bar.update()
 
     about = environment(model)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{args.model}, {args.context} tokens of context, {args.rounds} rounds of {args.steps} steps\n")
+    print(
+        f"{args.model}, batch {args.batch}, {args.context} tokens of context, {args.rounds} rounds of {args.steps} steps\n"
+    )
     rows = {}
     for name, seconds in medians.items():
         ratios = [base / own for base, own in zip(medians[BASELINE], seconds, strict=True)]
         rows[name] = {
             "milliseconds": 1e3 * statistics.median(seconds),
-            "tokens_per_second": 1 / statistics.median(seconds),
+            "tokens_per_second": args.batch / statistics.median(seconds),
             "speed_over_dynamic": statistics.median(ratios),
             "lowest_and_highest": [min(ratios), max(ratios)],
             "stored_bytes": None if ":" in name else stored[name],
+            "peak_bytes": peaks[name] or None,
         }
     print_table(
-        ["cache", "ms/token", "tokens/s", f"x {BASELINE}", "lowest", "highest"],
+        ["cache", "ms/step", "tokens/s", f"x {BASELINE}", "lowest", "highest", "cache GiB", "peak GiB"],
         [
             [name, *(f"{row[key]:.1f}" for key in ("milliseconds", "tokens_per_second"))]
             + [f"{value:.2f}" for value in (row["speed_over_dynamic"], *row["lowest_and_highest"])]
+            + [f"{(row[key] or 0) / 2**30:.2f}" for key in ("stored_bytes", "peak_bytes")]
             for name, row in rows.items()
         ],
     )

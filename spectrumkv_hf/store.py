@@ -1,5 +1,6 @@
 """The tensors of one layer: an arena per tier, and a tail of recent tokens that are exact."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -61,6 +62,16 @@ class Arena:
         empty = torch.arange(size, device=keep.device) < size - counts
         arena.positions.masked_fill_(empty, -1)
         return arena
+
+
+def _counting(length: int, device: torch.device) -> torch.Tensor:
+    """0, 1, 2, ...: int32 `[length or more]`, kept for all layers and steps."""
+    return _counting_to(max(1 << (length - 1).bit_length(), 4096), device)
+
+
+@functools.lru_cache(maxsize=8)
+def _counting_to(length: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(length, dtype=torch.int32, device=device)
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -244,8 +255,8 @@ class TieredStore:
     def segments(self) -> list[Segment]:
         """Arenas and tail, as `tiered_attention` reads them."""
         keys, values = self.tail
-        positions = torch.arange(self.tail_start, self.length, dtype=torch.int32, device=self.device)
-        tail = Segment(FP16.bits, keys, values, positions.expand(*keys.shape[:2], -1))
+        positions = _counting(self.length, self.device)[self.tail_start : self.length]
+        tail = Segment(FP16.bits, keys, values, positions.expand(keys.shape[0], keys.shape[1], -1))
         return [*(Segment(a.tier.bits, a.keys, a.values, a.positions) for a in self.arenas.values()), tail]
 
     def dense(self, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

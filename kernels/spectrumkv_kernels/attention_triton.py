@@ -4,10 +4,11 @@ Three launches: the queries are prepared, every program then reads one stretch o
 of the batch, and the parts are merged.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,8 +22,8 @@ from spectrumkv_kernels.quantize import Quantized
 from spectrumkv_kernels.rotary import Rotary
 
 LOG2E = math.log2(math.e)
-FINE = 64
-"""Positions that share one coarse rotation: `exp(i t f) = exp(i 64 (t // 64) f) exp(i (t % 64) f)`."""
+FINE = 128
+"""Positions that share one coarse rotation: `exp(i t f) = exp(i 128 (t // 128) f) exp(i (t % 128) f)`."""
 QUERY_PEAK = 1024.0
 """Rotated queries are scaled to this peak, so that float16 holds them with 11 bits whatever their size."""
 WEIGHT_PEAK = tl.constexpr(14)
@@ -33,7 +34,7 @@ PACKED = tl.constexpr(not triton.knobs.runtime.interpret)
 """Bit operations on two words at a time, in assembly, which the interpreter lacks."""
 ROWS = 64
 """Query rows of one program at most."""
-PREPARED = 64
+PREPARED = 32
 """Query rows that are prepared together."""
 TURNED = 16
 """Query rows that are rotated together."""
@@ -46,8 +47,8 @@ STAGES = 3
 OPTIONS = {"num_warps": 2, "maxnreg": 168}
 RESIDENT = 6
 """Programs with these options that a multiprocessor holds at once."""
-PREPARE_OPTIONS = {"num_warps": 8}
-PREPARE_RESIDENT = 2
+PREPARE_OPTIONS = {"num_warps": 4}
+PREPARE_RESIDENT = 4
 
 
 @triton.constexpr_function
@@ -64,16 +65,17 @@ def _dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["rows", "flat", "turning", "row_blocks", "blocks", "length"])
+@triton.jit(do_not_specialize=["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length"])
 def _prepare_kernel(
     query,  # [flat, rows, D]
     signs,  # [D, D] in the dtype of query: Hadamard matrix of 1 and -1
     mean,  # [flat, D] float32
     fine,  # [POSITIONS, 2 * PAIRS] float16: cos and -sin of t f
     coarse,  # [positions / POSITIONS, 2 * PAIRS] float32: cos and sin of POSITIONS t f
-    rotated,  # [flat, rows, D] float16
-    factor,  # [flat, rows, 2] float32: unit of the codes' products, sum of the rotated query in that unit
-    offset,  # [flat, length, ROWS_PAD] float16: q . R(t) mean
+    halves,
+    floats,
+    rotated_at,
+    factor_at,
     rows,
     flat,
     turning,
@@ -85,6 +87,7 @@ def _prepare_kernel(
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HADAMARD: tl.constexpr,
+    MEAN: tl.constexpr,
     PEAK: tl.constexpr,
     POSITIONS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
@@ -93,11 +96,16 @@ def _prepare_kernel(
 ):
     """The first `turning` programs rotate and scale queries for coded keys; the others score the mean at every position.
 
-    `flat` is batch times KV heads; `mean` of a codec that does not centre has no programs.
+    `flat` is batch times KV heads. Results, in the workspaces `halves` and `floats`:
+        offset: q . R(t) mean, `[flat, length, ROWS_PAD]`, first in `halves`.
+        rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
+        factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
+            `factor_at` on in `floats`.
     """
     BLOCK_D: tl.constexpr = _pad(D)
     d = tl.arange(0, BLOCK_D)
     if tl.program_id(0) < turning:
+        rotated, factor = halves + rotated_at, floats + factor_at
         line = tl.program_id(0) * TURNED + tl.arange(0, TURNED)
         given = line < flat * rows
         x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0)
@@ -113,7 +121,7 @@ def _prepare_kernel(
         tl.store(rotated + line[:, None] * D + d[None, :], x, mask=given[:, None] & (d < D))
         tl.store(factor + line * 2, peak * norm, mask=given)
         tl.store(factor + line * 2 + 1, tl.sum(x.to(tl.float32), axis=1) / SUBNORMAL, mask=given)
-    else:
+    elif MEAN:
         pid = tl.program_id(0) - turning
         place = pid % row_blocks * R + tl.arange(0, R)
         head, row = place // ROWS_PAD, place % ROWS_PAD
@@ -141,7 +149,7 @@ def _prepare_kernel(
         t = tl.arange(0, POSITIONS)
         cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
         sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
-        out = offset + head.to(tl.int64) * length * ROWS_PAD + row
+        out = halves + head.to(tl.int64) * length * ROWS_PAD + row
         start = pid // row_blocks * blocks
         stop = tl.minimum(start + blocks, tl.cdiv(length, POSITIONS))
         c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=live & (start < stop), other=0.0)
@@ -161,7 +169,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _plane(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """One code of every 16-bit word, as the subnormal float16 with its bits: no conversion, at most two bit ops a pair."""
+    """One code of every 16-bit word, as the subnormal float16 with its bits: two bit operations a pair, no conversion."""
     if PACKED:
         if SHIFT == 0:
             return tl.inline_asm_elementwise(
@@ -222,22 +230,22 @@ def _affine(stored, token, live, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     return scale.to(tl.float32), zero.to(tl.float32)
 
 
-INTEGERS = ["kv_heads", "rows", "queries", "length", "splits", "mask_batch", "mask_head", "mask_query", "mask_stride",
+INTEGERS = ["rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "length", "splits", "mask_batch", "mask_head", "mask_query", "mask_stride",
             "mask_first", "window"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _attend_kernel(
     query,  # [batch * kv_heads, rows, D]
-    rotated,  # [batch * kv_heads, rows, D] float16
-    factor,  # [batch * kv_heads, rows, 2] float32
-    offset,  # [batch * kv_heads, length, ROWS_PAD] float16
+    halves,  # of `_prepare_kernel`
+    floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; factor
     segments,  # of each: keys, values, positions; of coded ones scales and zero points of keys, of values
     sizes,  # of each: tokens, tokens that fit, as 2n + 3 (never 1 nor divisible by 16, so nothing is recompiled)
     chunks,  # of each: tokens that a program reads, likewise
-    partial,  # [batch * kv_heads, splits, rows, DV] float32
-    state,  # [batch * kv_heads, splits, rows, 2] float32: reference exponent, sum
     mask,
+    rotated_at,
+    state_at,
+    factor_at,
     kv_heads,
     rows,
     queries,
@@ -292,7 +300,7 @@ def _attend_kernel(
         if begin < size:
             end = tl.minimum(begin + chunk, size)
             at_row = (bh * splits + part) * rows + row
-            out = partial + at_row[None, :] * DV
+            out = floats + at_row[None, :] * DV
             positions = segments[i][2]
             if not SHARED[i]:
                 positions += bh * room
@@ -325,7 +333,9 @@ def _attend_kernel(
                     m = peak
                     p = tl.exp2(s - safe[None, :])
                     total = total * alpha + p
-                    v = tl.load(values + token[None, :] * DV + dv[:, None], mask=live[None, :] & (dv < DV)[:, None], other=0)
+                    v = tl.load(
+                        values + token[None, :] * DV + dv[:, None], mask=live[None, :] & (dv < DV)[:, None], other=0
+                    )
                     acc = _dot(v, p.to(v.dtype), acc * alpha)
                 tl.store(out + dv[:, None], acc, mask=real[None, :] & (dv < DV)[:, None])
             else:
@@ -338,14 +348,14 @@ def _attend_kernel(
                 values = segments[i][1].to(tl.pointer_type(tl.int16)) + bh * room * WV
                 key_affine = segments[i][3] + bh * room * WIDE
                 value_affine = segments[i][4] + bh * room * WIDE
-                unit = tl.load(factor + (bh * rows + row) * 2, mask=real, other=1.0)
-                spread = tl.load(factor + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
+                unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
+                spread = tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
                 planes = ()
                 accs = ()
                 for j in tl.static_range(16 // B):
                     channel = 2 * wk + j % 2 + j // 2 * (2 * WK)
                     q = tl.load(
-                        rotated + (bh * rows + row)[None, :] * D + channel[:, None],
+                        halves + rotated_at + (bh * rows + row)[None, :] * D + channel[:, None],
                         mask=real[None, :] & (wk < WK)[:, None], other=0,
                     )  # fmt: skip
                     planes = planes + ((q * 2.0 ** (-B * (j // 2))).to(tl.float16),)
@@ -367,7 +377,7 @@ def _attend_kernel(
                     s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
                     if MEAN:
                         at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
-                        place = offset + bh * length * ROWS_PAD + at[:, None] * ROWS_PAD + term[None, :]
+                        place = halves + bh * length * ROWS_PAD + at[:, None] * ROWS_PAD + term[None, :]
                         c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
                         s += _dot(c, pick, tl.zeros([N, R], tl.float32))
                     s = _capped(s, bias, softcap, SOFTCAP)
@@ -385,7 +395,9 @@ def _attend_kernel(
                     total = total * alpha + p
                     zeros = zeros * alpha + p * vz[:, None]
                     w = (p * vs[:, None]).to(tl.float16)
-                    v = tl.load(values + token[None, :] * WV + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0)
+                    v = tl.load(
+                        values + token[None, :] * WV + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0
+                    )
                     new = ()
                     for j in tl.static_range(16 // B):
                         x = _plane(v, 8 * (j % 2), (2**B - 1) << (B * (j // 2)))
@@ -396,8 +408,8 @@ def _attend_kernel(
                     channel = 2 * wv + j % 2 + j // 2 * (2 * WV)
                     acc = accs[j] * (SUBNORMAL * 2.0 ** (-B * (j // 2))) + low
                     tl.store(out + channel[:, None], acc, mask=real[None, :] & (wv < WV)[:, None])
-            tl.store(state + at_row * 2, m, mask=real)
-            tl.store(state + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
+            tl.store(floats + state_at + at_row * 2, m, mask=real)
+            tl.store(floats + state_at + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
         part += tl.cdiv(size, chunk)
 
 
@@ -426,12 +438,12 @@ def _hadamard(x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(x, (BLOCK,)) * SIZE**-0.5
 
 
-@triton.jit(do_not_specialize=["rows", "queries", "kv_heads", "splits", "coded"])
+@triton.jit(do_not_specialize=["state_at", "rows", "queries", "kv_heads", "splits", "coded"])
 def _merge_kernel(
-    partial,  # [batch * kv_heads, splits, rows, DV] float32
-    state,  # [batch * kv_heads, splits, rows, 2] float32
+    partial,  # of `_attend_kernel`
     sinks,  # [heads]
     out,  # [batch * kv_heads, rows, DV]
+    state_at,
     rows,
     queries,
     kv_heads,
@@ -444,6 +456,7 @@ def _merge_kernel(
     S: tl.constexpr,
 ):
     """Join the parts of one row."""
+    state = partial + state_at
     bh = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     d = tl.arange(0, BLOCK)
@@ -487,10 +500,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _shares(heads: int, size: int, device: torch.device) -> int:
-    """How many programs share the `size` bytes of each of `heads`: the fewest that keep most of the device busy."""
+@functools.lru_cache(maxsize=4096)
+def _shares(heads: int, most: int, device: torch.device) -> int:
+    """How many programs, `most` at most, share the tokens of each of `heads`: the fewest that keep the device busy."""
     slots = RESIDENT * _multiprocessors(device)
-    most = max(1, min(size // SHARE_BYTES, 4 * slots // heads))
+    most = max(1, min(most, 4 * slots // heads))
 
     def busy(shares: int) -> float:
         waves = heads * shares / slots
@@ -498,11 +512,6 @@ def _shares(heads: int, size: int, device: torch.device) -> int:
 
     best = max(map(busy, range(1, most + 1)))
     return next(n for n in range(1, most + 1) if busy(n) >= 0.95 * best)
-
-
-@functools.lru_cache(maxsize=32)
-def _signs(channels: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return hadamard_matrix(channels, device).sign().to(dtype)
 
 
 def _tables(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -522,27 +531,24 @@ def _tables_for(rotary: Rotary, length: int, device: torch.device) -> tuple[torc
     return fine.to(device), torch.cat((coarse.cos(), coarse.sin()), dim=-1).float().to(device)
 
 
-def _unspecialized(n: int) -> int:
-    """A number that Triton compiles no special kernel for: neither 1 nor divisible by 16."""
-    return 2 * n + 3
-
-
 def _room(segment: Segment) -> int | None:
     """Tokens that the buffers behind a segment hold for each row and head; None where they are laid out otherwise."""
-    batch, heads, tokens = segment.positions.shape
-    if isinstance(segment.keys, Quantized):
-        tensors = (*segment.keys, *segment.values, segment.positions)
+    bits, keys, values, positions = segment
+    batch, heads, tokens = positions.shape
+    if bits < 16:
+        tensors = (*keys, *values, positions)
         return tokens if all(t.is_contiguous() for t in tensors) else None
     rooms = set()
-    for t in (segment.keys, segment.values):
-        dim = t.shape[3]
-        room = t.stride(1) // dim if heads > 1 else t.stride(0) // dim if batch > 1 else tokens
-        expected = (heads * room * dim, room * dim, dim, 1)
-        if any(size > 1 and own != want for size, own, want in zip(t.shape, t.stride(), expected, strict=True)):
+    for t in (keys, values):
+        strides, dim = t.stride(), t.shape[3]
+        room = strides[1] // dim if heads > 1 else strides[0] // dim if batch > 1 else tokens
+        if strides[3] != 1 or (tokens > 1 and strides[2] != dim):
+            return None
+        if (heads > 1 and strides[1] != room * dim) or (batch > 1 and strides[0] != heads * room * dim):
             return None
         rooms.add(room)
-    if not _shared(segment.positions):
-        rooms.add(tokens if segment.positions.is_contiguous() else -1)
+    if not _shared(positions):
+        rooms.add(tokens if positions.is_contiguous() else -1)
     return rooms.pop() if len(rooms) == 1 else None
 
 
@@ -580,88 +586,142 @@ def tiered_attention(
     Nothing is compiled anew as lengths grow, and the host waits for nothing. A CUDA graph can be captured: replays
     read what lies in the same tensors then; positions of -1, with `ragged`, mark places that no token has taken yet.
     """
+    coded = [s for s in segments if s.bits < 16 and s.positions.shape[-1]]
+    exact = [s for s in segments if s.bits == 16 and s.positions.shape[-1]]
+    held = coded + exact
     batch, heads, queries, dim = query.shape
-    value_dim = _value_dim(segments[0])
-    held = [s for s in segments if s.positions.shape[-1]]
-    coded = [s for s in held if isinstance(s.keys, Quantized)]
-    if max(dim, value_dim) > 256 or any(d * s.bits % 16 for s in coded for d in (dim, value_dim)):
+    value_dim, wide = _value_dim(held[0]), 128 if query.dtype == torch.float32 else 256
+    if max(dim, value_dim) > wide or any(d * s.bits % 16 for s in coded for d in (dim, value_dim)):
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    held = coded + [s for s in held if not isinstance(s.keys, Quantized)]
     rooms = [_room(s) for s in held]
     if None in rooms:
         held = [s if room is not None else _contiguous(s) for s, room in zip(held, rooms, strict=True)]
         rooms = [_room(s) for s in held]
-    device = query.device
+    device, query = query.device, query.contiguous()
     kv_heads = held[0].positions.shape[1]
-    rows = heads // kv_heads * queries
-    flat = batch * kv_heads
-    rows_pad = triton.next_power_of_2(rows)
-    m = min(max(rows_pad, 8), ROWS)
-    blocks = -(-rows // m)
-    query = query.contiguous()
+    flat, rows = batch * kv_heads, heads // kv_heads * queries
+    bits = tuple([s.bits for s in held])
+    shared = tuple([_shared(s.positions) for s in held])
+    plan = _plan(rows, dim, value_dim, bits, shared, query.dtype, device)
     # With a cap the scores must be in natural units first; else exp2 saves a product.
     units = scale if softcap is not None else scale * LOG2E
     centred = mean is not None and bool(coded)
+    turned = codec.hadamard and bool(coded)
 
-    costs = [(dim + value_dim) * s.bits // 8 + (12 + 2 * rows_pad if s.bits < 16 else 0) for s in held]
     sizes = [s.positions.shape[-1] for s in held]
-    tiles = [max(TILE[s.bits] * 128 // max(triton.next_power_of_2(max(dim, value_dim)), 128), 16) for s in held]
-    shares = _shares(flat * blocks, sum(c * n for c, n in zip(costs, sizes, strict=True)), device)
-    chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(sizes, tiles, strict=True)]
+    read = sum([cost * size for cost, size in zip(plan.costs, sizes, strict=True)])
+    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
+    chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(sizes, plan.tiles, strict=True)]
     counts = [-(-size // chunk) for size, chunk in zip(sizes, chunks, strict=True)]
     splits = sum(counts)
 
-    partial = torch.empty(flat, splits, rows, value_dim, dtype=torch.float32, device=device)
-    state = torch.empty(flat, splits, rows, 2, dtype=torch.float32, device=device)
-    out = torch.empty(batch, heads, queries, value_dim, dtype=query.dtype, device=device)
-    rotated = factor = offset = query
-    if coded:
-        rotated = torch.empty(flat, rows, dim, dtype=torch.float16, device=device)
-        factor = torch.empty(flat, rows, 2, dtype=torch.float32, device=device)
-        pairs = len(rotary.inv_freq)
-        turning, scoring, row_blocks, each = -(-flat * rows // TURNED), 0, 1, 1
-        fine = coarse = query
-        if centred:
-            offset = torch.empty(flat, length, rows_pad, dtype=torch.float16, device=device)
-            fine, coarse = _tables(rotary, length, device)
-            row_blocks, parts = -(-flat * rows_pad // PREPARED), -(-length // FINE)
-            each = -(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device)))
-            scoring = row_blocks * -(-parts // each)
-        _prepare_kernel[(turning + scoring,)](
-            query, _signs(dim, query.dtype, device) if codec.hadamard else query, mean if centred else query,
-            fine, coarse, rotated, factor, offset, rows, flat, turning, row_blocks, each, length, units,
-            D=dim, PAIRS=pairs, INTERLEAVED=rotary.interleaved, HADAMARD=codec.hadamard, PEAK=QUERY_PEAK,
-            POSITIONS=FINE, ROWS_PAD=rows_pad, TURNED=TURNED, R=PREPARED, **PREPARE_OPTIONS,
+    rotated_at = -(-flat * length * plan.rows_pad // 8) * 8 if centred else 0
+    state_at = flat * splits * rows * value_dim
+    factor_at = state_at + flat * splits * rows * 2
+    halves = torch.empty(rotated_at + flat * rows * dim, dtype=torch.float16, device=device)
+    floats = torch.empty(factor_at + flat * rows * 2, dtype=torch.float32, device=device)
+    out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
+    with _on(query):
+        if coded:
+            turning, scoring, row_blocks, each = -(-flat * rows // TURNED), 0, 1, 1
+            fine = coarse = query
+            if centred:
+                fine, coarse = _tables(rotary, length, device)
+                row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-length // FINE)
+                each = -(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device)))
+                scoring = row_blocks * -(-parts // each)
+            _prepare_kernel[(turning + scoring,)](
+                query, plan.signs if codec.hadamard else query, mean if centred else query, fine, coarse,
+                halves, floats, rotated_at, factor_at, rows, flat, turning, row_blocks, each, length, units,
+                D=dim, PAIRS=len(rotary.inv_freq), INTERLEAVED=rotary.interleaved, HADAMARD=codec.hadamard,
+                MEAN=centred, PEAK=QUERY_PEAK, POSITIONS=FINE, ROWS_PAD=plan.rows_pad, TURNED=TURNED, R=PREPARED,
+                **PREPARE_OPTIONS,
+            )  # fmt: skip
+        if mask is None:
+            masked, strides, kind, lowest, columns = query, (0, 0, 0, 0), "none", 0.0, length
+        else:
+            masked, strides, kind, lowest, columns = _masking(mask)
+        _attend_kernel[(flat * plan.row_blocks, max(counts))](
+            query, halves, floats, tuple([_pointers(s) for s in held]),
+            tuple([(2 * size + 3, 2 * room + 3) for size, room in zip(sizes, rooms, strict=True)]),
+            tuple([2 * chunk + 3 for chunk in chunks]), masked, rotated_at, state_at, factor_at,
+            kv_heads, rows, queries, length, splits, *strides, length - columns, lowest, window or 0, units,
+            softcap or 0.0, BITS=bits, SHARED=shared, D=dim, DV=value_dim, R=plan.columns, ROWS_PAD=plan.rows_pad,
+            SYMMETRIC=codec.symmetric, MEAN=centred, CAUSAL=queries > 1 and mask is None,
+            WINDOW=window is not None and mask is None, RAGGED=ragged, MASK=kind, SOFTCAP=softcap is not None,
+            TILES=plan.tiles, STAGES=STAGES, **OPTIONS,
         )  # fmt: skip
-    if mask is None:
-        strides, kind, lowest, columns = (0, 0, 0, 0), "none", 0.0, length
-    else:
-        kind = "bool" if mask.dtype == torch.bool else "additive"
-        lowest = 0.0 if kind == "bool" else torch.finfo(mask.dtype).min / 2
-        strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True))
-        strides = (*strides, mask.stride(3))
-        columns = mask.shape[-1]
-    _attend_kernel[(flat * blocks, max(counts))](
-        query, rotated, factor, offset,
-        tuple(_pointers(s) for s in held),
-        tuple((_unspecialized(size), _unspecialized(room)) for size, room in zip(sizes, rooms, strict=True)),
-        tuple(map(_unspecialized, chunks)),
-        partial, state, query if mask is None else mask.view(torch.uint8) if kind == "bool" else mask,
-        kv_heads, rows, queries, length, splits, *strides, length - columns, lowest, window or 0, units, softcap or 0.0,
-        BITS=tuple(s.bits for s in held), SHARED=tuple(_shared(s.positions) for s in held), D=dim, DV=value_dim, R=m,
-        ROWS_PAD=rows_pad, SYMMETRIC=codec.symmetric, MEAN=centred, CAUSAL=queries > 1 and mask is None,
-        WINDOW=window is not None and mask is None, RAGGED=ragged, MASK=kind, SOFTCAP=softcap is not None,
-        TILES=tuple(tiles), STAGES=STAGES, **OPTIONS,
-    )  # fmt: skip
-    rotate_back = codec.hadamard and bool(coded)
-    _merge_kernel[(flat, rows)](
-        partial, state, query if sinks is None else sinks, out, rows, queries, kv_heads, splits, sum(counts[: len(coded)]),
-        DV=value_dim, BLOCK=triton.next_power_of_2(value_dim), HADAMARD=rotate_back, SINKS=sinks is not None, S=32,
-    )  # fmt: skip
+        _merge_kernel[(flat, rows)](
+            floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, splits,
+            sum(counts[: len(coded)]), DV=value_dim, BLOCK=plan.block, HADAMARD=turned, SINKS=sinks is not None, S=32,
+        )  # fmt: skip
     return out
+
+
+class _Plan(NamedTuple):
+    """What does not change while a cache grows.
+
+    Attributes:
+        rows_pad: Query rows of a KV head, rounded up to a power of two.
+        columns: Of them in one program.
+        row_blocks: Programs for all of them.
+        costs: Bytes that a token of each segment takes to read.
+        tiles: Tokens of one iteration, of each segment.
+        block: Channels of a value, rounded up to a power of two.
+        signs: The Hadamard matrix for queries, of 1 and -1.
+    """
+
+    rows_pad: int
+    columns: int
+    row_blocks: int
+    costs: tuple[int, ...]
+    tiles: tuple[int, ...]
+    block: int
+    signs: torch.Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    rows: int,
+    dim: int,
+    value_dim: int,
+    bits: tuple[int, ...],
+    shared: tuple[bool, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan:
+    rows_pad = triton.next_power_of_2(rows)
+    columns = min(max(rows_pad, 8), ROWS)
+    block = triton.next_power_of_2(value_dim)
+    wide = max(triton.next_power_of_2(dim), block, 128)
+    return _Plan(
+        rows_pad=rows_pad,
+        columns=columns,
+        row_blocks=-(-rows // columns),
+        costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
+        tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
+        block=block,
+        signs=hadamard_matrix(dim, device).sign().to(dtype),
+    )
+
+
+def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], str, float, int]:
+    """The mask for the kernel, its strides, kind, what hides and how many columns it has."""
+    sizes, strides = mask.shape, mask.stride()
+    strides = (*(0 if n == 1 else s for n, s in zip(sizes[:3], strides[:3], strict=True)), strides[3])
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), strides, "bool", 0.0, sizes[3]
+    return mask, strides, "additive", torch.finfo(mask.dtype).min / 2, sizes[3]
+
+
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _value_dim(segment: Segment) -> int:

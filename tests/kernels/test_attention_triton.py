@@ -24,7 +24,9 @@ def moved(stored, device):
 
 
 def on(case, device):
-    segments = [Segment(s.bits, moved(s[1], device), moved(s[2], device), s.positions.to(device)) for s in case.segments]
+    segments = [
+        Segment(s.bits, moved(s[1], device), moved(s[2], device), s.positions.to(device)) for s in case.segments
+    ]
     return case._replace(segments=segments, mean=None if case.mean is None else case.mean.to(device))
 
 
@@ -159,7 +161,9 @@ def test_values_of_any_size(size, device):
     """Weights on value codes are float16: their range must not depend on the values'."""
     case = build(((8, 70), (4, 70), (16, 3)), head_dim=32)
     segments = [
-        s._replace(values=s.values._replace(affine=(s.values.affine.float() * size).half()) if s.bits < 16 else s.values * size)
+        s._replace(
+            values=s.values._replace(affine=(s.values.affine.float() * size).half()) if s.bits < 16 else s.values * size
+        )
         for s in case.segments
     ]
     check(case._replace(segments=segments), randn(1, 4, 1, 32, seed=17), device, tolerance=2e-3)
