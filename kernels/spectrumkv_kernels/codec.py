@@ -56,7 +56,7 @@ def key_mean(
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
         positions: integers `[tokens]`.
         rotary: The rotation of the model.
-        weights: `[batch, tokens]`, 0 for tokens to leave out. A row without any weight has the mean 0.
+        weights: `[batch or 1, tokens]`, 0 for tokens to leave out. A row without any weight has the mean 0.
     """
     flat = rotary.rotate(keys.float(), positions, inverse=True)
     if weights is None:

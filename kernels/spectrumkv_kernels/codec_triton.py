@@ -221,7 +221,7 @@ def key_mean(
     if weights is None:
         total = torch.full((batch,), float(tokens), device=keys.device)
     else:
-        weights = weights.float().contiguous()
+        weights = weights.float().expand(batch, -1).contiguous()
         total = weights.sum(-1)
     sums = torch.empty(batch, heads, splits, 2, width, dtype=torch.float32, device=keys.device)
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)

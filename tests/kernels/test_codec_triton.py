@@ -215,6 +215,17 @@ def test_a_token_is_bit_equal_in_any_company(case, device):
 
 
 @SOME_CASES
+def test_negative_positions_count_as_0(case, device):
+    """The first places of rows that have fewer tokens than others."""
+    inputs = Inputs(case, device)
+    inputs.positions[0, :, :3] = -1
+    theirs = inputs.encode(codec)
+    assert_same_codes(inputs.encode(codec_triton), theirs, inputs.bits)
+    pair = [inputs.decode(implementation, *theirs) for implementation in (codec_triton, codec)]
+    assert all(error(a, b) < 1e-6 for a, b in zip(*pair, strict=True))
+
+
+@SOME_CASES
 def test_repeated_calls_are_bit_equal(case, device):
     inputs = Inputs(case, device)
     encoded = inputs.encode(codec_triton)
@@ -255,6 +266,14 @@ def test_key_mean_of_many_tokens(device):
     mean = codec_triton.key_mean(keys.to(device), torch.arange(140_000, device=device), Rotary(), weights.to(device))
     expected = (keys * weights[:, None, :, None].double()).sum(-2) / weights.double().sum()
     assert error(mean.cpu(), expected) < 2e-6
+
+
+def test_key_mean_with_weights_that_rows_share(device):
+    keys, weights = randn(3, 2, 21, 64).to(device), (torch.arange(21, device=device) > 3)[None]
+    positions, rotary = torch.arange(21, device=device), Rotary(frequencies(32))
+    shared = codec_triton.key_mean(keys, positions, rotary, weights)
+    assert torch.equal(shared, codec_triton.key_mean(keys, positions, rotary, weights.expand(3, -1)))
+    assert error(shared, codec.key_mean(keys, positions, rotary, weights)) < 1e-6
 
 
 @pytest.mark.parametrize("weighting", ["none", "bool", "float"])
