@@ -62,6 +62,7 @@ class SharedRanking:
             start = layer.store.tail_start
             shared = total[:, None, start : start + score.shape[-1]].to(score.device).expand_as(score)
             layer.store.compress(score.shape[-1], layer.policy, shared)
+            layer._announce()
 
 
 class SpectrumLayer(CacheLayerMixin):
@@ -97,6 +98,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.policy, self.codec, self.rotary = policy, codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
+        self.on_final: Callable[[int], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -177,6 +179,7 @@ class SpectrumLayer(CacheLayerMixin):
         self._read_from = store.length - kv_length
         if self.policy.lossless:
             self._attended = True
+            self._announce()
             return store.dense(self._read_from)
         shape = (*given.shape[:2], kv_length)
         return (
@@ -315,6 +318,7 @@ class SpectrumLayer(CacheLayerMixin):
             self.store.note_padding(real.expand(self.store.batch_size, -1))
         tokens = self._due()
         if not tokens:
+            self._announce()
             return
         scores = None
         reads = self.policy.importance in READS_QUERIES
@@ -347,6 +351,7 @@ class SpectrumLayer(CacheLayerMixin):
         """Tier what is due, by attention scores of the tail or without."""
         tokens, store = self._due(), self.store
         if not tokens:
+            self._announce()
             return
         keys, values = (t[:, :, :tokens] for t in store.tail)
         score = importance(
@@ -363,6 +368,12 @@ class SpectrumLayer(CacheLayerMixin):
             self.shared.offer(self, score)
         else:
             store.compress(tokens, self.policy, score)
+            self._announce()
+
+    def _announce(self) -> None:
+        """Say that the layer holds what it will hold until the next update; once an update."""
+        if self.on_final is not None:
+            self.on_final(self.layer_idx)
 
     # -- what users and generate() call ---------------------------------------------------------------------------
 
