@@ -221,6 +221,20 @@ class SpectrumCache(Cache):
 
         return wire.deserialize(buffer, config, device)
 
+    def apply_patch(self, frame: Any) -> None:
+        """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire_patch.request` has asked for.
+
+        Args:
+            frame: A buffer as of `deserialize`; its tensors are copied.
+
+        Raises:
+            WireError: the frame is damaged, or the tokens have changed since they were asked for (batch operations,
+                `crop`, another patch). The cache is as it was.
+        """
+        from spectrumkv_hf import wire_patch
+
+        wire_patch.apply(self, frame)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what `serialize` gives into a file, which appears at `path` whole or not at all."""
         from spectrumkv_hf import wire

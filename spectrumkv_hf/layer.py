@@ -98,6 +98,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.policy, self.codec, self.rotary = policy, codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
+        self.on_update: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
         self.on_final: Callable[[int], None] | None = None
         self.reset()
 
@@ -112,6 +113,9 @@ class SpectrumLayer(CacheLayerMixin):
         self._pending: torch.Tensor | None = None
         if self.shared is not None:
             self.shared.offers.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "on_update": None, "on_final": None}  # who listens to a layer does not to its copies
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.policy.name}, tokens={self.get_seq_length()})"
@@ -174,6 +178,8 @@ class SpectrumLayer(CacheLayerMixin):
         self._settle()
         kv_length, _ = self.get_mask_sizes(given.shape[2])
         store.append(key_states, value_states)
+        if self.on_update is not None:
+            self.on_update(self.layer_idx, key_states, value_states)
         self.generation += 1
         self.new_tokens, self._attended = given.shape[2], False
         self._read_from = store.length - kv_length

@@ -108,7 +108,7 @@ def save(cache: SpectrumCache, path: str | os.PathLike[str]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             for frame in frames(cache):
-                file.write(memoryview(frame.cpu().numpy()))
+                file.write(frame.cpu().numpy().data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -50,7 +50,8 @@ class Kind(IntEnum):
     HEADER = 1
     LAYER = 2
     END = 3
-    PATCH = 4
+    REQUEST = 4
+    PATCH = 5
 
 
 @dataclass(frozen=True)

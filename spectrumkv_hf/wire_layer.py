@@ -79,7 +79,7 @@ def decode_layer(
     """
     fields.equal("layer", index)
     fields.equal("class", kind_of(layer))
-    held = _Tensors(tensors)
+    held = Tensors(tensors)
     (_decode_tiered if isinstance(layer, SpectrumLayer) else _decode_stock)(layer, fields, held, batch, length)
     fields.done()
     held.done()
@@ -107,7 +107,7 @@ class Checks:
             self._failed.clear()
 
 
-class _Tensors:
+class Tensors:
     """The tensors of a payload: each is taken once and checked; `done` refuses what is left."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -209,7 +209,7 @@ def unpack_map(packed: torch.Tensor) -> torch.Tensor:
     return four[packed.int()].view(torch.uint8)
 
 
-def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: _Tensors, batch: int, length: int) -> None:
+def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: int, length: int) -> None:
     window = fields.take("window", int, type(None))
     if window != layer.window:
         raise WireError(f"a window of {window}, where the config has {layer.window}")
@@ -250,7 +250,7 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: _Tensors, batch: 
         n = None
         both = []
         for name, like in (("keys", keys), ("values", values)):
-            side, n = _side(held, f"{tier.name}.{name}", tier, like, n, codec.symmetric)
+            side, n = read_side(held, f"{tier.name}.{name}", tier, like, n, codec.symmetric)
             both.append(side)
         sides[tier] = (both[0], both[1])
     positions = _positions(held, layer, tail_start - first_kept, first_kept, heads, [s[0] for s in sides.values()])
@@ -274,8 +274,8 @@ def _tiers(fields: Fields) -> list[Tier]:
     return [TIER_BY_BITS[n] for n in bits]
 
 
-def _side(
-    held: _Tensors, name: str, tier: Tier, like: torch.Tensor, size: int | None, symmetric: bool
+def read_side(
+    held: Tensors, name: str, tier: Tier, like: torch.Tensor, size: int | None, symmetric: bool
 ) -> tuple[torch.Tensor | Quantized, int]:
     """Keys or values of an arena of `size` tokens, for a tail `like`, and that size."""
     batch, heads, _, dim = like.shape
@@ -290,7 +290,7 @@ def _side(
 
 
 def _positions(
-    held: _Tensors, layer: SpectrumLayer, size: int, start: int, heads: int, sides: list[torch.Tensor | Quantized]
+    held: Tensors, layer: SpectrumLayer, size: int, start: int, heads: int, sides: list[torch.Tensor | Quantized]
 ) -> list[torch.Tensor]:
     """Positions of each arena's tokens, int32 `[batch, kv_heads, tokens]`, from the tier map."""
     store = layer.store
@@ -354,7 +354,7 @@ def _encode_stock(layer: Any) -> Parts:
     return metadata, tensors
 
 
-def _decode_stock(layer: Any, fields: Fields, held: _Tensors, batch: int, length: int) -> None:
+def _decode_stock(layer: Any, fields: Fields, held: Tensors, batch: int, length: int) -> None:
     name = type(layer).__name__
     if name in ATTENTION and fields.take("initialized", bool):
         fields.equal("length", length)
@@ -374,7 +374,7 @@ def _decode_stock(layer: Any, fields: Fields, held: _Tensors, batch: int, length
         _decode_linear(layer, fields, held, batch)
 
 
-def _decode_linear(layer: Any, fields: Fields, held: _Tensors, batch: int) -> None:
+def _decode_linear(layer: Any, fields: Fields, held: Tensors, batch: int) -> None:
     count = layer.number_of_states
     fields.equal("states", count)
 
