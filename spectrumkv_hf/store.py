@@ -245,6 +245,11 @@ class TieredStore:
         if self.pads is not None:
             filler = (rank - torch.tensor(now, device=self.device)[:, None, None]).clamp(min=0)
             tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_of)
+            # Where one row has its sinks among many others' middle, tiers may want more than all tokens together. The
+            # least precise then gives some up; said here, so that positions stay in order within each tier.
+            order = torch.argsort(tier_of, dim=-1, stable=True)
+            places = torch.arange(tokens, device=self.device).expand_as(order).contiguous()
+            tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
         return tier_of, sizes.tolist()
 
     def _encode(self, tier: Tier, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> Arena:
