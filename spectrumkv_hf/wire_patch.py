@@ -83,7 +83,8 @@ def request(
     tensors = {"wanted": pack_bits(wanted)}
     if target.bits < 16 and store.mean is not None:
         tensors["mean"] = store.mean
-    return _frame(Kind.REQUEST, layer, _metadata(target, store, wanted, _base(store, target, wanted)), tensors)
+    base = _base(store, target, torch.nn.functional.pad(wanted, (store.first_kept, 0)))
+    return _frame(Kind.REQUEST, layer, _metadata(target, store.first_kept, wanted.shape[-1], base), tensors)
 
 
 class ExactCopy:
@@ -150,10 +151,9 @@ class ExactCopy:
         held.checks.settle()
         positions = _places(wanted.to(keys.device), start)
         sides = _encode(layer, target, keys, values, positions, mean)
-        metadata = {"tier": target.bits, "start": start, "tokens": size, "base": base}
         parts = {"wanted": tensors["wanted"].to(keys.device)}
         parts |= {name: t for name, t in Arena(target, *sides, positions).tensors() if name != "positions"}
-        return _frame(Kind.PATCH, index, metadata, parts)
+        return _frame(Kind.PATCH, index, _metadata(target, start, size, base), parts)
 
 
 def apply(cache: SpectrumCache, frame: Buffer) -> None:
@@ -166,8 +166,6 @@ def apply(cache: SpectrumCache, frame: Buffer) -> None:
     store = layer.store
     held = Tensors({name: tensor.to(store.device) for name, tensor in tensors.items()})
     target, start, size, base = _take_metadata(fields, store.tail_start)
-    if start < store.first_kept:
-        raise WireError(f"layer {header.layer}: tokens from {start} on; those before {store.first_kept} are gone")
     keys, values = store.tail
     batch, heads = keys.shape[:2]
     wanted = _wanted(held, batch, heads, size)
@@ -178,7 +176,7 @@ def apply(cache: SpectrumCache, frame: Buffer) -> None:
     held.checks.settle()
     everywhere = torch.zeros(batch, heads, store.tail_start, dtype=torch.bool, device=store.device)
     everywhere[..., start : start + size] = wanted
-    if base != _base(store, target, everywhere[..., store.first_kept :]):
+    if bool(everywhere[..., : store.first_kept].any()) or base != _base(store, target, everywhere):
         raise WireError(f"layer {header.layer}: the tokens have changed since the patch was requested")
     _lift(store, everywhere, Arena(target, k, v, positions))
     layer.generation += 1
@@ -219,8 +217,8 @@ def _tiered(cache: SpectrumCache, index: int) -> SpectrumLayer:
     return layer
 
 
-def _metadata(target: Tier, store: TieredStore, wanted: torch.Tensor, base: str) -> dict[str, Any]:
-    return {"tier": target.bits, "start": store.first_kept, "tokens": wanted.shape[-1], "base": base}
+def _metadata(target: Tier, start: int, tokens: int, base: str) -> dict[str, Any]:
+    return {"tier": target.bits, "start": start, "tokens": tokens, "base": base}
 
 
 def _take_metadata(fields: Fields, length: int) -> tuple[Tier, int, int, str]:
@@ -270,18 +268,19 @@ def _encode(
 
 
 def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:
-    """Digest of where and what the wanted tokens are now, so that a patch for other ones is refused."""
-    state = hashlib.blake2b(digest_size=8)
-    state.update(host_bytes(pack_bits(wanted)))
+    """Digest of where and what the tokens `wanted`, bool `[batch, kv_heads, tokens]` from position 0, are now.
+
+    So a patch is refused whose tokens are others by now. Other tokens of the layer may have changed.
+    """
+    state = hashlib.blake2b(host_bytes(wanted.nonzero().flatten().view(torch.uint8)), digest_size=8)
     for tier, arena in store.arenas.items():
-        index = arena.positions.long() - store.first_kept
-        chosen = (arena.positions >= 0) & wanted.gather(2, index.clamp(min=0))
-        state.update(f"{tier.name}:{int(chosen.sum())}".encode())
+        chosen = (arena.positions >= 0) & wanted.gather(2, arena.positions.clamp(min=0).long())
+        if not bool(chosen.any()):
+            continue
+        state.update(tier.name.encode() if tier.bits < target.bits else b"there already")
         for name, tensor in arena.tensors():
             if name == "positions" or name.endswith(".scale"):
-                state.update(host_bytes(tensor[chosen].contiguous().view(torch.uint8)))
-        if tier.bits >= target.bits and bool(chosen.any()):
-            state.update(b"already there")
+                state.update(host_bytes(tensor[chosen].view(torch.uint8)))
     return state.hexdigest()
 
 
