@@ -156,8 +156,8 @@ def host_bytes(data: torch.Tensor) -> bytes:
 
 ROW = 1024
 """64-bit words in a row of the digest."""
-_STEP = {"cpu": 128}
-"""Rows at a time: on a CPU what fits its cache, so that memory is read once."""
+_STEP = 128
+"""Rows that are summed at a time."""
 
 
 def _splitmix(count: int) -> Iterator[int]:
@@ -189,10 +189,16 @@ def digest(payload: torch.Tensor) -> int:
     rows = words[:whole].view(-1, ROW)
     columns = torch.zeros(ROW, dtype=torch.int64, device=payload.device)
     sums = []
-    for part in rows.split(_STEP.get(payload.device.type, 8192)):
-        # The product of integer matrices exists on CPUs only.
-        sums.append(torch.mv(part, weights) if part.device.type == "cpu" else (part * weights).sum(1))
-        columns += part.sum(0)
+    if payload.device.type == "cpu":
+        # Products of integer matrices exist on CPUs only. In steps that fit the processor's cache memory is read once.
+        ones = torch.ones(_STEP, dtype=torch.int64)
+        for part in rows.split(_STEP):
+            sums.append(torch.mv(part, weights))
+            columns.addmv_(part.t(), ones[: len(part)])
+    else:
+        for part in rows.split(64 * _STEP):
+            sums.append((part * weights).sum(1))
+            columns += part.sum(0)
     if whole < words.numel():
         rest = words[whole:]
         sums.append((rest * weights[: len(rest)]).sum(0, keepdim=True))

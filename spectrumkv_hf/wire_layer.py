@@ -236,8 +236,8 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     value_dim = values.shape[3]
     if not lossless and (key_dim % 2 or value_dim % 2):
         raise WireError(f"head_dim must be even, got {key_dim} for keys and {value_dim} for values")
-    if not heads or not key_dim or not value_dim:
-        raise WireError(f"{heads} KV heads, {key_dim} channels in keys and {value_dim} in values")
+    if not heads or not value_dim or key_dim < max(2 * len(layer.rotary.inv_freq), 1):
+        raise WireError(f"{heads} KV heads, {key_dim} channels in keys and {value_dim} in values, not this model's")
 
     layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
     store = layer.store

@@ -262,6 +262,18 @@ class TestBuffers:
             m(prompt(100, 2, seed=9), past_key_values=other)
         assert torch.equal(buffer, before)
 
+    def test_a_buffer_for_the_bytes(self, cache):
+        data = cache.serialize()
+        buffer = torch.ones(len(data) + 100, dtype=torch.uint8)
+        written = wire.serialize(cache, out=buffer)
+        assert torch.equal(written, data)
+        assert written.data_ptr() == buffer.data_ptr()
+        assert (buffer[len(data) :] == 1).all()
+        with pytest.raises(ValueError, match=f"out is {len(data)} bytes or more"):
+            wire.serialize(cache, out=buffer[: len(data) - 1])
+        with pytest.raises(TypeError, match="uint8"):
+            wire.serialize(cache, out=buffer.float())
+
     def test_the_size_is_that_of_the_tensors(self):
         """Positions become a map of 2 bits, and spare places of the tail don't travel."""
         cache = filled(copy.deepcopy(model("qwen3")).half(), prompt(900, 8), recent_window=64)
