@@ -97,7 +97,7 @@ def main() -> None:
     results = []
     for budget in args.budgets:
         cache = filled_cache(args, budget)
-        config = LlamaConfig(**cache.model)
+        config = LlamaConfig(**cache.identity)
         times, memory = measure(cache, config, args.rounds), cache.memory()
         size = cache.serialize().numel()
         medians = {name: statistics.median(values) for name, values in times.items()}

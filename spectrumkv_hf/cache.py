@@ -70,7 +70,7 @@ class SpectrumCache(Cache):
         self.codec = CODECS[codec]
         self._notes: dict[int, str] = {}
         text_config = config.get_text_config(decoder=True)
-        self.model = model_identity(text_config)
+        self.identity = model_identity(text_config)
         super().__init__(layers=self._build_layers(text_config))
         install()
 

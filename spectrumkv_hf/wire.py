@@ -229,7 +229,7 @@ class FrameWriter:
                 "codec": self.cache.codec.name,
                 "batch": batch,
                 "length": length,
-                "model": self.cache.model,
+                "model": self.cache.identity,
                 "layers": [kind_of(layer) for layer in self.cache.layers],
             }
         )

@@ -262,6 +262,19 @@ class TestBuffers:
             m(prompt(100, 2, seed=9), past_key_values=other)
         assert torch.equal(buffer, before)
 
+    def test_inference_mode(self):
+        """Neither a cache nor a buffer from inference mode can be written to outside of it."""
+        m = model("llama")
+        cache = SpectrumCache(m.config, budget=0.3, recent_window=8)
+        with torch.inference_mode():
+            m(prompt(300), past_key_values=cache)
+            buffer = cache.serialize()
+            inside = SpectrumCache.deserialize(buffer, config=m.config)
+        outside = SpectrumCache.deserialize(buffer, config=m.config)
+        assert_continues_equally(m, inside, outside, 1, steps=3)
+        with torch.inference_mode():
+            assert_continues_equally(m, inside, outside, 1, steps=3)
+
     def test_a_buffer_for_the_bytes(self, cache):
         data = cache.serialize()
         buffer = torch.ones(len(data) + 100, dtype=torch.uint8)
@@ -308,6 +321,27 @@ class TestBuffers:
         path.write_bytes(b"")
         with pytest.raises(WireError, match="empty"):
             SpectrumCache.load(path, config=config("llama"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_on_a_gpu(family):
+    """From GPU to GPU nothing but headers passes the host; the bytes are those that the CPU writes."""
+    m = copy.deepcopy(model(family, **sized(family))).cuda()
+    cache = SpectrumCache(m.config, budget=0.3, recent_window=8)
+    with torch.no_grad():
+        m(prompt(300, 2).cuda(), past_key_values=cache)
+    buffer = cache.serialize()
+    assert buffer.is_cuda
+    received = SpectrumCache.deserialize(buffer, config=m.config)
+    assert_equal(cache, received)
+    on_cpu = SpectrumCache.deserialize(buffer.cpu(), config=m.config)
+    assert torch.equal(on_cpu.serialize(), buffer.cpu())
+    back = SpectrumCache.deserialize(buffer.cpu(), config=m.config, device="cuda")
+    with torch.no_grad():
+        logits = [m(prompt(1, 2).cuda(), past_key_values=used).logits for used in (cache, received, back)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])

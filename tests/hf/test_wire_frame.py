@@ -61,6 +61,26 @@ class TestGolden:
         assert check == plain_digest(payload)
         assert json.loads(payload[8:length])["__metadata__"].keys() == {"spectrumkv"}
 
+    def test_positions_by_the_document(self):
+        """A reader that knows docs/wire-format.md only."""
+        data = GOLDEN.read_bytes()
+        at = 64 + -(-struct.unpack("<Q", data[24:32])[0] // 64) * 64 + 64  # the first layer's payload
+        (size,) = struct.unpack("<Q", data[at : at + 8])
+        tensors = json.loads(data[at + 8 : at + 8 + size])
+        metadata = json.loads(tensors.pop("__metadata__")["spectrumkv"])
+        assert metadata["tiers"] == [16, 8, 4]
+        batch, heads, packed = tensors["map"]["shape"]
+        begin, end = tensors["map"]["data_offsets"]
+        bytes_of_map = data[at + 8 + size + begin : at + 8 + size + end]
+        store = golden_cache().layers[0].store
+        for row in range(batch):
+            for head in range(heads):
+                line = bytes_of_map[(row * heads + head) * packed :]
+                codes = [line[i // 4] >> 2 * (i % 4) & 3 for i in range(metadata["tail_start"])]
+                for code, arena in enumerate(store.arenas.values()):
+                    held = [i for i, c in enumerate(codes) if c == code]
+                    assert [-1] * (len(arena) - len(held)) + held == arena.positions[row, head].tolist()
+
 
 def plain_digest(payload):
     """The digest as docs/wire-format.md words it, with Python's integers."""
