@@ -23,6 +23,7 @@ from quality import print_table
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrumkv_hf import Policy, SpectrumCache, get_policy
+from spectrumkv_hf.bypass import TransferCosts, choose_policy
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
 
 PREFILL, DECODE = 0, 1
@@ -57,12 +58,13 @@ class Sent:
 
 @dataclass
 class Received:
-    """What the decode side did for a request; `complete` and `first` are when cache and first token were there."""
+    """What the decode side did for a request; `complete` and `first`: when cache and first token were there."""
 
     answer: list[int]
     complete: float
     receiving: float
     first: float
+    policy: Policy
 
 
 class Clock(LogitsProcessor):
@@ -150,7 +152,8 @@ def receive_and_decode(
     clock = Clock()
     rest = generate(model, torch.cat((ids, first), dim=1), cache, new_tokens - 1, clock)
     assert clock.first is not None
-    return sent, Received([int(sent.first_token), *rest], complete, receiver.report.seconds, clock.first)
+    answer = [int(sent.first_token), *rest]
+    return sent, Received(answer, complete, receiver.report.seconds, clock.first, cache.policy)
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> list[torch.Tensor]:
@@ -186,32 +189,43 @@ def join(args: argparse.Namespace, rank: int, address: str) -> None:
 def run_prefill(args: argparse.Namespace) -> None:
     model, tokenizer = load_from(args)
     policy = get_policy(args.policy, args.budget)
-    for ids in prompts(tokenizer, [args.tokens[0], *args.tokens]):
+    for index, ids in enumerate(prompts(tokenizer, [args.tokens[0], *args.tokens])):
         dist.barrier()
-        prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout)
+        sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout)
+        if index == 0 and args.bandwidth and not policy.lossless:  # the warm-up tells what compressing costs
+            costs = TransferCosts(
+                fp16_bytes=int(sent.fp16_bytes),
+                ratio=sent.sent_bytes / sent.fp16_bytes,
+                prefill=sent.prefilled - sent.started - sent.compressing,
+                compress=sent.compressing,
+                layers=model.config.get_text_config(decoder=True).num_hidden_layers,
+            )
+            policy = choose_policy(args.bandwidth * 1e6 / 8, policy, costs, args.streamed)
+            above = costs.break_even(args.streamed) * 8e-6
+            print(f"compressing pays below {above:.0f} Mbit/s; for {args.bandwidth:g}: {policy.name}")
     dist.barrier()
 
 
 def run_decode(args: argparse.Namespace) -> None:
     model, tokenizer = load_from(args)
-    policy = get_policy(args.policy, args.budget)
     about = environment(model)
-    answers, rows, every = [], [], prompts(tokenizer, [args.tokens[0], *args.tokens])
+    answers, policies, rows, every = [], [], [], prompts(tokenizer, [args.tokens[0], *args.tokens])
     for ids in every:
         dist.barrier()
         sent, received = receive_and_decode(
             model, ids.to(model.device), args.max_new_tokens, args.timeout, args.timeout
         )
         answers.append(received.answer)
+        policies.append(received.policy)
         rows.append(row_of(sent, received))
     dist.barrier()
-    for ids, answer in zip(every, answers, strict=True):
-        cache = SpectrumCache(model.config, policy=policy)
+    for ids, answer, used in zip(every, answers, policies, strict=True):
+        cache = SpectrumCache(model.config, policy=used)
         alone = generate(model, ids.to(model.device), cache, args.max_new_tokens, Clock())
         if alone != answer:
             raise AssertionError(f"{ids.shape[1]} tokens: one process answers {alone}, two answer {answer}")
     del rows[0]  # warm-up
-    how = "streamed" if args.streamed else "whole"
+    policy, how = policies[-1], "streamed" if args.streamed else "whole"
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{args.model}, {policy.name} b={policy.budget:g}, {how}, {args.transport}")
     print(f"answers of {args.max_new_tokens} tokens equal those of one process: {len(answers)} of {len(answers)}\n")
@@ -251,6 +265,7 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
     parser.add_argument("--budget", type=float, help="fraction of the FP16 bytes; default: the policy's own")
+    parser.add_argument("--bandwidth", type=float, help="of the link, Mbit/s: send exact where compressing doesn't pay")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048], help="lengths of the prompts")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens of each answer")
     how = parser.add_mutually_exclusive_group()
@@ -277,6 +292,7 @@ def main() -> None:
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of two processes on one terminal
     torch.multiprocessing.spawn(work, args=(args, f"tcp://127.0.0.1:{port}"), nprocs=2)
 
 
