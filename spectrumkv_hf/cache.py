@@ -222,7 +222,7 @@ class SpectrumCache(Cache):
         return wire.deserialize(buffer, config, device)
 
     def apply_patch(self, frame: Any) -> None:
-        """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire_patch.request` has asked for.
+        """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
 
         Args:
             frame: A buffer as of `deserialize`; its tensors are copied.

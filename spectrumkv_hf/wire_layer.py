@@ -1,6 +1,5 @@
 """One layer of a cache as metadata and tensors, and back."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,29 +7,14 @@ import torch
 from spectrumkv_hf.layer import DTYPES, SlidingSpectrumLayer, SpectrumLayer
 from spectrumkv_hf.policy import DROPPED, TIERS, Tier
 from spectrumkv_hf.store import Arena, TieredStore
-from spectrumkv_hf.wire_frame import MAX_LENGTH, Fields, WireError
+from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire_payload import Fields, Parts, Tensors
+from spectrumkv_hf.wire_stock import STOCK, decode_stock, encode_stock
 from spectrumkv_kernels import Quantized
-
-Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 TIER_BY_BITS = {tier.bits: tier for tier in TIERS if tier != DROPPED}
 ABSENT = 3
 """Code in the tier map of a token that the layer does not hold."""
-
-ATTENTION = {
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-}
-"""Layers of Transformers with keys and values."""
-LINEAR = {
-    "LinearAttentionLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-}
-"""Layers of Transformers with recurrent states."""
-EMPTY = {"DummyLayer"}
 
 
 def kind_of(layer: Any) -> str:
@@ -40,11 +24,11 @@ def kind_of(layer: Any) -> str:
         WireError: it is of a class that doesn't.
     """
     name = type(layer).__name__
-    if isinstance(layer, SpectrumLayer) or name in ATTENTION | LINEAR | EMPTY:
+    if isinstance(layer, SpectrumLayer) or name in STOCK:
         return name
     raise WireError(
         f"layers of class {name} can't be serialised; those that can: SpectrumLayer, SlidingSpectrumLayer, "
-        f"{', '.join(sorted(ATTENTION | LINEAR | EMPTY))}"
+        f"{', '.join(sorted(STOCK))}"
     )
 
 
@@ -56,7 +40,7 @@ def encode_layer(layer: Any, index: int) -> Parts:
     """
     kind = kind_of(layer)
     try:
-        metadata, tensors = _encode_tiered(layer) if isinstance(layer, SpectrumLayer) else _encode_stock(layer)
+        metadata, tensors = _encode_tiered(layer) if isinstance(layer, SpectrumLayer) else encode_stock(layer)
     except WireError as error:
         raise WireError(f"layer {index}: {error}") from None
     return {"layer": index, "class": kind, **metadata}, tensors
@@ -80,77 +64,10 @@ def decode_layer(
     fields.equal("layer", index)
     fields.equal("class", kind_of(layer))
     held = Tensors(tensors)
-    (_decode_tiered if isinstance(layer, SpectrumLayer) else _decode_stock)(layer, fields, held, batch, length)
+    (_decode_tiered if isinstance(layer, SpectrumLayer) else decode_stock)(layer, fields, held, batch, length)
     fields.done()
     held.done()
     held.checks.settle()
-
-
-class Checks:
-    """Conditions on tensors, asked of the device all at once."""
-
-    def __init__(self) -> None:
-        self._failed: list[tuple[str, torch.Tensor]] = []
-
-    def refuse(self, failed: torch.Tensor, message: str) -> None:
-        """`message`, where any of `failed`, bool, is True."""
-        self._failed.append((message, failed.any()))
-
-    def settle(self) -> None:
-        """Raise the first message that applies, as a `WireError`."""
-        if self._failed:
-            for (message, _), failed in zip(
-                self._failed, torch.stack([t for _, t in self._failed]).tolist(), strict=True
-            ):
-                if failed:
-                    raise WireError(message)
-            self._failed.clear()
-
-
-class Tensors:
-    """The tensors of a payload: each is taken once and checked; `done` refuses what is left."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._left = dict(tensors)
-        self.checks = Checks()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._left
-
-    def rank(self, name: str) -> int:
-        """How many dimensions a tensor has."""
-        return self._left[name].dim()
-
-    def take(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> torch.Tensor:
-        """A tensor of one of `dtypes` and of `shape`, where None stands for any size."""
-        if name not in self._left:
-            raise WireError(f"no tensor {name!r}")
-        tensor = self._left.pop(name)
-        if tensor.dtype not in dtypes:
-            raise WireError(f"tensor {name!r} has dtype {tensor.dtype}, not {' or '.join(str(t) for t in dtypes)}")
-        sizes = tuple(tensor.shape)
-        if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
-            expected = ", ".join("any" if n is None else str(n) for n in shape)
-            raise WireError(f"tensor {name!r} has shape {sizes}, not ({expected})")
-        return tensor
-
-    def floats(
-        self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, low: float = -torch.inf
-    ) -> torch.Tensor:
-        """A tensor of finite numbers that are `low` or more."""
-        tensor = self.take(name, shape, dtype)
-        if tensor.numel():
-            least, most = tensor.aminmax()  # NaN where there is one
-            sound = (least >= low) & (least > -torch.inf) & (most < torch.inf)
-            self.checks.refuse(~sound, f"tensor {name!r} has NaN, infinity or numbers below {low}")
-        return tensor
-
-    def done(self) -> None:
-        if self._left:
-            raise WireError(f"unknown tensors: {', '.join(sorted(self._left))[:80]}")
-
-
-# -- tiered layers ----------------------------------------------------------------------------------------------------
 
 
 def _encode_tiered(layer: SpectrumLayer) -> Parts:
@@ -324,79 +241,3 @@ def _positions(
             where[torch.arange(n, device=codes.device) >= n - count.unsqueeze(-1)] = columns
         positions.append(where.expand(-1, heads, -1).contiguous())
     return positions
-
-
-# -- layers of Transformers -------------------------------------------------------------------------------------------
-
-STATES = ("conv_states", "recurrent_states")
-FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
-
-
-def _encode_stock(layer: Any) -> Parts:
-    name = type(layer).__name__
-    metadata: dict[str, Any] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    if name in ATTENTION:
-        metadata["initialized"] = bool(layer.is_initialized)
-        if layer.is_initialized:
-            tensors = {"keys": layer.keys, "values": layer.values}
-            metadata["length"] = int(layer.get_seq_length())
-    if hasattr(layer, "record_past"):
-        metadata["record_past"] = bool(layer.record_past)
-    if name in LINEAR:
-        metadata["states"] = layer.number_of_states
-        metadata["conv_kernel_size"] = [layer.conv_kernel_size[i] for i in range(layer.number_of_states)]
-        for flag in FLAGS:
-            metadata[flag] = [bool(getattr(layer, flag)[i]) for i in range(layer.number_of_states)]
-        for side in STATES:
-            states = getattr(layer, side)
-            tensors |= {f"{side}.{i}": t for i, t in states.items() if t is not None}
-    return metadata, tensors
-
-
-def _decode_stock(layer: Any, fields: Fields, held: Tensors, batch: int, length: int) -> None:
-    name = type(layer).__name__
-    if name in ATTENTION and fields.take("initialized", bool):
-        fields.equal("length", length)
-        keys = held.take("keys", (batch, None, None, None), *DTYPES)
-        values = held.take("values", (batch, None, keys.shape[2], None), *DTYPES)
-        window = getattr(layer, "sliding_window", None)
-        least = length if window is None else min(length, window - 1)
-        if not least <= keys.shape[2] <= length:
-            raise WireError(f"keys of {keys.shape[2]} tokens; the layer has {least} to {length}")
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        if window is not None:
-            layer.cumulative_length = length
-    if hasattr(layer, "record_past"):
-        layer.record_past = fields.take("record_past", bool)
-    if name in LINEAR:
-        _decode_linear(layer, fields, held, batch)
-
-
-def _decode_linear(layer: Any, fields: Fields, held: Tensors, batch: int) -> None:
-    count = layer.number_of_states
-    fields.equal("states", count)
-
-    def listed(name: str, valid: Callable[[Any], bool]) -> dict[int, Any]:
-        values = fields.take(name, list)
-        if len(values) != count or not all(valid(v) for v in values):
-            raise WireError(f"field {name!r} is {str(values)[:80]}, no list of {count} of its kind")
-        return dict(enumerate(values))
-
-    sizes = listed("conv_kernel_size", lambda v: v is None or (type(v) is int and 0 < v < MAX_LENGTH))
-    layer.conv_kernel_size = sizes
-    for flag in FLAGS:
-        setattr(layer, flag, listed(flag, lambda v: type(v) is bool))
-    for side, flag in zip(STATES, FLAGS, strict=False):
-        for i in range(count):
-            tensor_name = f"{side}.{i}"
-            if (tensor_name in held) != getattr(layer, flag)[i]:
-                raise WireError(f"field {flag!r} and tensor {tensor_name!r} contradict each other")
-            if tensor_name not in held:
-                continue
-            shape = (batch, *[None] * (held.rank(tensor_name) - 1))
-            state = held.take(tensor_name, shape, *DTYPES).clone()  # the layer writes into it
-            getattr(layer, side)[i] = state
-            if layer.device is None:
-                layer.dtype, layer.device = state.dtype, state.device

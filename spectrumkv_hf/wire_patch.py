@@ -22,18 +22,15 @@ from spectrumkv_hf.policy import TIERS, Tier
 from spectrumkv_hf.store import Arena, TieredStore, owned, take
 from spectrumkv_hf.wire_frame import (
     ALIGNMENT,
-    MAX_LENGTH,
     Buffer,
-    Fields,
     FrameHeader,
     Kind,
-    Payload,
     WireError,
     as_tensor,
     host_bytes,
-    read_payload,
 )
-from spectrumkv_hf.wire_layer import TIER_BY_BITS, Tensors, read_side
+from spectrumkv_hf.wire_layer import TIER_BY_BITS, read_side
+from spectrumkv_hf.wire_payload import MAX_LENGTH, Fields, Payload, Tensors, read_payload
 from spectrumkv_kernels import Quantized, operation
 
 TIER_BY_NAME = {tier.name: tier for tier in TIERS}

@@ -3,8 +3,8 @@
 What it finds is written as a file `crash-...`; move it into `corpus/`, which `test_corpus.py` replays.
 """
 
-import json
 import random
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -88,7 +88,7 @@ def mutate(data, size, seed):
         else:
             rng.choice((frames.reverse, lambda: frames.append(frames[at]), lambda: frames.pop(at)))()
         return (bytes([data[0]]) + b"".join(frames))[:size]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, json.JSONDecodeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error):
         return atheris.Mutate(data, size)
 
 

@@ -58,7 +58,7 @@ def used(cache: SpectrumCache) -> None:
             assert keys.shape[2] == values.shape[2] == layer.store.length - layer.store.first_kept
             layer.tier_map()
     again = cache.serialize()
-    config_of = next(c for c in CONFIGS if SpectrumCache(c).model == cache.identity)
+    config_of = next(c for c in CONFIGS if SpectrumCache(c).identity == cache.identity)
     assert torch.equal(SpectrumCache.deserialize(again, config=config_of).serialize(), again)
 
 
