@@ -133,7 +133,7 @@ class Process:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the {self.name} process ended: {self.process.wait()}")
+            raise RuntimeError(f"the {self.name} process ended with status {self.process.wait()}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -287,6 +287,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     }
                 )
                 add_comparisons(report["rates"][-1])
+                if args.json:  # what is measured is not lost
+                    args.json.write_text(json.dumps(report, indent=2))
     report["break_even"] = {str(budget): break_even(report, budget) for budget in args.budgets}
     return report
 
@@ -431,7 +433,7 @@ def main() -> None:
         for budget in args.budgets:
             get_policy("sink_protect", budget)
         report = measure(args)
-    except (OSError, ValueError) as problem:
+    except (OSError, RuntimeError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     show(report)

@@ -120,13 +120,14 @@ def new_cache(family, policy, budget):
 
 @torch.no_grad()
 def prefill(family, cache):
-    return model(family)(prompt(TOKENS), past_key_values=cache).logits[:, -1:]
+    ids = prompt(TOKENS).to(model(family).device)
+    return model(family)(ids, past_key_values=cache).logits[:, -1:]
 
 
 @torch.no_grad()
 def decode(family, cache, steps=6):
     """Logits of further steps, `[1, steps, vocabulary]`."""
-    ids = prompt(steps, seed=3)
+    ids = prompt(steps, seed=3).to(model(family).device)
     return torch.cat([model(family)(ids[:, i, None], past_key_values=cache).logits for i in range(steps)], dim=1)
 
 
@@ -177,6 +178,44 @@ def test_round_trip(pair, family, policy, budget):
         assert count == received[1] == bytes_sent.numel()
         assert torch.equal(logits, received[2])
         assert torch.equal(logits, expected(family, policy, budget))
+
+
+@contextlib.contextmanager
+def on_gpu(family):
+    """The model on the GPU."""
+    model(family).cuda()
+    try:
+        yield
+    finally:
+        model(family).cpu()
+
+
+def send_from_gpu(streamed):
+    cache = new_cache("llama", "greedy", 0.5)
+    with on_gpu("llama"):
+        if streamed:
+            with CacheSender(cache, 1, timeout=PATIENCE):
+                prefill("llama", cache)
+        else:
+            prefill("llama", cache)
+            send_cache(cache, 1, timeout=PATIENCE)
+        return cache.serialize().cpu(), decode("llama", cache).cpu()
+
+
+def receive_on_gpu():
+    with on_gpu("llama"):
+        cache = recv_cache(0, model("llama").config, timeout=PATIENCE, device="cuda")
+        assert cache.layers[0].device.type == "cuda"
+        return cache.serialize().cpu(), decode("llama", cache).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streamed", [False, True])
+def test_round_trip_between_gpus(pair, streamed):
+    """By way of the host, as gloo goes."""
+    (bytes_sent, logits), received, _ = pair(functools.partial(send_from_gpu, streamed), receive_on_gpu)
+    assert torch.equal(bytes_sent, received[0])
+    assert torch.equal(logits, received[1])
 
 
 def send_chunks():
