@@ -12,7 +12,7 @@ from enum import IntEnum
 import torch
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | torch.Tensor
-"""What can be read: anything with the buffer protocol , or a uint8 tensor `[bytes]` on any device."""
+"""What can be read: anything with the buffer protocol, or a uint8 tensor `[bytes]` on any device."""
 
 MAGIC = b"SPECTRKV"
 VERSION = 1

@@ -28,7 +28,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _OURS = "spectrumkv"
 
-
 Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """Metadata and tensors by name."""
 
@@ -40,7 +39,10 @@ class Payload:
 
     Args:
         metadata: What JSON can hold.
-        tensors: By name; any strides, all on one device.
+        tensors: By name, of any strides.
+
+    Raises:
+        WireError: a dtype, number or length that a reader would not take.
     """
 
     def __init__(self, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -53,6 +55,8 @@ class Payload:
         for name, tensor in self.tensors.items():
             begin, end = end, end + tensor.nbytes
             shape = list(tensor.shape)
+            if tensor.dtype not in _NAMES:
+                raise WireError(f"tensor {name!r} has dtype {tensor.dtype}; those that can travel: {', '.join(DTYPES)}")
             described[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
         text = _dump(described).encode()
         text += b" " * (padded(8 + len(text)) - 8 - len(text))
@@ -85,7 +89,12 @@ def _put(out: torch.Tensor, data: bytes) -> None:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise WireError(f"{_short(value)} can't be written: {error}") from None
+    parse_json(text.encode())  # a reader would refuse the same numbers
+    return text
 
 
 def read_payload(header: FrameHeader, payload: torch.Tensor) -> tuple["Fields", dict[str, torch.Tensor]]:
