@@ -1,4 +1,4 @@
-"""What the fuzzer has found stays fixed, and its harness works."""
+"""Inputs by which the fuzzer reached new code, and what it finds, stay handled; its harness works."""
 
 from pathlib import Path
 
