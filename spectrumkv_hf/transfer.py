@@ -130,8 +130,9 @@ class CacheSender:
     ) -> None:
         self._cache, self._tokens = cache, tokens
         self._sender = FrameSender(dst, group, timeout, in_flight)
-        self._final: queue.SimpleQueue[int | GivenUp] = queue.SimpleQueue()
+        self._final: queue.SimpleQueue[int] = queue.SimpleQueue()  # frames that may be written
         self._frames_due = 0
+        self._given_up: GivenUp | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"cache to rank {dst}", daemon=True)
         self._detach = cache.on_layer(self._on_layer)
@@ -156,7 +157,8 @@ class CacheSender:
 
     def abort(self, reason: str = "aborted") -> None:
         """Send no more, and tell the receiver why; it raises a `TransferError`. Never raises."""
-        self._close(GivenUp(reason))
+        self._given_up = GivenUp(reason)
+        self._close(0)
 
     def __enter__(self) -> "CacheSender":
         return self
@@ -167,9 +169,9 @@ class CacheSender:
         else:
             self.abort(describe(error))
 
-    def _close(self, last: "int | GivenUp") -> None:
+    def _close(self, frames_due: int) -> None:
         self._detach()
-        self._final.put(last)
+        self._final.put(frames_due)
         self._thread.join()  # every wait in there has a timeout
 
     def _on_layer(self, index: int) -> None:
@@ -188,11 +190,10 @@ class CacheSender:
 
     def _wait_for(self, index: int) -> None:
         """Wait until frame `index` may be written: the header with the first layer, the end when `finish` says so."""
-        while self._frames_due <= max(index, 1):
-            item = self._final.get()
-            if isinstance(item, GivenUp):
-                raise item
-            self._frames_due = max(self._frames_due, item)
+        while self._given_up is None and self._frames_due <= max(index, 1):
+            self._frames_due = max(self._frames_due, self._final.get())
+        if self._given_up is not None:
+            raise self._given_up
 
 
 class CacheReceiver:
@@ -216,6 +217,8 @@ class CacheReceiver:
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self._link = Link(src, group, timeout)
+        if first_timeout is not None and not first_timeout > 0:
+            raise ValueError(f"first_timeout is a positive number of seconds, got {first_timeout!r}")
         self._first_timeout = timeout if first_timeout is None else first_timeout
         self._device = torch.device(device or "cpu")
         self._limit = max_frame_bytes
@@ -231,7 +234,13 @@ class CacheReceiver:
         link, report = self._link, self.report
         refusal: TransferError | None = None
         while True:
-            header = self._header(refusal)
+            try:
+                header = self._header(refusal)
+            except TransferError as problem:
+                if refusal is None or problem is refusal:
+                    raise
+                refusal.group_usable = False
+                raise refusal from problem
             name, layer = frame_name(header.layer, header.kind), header.layer
             payload = torch.empty(header.padded, dtype=torch.uint8, device=self._device if link.on_device else "cpu")
             link.receive(payload, PAYLOAD_TAG, name, layer)

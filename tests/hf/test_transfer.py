@@ -530,7 +530,7 @@ def send_half_a_prefill():
 
 
 def receive_after_half():
-    with pytest.raises(TransferError, match="rank 0 gave up before layer 1: ArithmeticError: no more") as caught:
+    with pytest.raises(TransferError, match="rank 0 gave up before .*: ArithmeticError: no more") as caught:
         recv_cache(0, model("llama").config, timeout=PATIENCE)
     assert caught.value.group_usable
     return decode("llama", recv_cache(0, model("llama").config, timeout=PATIENCE))
