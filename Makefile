@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-5.17 test-slow lint bench quality clean
+.PHONY: demo test test-5.17 test-slow fuzz lint bench quality clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,11 @@ test-5.17: pyproject.toml constraints.txt  ## The same tests on the oldest Trans
 
 test-slow: $(BIN)/installed  ## Tests on the real model.
 	$(BIN)/python -m pytest -m slow
+
+FUZZ_SECONDS ?= 120
+fuzz: $(BIN)/installed  ## Coverage-guided fuzzing of the wire format (atheris; wheels for CPython 3.11 to 3.13 on Linux).
+	$(BIN)/python $(PIP_INSTALL) atheris
+	$(BIN)/python tests/fuzz/fuzz_wire.py -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -timeout=20
 
 bench: $(BIN)/installed  ## Decode speed at 2048 tokens of context.
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt optimum-quanto

@@ -142,17 +142,23 @@ def check_folders(*paths: Path | None) -> None:
 
 
 def environment(model: PreTrainedModel) -> dict[str, str | int]:
+    """Versions and device of a measurement, and how the model was run."""
+    return {
+        **versions(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.config._attn_implementation),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str | int]:
     """Versions and device of a measurement."""
-    on_cuda = model.device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "spectrumkv-hf": spectrumkv_hf.__version__,
-        "device": torch.cuda.get_device_name(model.device) if on_cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": str(model.config._attn_implementation),
     }
 
 

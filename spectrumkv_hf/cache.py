@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, Pr
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from spectrumkv_hf.attention import install
+from spectrumkv_hf.identity import model_identity
 from spectrumkv_hf.layer import SharedRanking, SlidingSpectrumLayer, SpectrumLayer
 from spectrumkv_hf.memory import FP16_BYTES, MemoryReport, storage_bytes
 from spectrumkv_hf.policy import Policy, get_policy
@@ -67,7 +69,9 @@ class SpectrumCache(Cache):
         self.policy = get_policy(policy, budget, **policy_options)
         self.codec = CODECS[codec]
         self._notes: dict[int, str] = {}
-        super().__init__(layers=self._build_layers(config.get_text_config(decoder=True)))
+        text_config = config.get_text_config(decoder=True)
+        self.identity = model_identity(text_config)
+        super().__init__(layers=self._build_layers(text_config))
         install()
 
     @classmethod
@@ -164,6 +168,87 @@ class SpectrumCache(Cache):
                 self.layers[index] = self._stock[index]()
             else:
                 layer.reset()
+
+    def on_layer(self, callback: Callable[[int], None]) -> Callable[[], None]:
+        """Call `callback` with a tiered layer's index whenever what the layer holds is final until its next update.
+
+        That is right after its attention where tokens were tiered or nothing was due; at the end of the last layer for
+        `scope="token"`; and at the next update, or when the layer is serialised, where other layers still read its
+        exact tokens (Gemma-3n). Layers of Transformers' own classes don't call: they are final once a later layer is.
+        What the callback raises comes out of the model's forward. A cache has one callback; a new one replaces it.
+
+        Returns:
+            A function that removes the callback.
+        """
+        tiered = [layer for layer in self.layers if isinstance(layer, SpectrumLayer)]
+
+        def set_callback(value: Callable[[int], None] | None) -> None:
+            for layer in tiered:
+                layer.on_final = value
+
+        set_callback(callback)
+        return functools.partial(set_callback, None)
+
+    def serialize(self) -> torch.Tensor:
+        """The cache as bytes, a contiguous uint8 tensor on its device; docs/wire-format.md describes them.
+
+        Raises:
+            WireError: a layer or policy that can't be serialised, or layers of different lengths.
+        """
+        from spectrumkv_hf import wire
+
+        return wire.serialize(self)
+
+    @classmethod
+    def deserialize(
+        cls, buffer: Any, config: PreTrainedConfig, device: torch.device | str | None = None
+    ) -> "SpectrumCache":
+        """The cache that `serialize` wrote.
+
+        Where the buffer begins at a multiple of 64 bytes and lies on `device`, tensors are views of it. Nothing writes
+        into it, and it must not change while the cache is in use.
+
+        Args:
+            buffer: bytes, bytearray, memoryview, mmap, or a contiguous uint8 tensor `[bytes]`.
+            config: Of the model that will use the cache.
+            device: Where the cache will lie; None: where the buffer does.
+
+        Raises:
+            WireError: the bytes are damaged, of another version, or of another model.
+            TypeError: `buffer` is none.
+        """
+        from spectrumkv_hf import wire
+
+        return wire.deserialize(buffer, config, device)
+
+    def apply_patch(self, frame: Any) -> None:
+        """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
+
+        Args:
+            frame: A buffer as of `deserialize`; its tensors are copied.
+
+        Raises:
+            WireError: the frame is damaged, or the tokens have changed since they were asked for (batch operations,
+                `crop`, another patch). The cache is as it was.
+        """
+        from spectrumkv_hf import wire_patch
+
+        wire_patch.apply(self, frame)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what `serialize` gives into a file, which appears at `path` whole or not at all."""
+        from spectrumkv_hf import wire
+
+        wire.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str | None = None
+    ) -> "SpectrumCache":
+        """The cache that `save` wrote; on the CPU its tensors are the mapped file. Arguments as of `deserialize`."""
+        from spectrumkv_hf import wire
+
+        return wire.load(path, config, device)
 
     def _tiered(self) -> Iterator[SpectrumLayer]:
         return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)

@@ -62,6 +62,7 @@ class SharedRanking:
             start = layer.store.tail_start
             shared = total[:, None, start : start + score.shape[-1]].to(score.device).expand_as(score)
             layer.store.compress(score.shape[-1], layer.policy, shared)
+            layer._announce()
 
 
 class SpectrumLayer(CacheLayerMixin):
@@ -97,6 +98,8 @@ class SpectrumLayer(CacheLayerMixin):
         self.policy, self.codec, self.rotary = policy, codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
+        self.on_update: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+        self.on_final: Callable[[int], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -110,6 +113,9 @@ class SpectrumLayer(CacheLayerMixin):
         self._pending: torch.Tensor | None = None
         if self.shared is not None:
             self.shared.offers.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "on_update": None, "on_final": None}  # who listens to a layer does not to its copies
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.policy.name}, tokens={self.get_seq_length()})"
@@ -172,11 +178,14 @@ class SpectrumLayer(CacheLayerMixin):
         self._settle()
         kv_length, _ = self.get_mask_sizes(given.shape[2])
         store.append(key_states, value_states)
+        if self.on_update is not None:
+            self.on_update(self.layer_idx, key_states, value_states)
         self.generation += 1
         self.new_tokens, self._attended = given.shape[2], False
         self._read_from = store.length - kv_length
         if self.policy.lossless:
             self._attended = True
+            self._announce()
             return store.dense(self._read_from)
         shape = (*given.shape[:2], kv_length)
         return (
@@ -315,6 +324,7 @@ class SpectrumLayer(CacheLayerMixin):
             self.store.note_padding(real.expand(self.store.batch_size, -1))
         tokens = self._due()
         if not tokens:
+            self._announce()
             return
         scores = None
         reads = self.policy.importance in READS_QUERIES
@@ -347,6 +357,7 @@ class SpectrumLayer(CacheLayerMixin):
         """Tier what is due, by attention scores of the tail or without."""
         tokens, store = self._due(), self.store
         if not tokens:
+            self._announce()
             return
         keys, values = (t[:, :, :tokens] for t in store.tail)
         score = importance(
@@ -363,6 +374,12 @@ class SpectrumLayer(CacheLayerMixin):
             self.shared.offer(self, score)
         else:
             store.compress(tokens, self.policy, score)
+            self._announce()
+
+    def _announce(self) -> None:
+        """Say that the layer holds what it will hold until the next update; once an update."""
+        if self.on_final is not None:
+            self.on_final(self.layer_idx)
 
     # -- what users and generate() call ---------------------------------------------------------------------------
 

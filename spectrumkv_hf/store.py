@@ -111,6 +111,7 @@ class TieredStore:
         self.pads: torch.Tensor | None = None
         self.ragged = False
         self.drops = False
+        self._borrowed = False
 
     @property
     def batch_size(self) -> int:
@@ -129,14 +130,19 @@ class TieredStore:
         """Add tokens, `[batch, kv_heads, tokens, dim]`, to the tail."""
         held, grown = self.tail_length, self.tail_length + keys.shape[2]
         if held == 0 and grown > self._keys.shape[2]:
-            self._keys, self._values = owned(keys), owned(values)
+            self._keys, self._values, self._borrowed = owned(keys), owned(values), False
         else:
             fixed = self._keys.is_inference() and not torch.is_inference_mode_enabled()  # can't be written to
+            fixed = fixed or self._borrowed
             if grown > self._keys.shape[2] or fixed:
                 self._resize(held, grown)
             self._keys[:, :, held:grown] = keys
             self._values[:, :, held:grown] = values
         self.length += keys.shape[2]
+
+    def adopt_tail(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take tensors that belong to someone else as the tail, without a copy: nothing will be written into them."""
+        self._keys, self._values, self._borrowed = keys, values, True
 
     def _resize(self, held: int, needed: int, skip: int = 0) -> None:
         """New buffers for `needed` tokens, rounded up, which start with `held` tokens from `skip` on."""
@@ -149,6 +155,7 @@ class TieredStore:
 
         self._keys = resized(self._keys)
         self._values = resized(self._values)
+        self._borrowed = False
 
     def note_padding(self, real: torch.Tensor) -> None:
         """Learn where rows begin, from `real`, bool `[batch, n]`, for the last `n` tokens: False at the start pads."""
@@ -241,6 +248,11 @@ class TieredStore:
         if self.pads is not None:
             filler = (rank - torch.tensor(now, device=self.device)[:, None, None]).clamp(min=0)
             tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_of)
+            # Where one row has its sinks among many others' middle, tiers may want more than all tokens together. The
+            # least precise then gives some up; said here, so that positions stay in order within each tier.
+            order = torch.argsort(tier_of, dim=-1, stable=True)
+            places = torch.arange(tokens, device=self.device).expand_as(order).contiguous()
+            tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
         return tier_of, sizes.tolist()
 
     def _encode(

@@ -1,0 +1,300 @@
+"""Prefill in one process, decode in another: the compressed cache goes between them, layer by layer.
+
+python examples/pd_disaggregation.py --budget 0.3
+torchrun --nproc-per-node 2 examples/pd_disaggregation.py --budget 0.3
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import HelpFormatter, add_model_arguments, check_folders, environment, load_from, passage
+from quality import print_table
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from spectrumkv_hf import Policy, SpectrumCache, get_policy
+from spectrumkv_hf.bypass import TransferCosts, choose_policy
+from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
+
+PREFILL, DECODE = 0, 1
+"""Ranks."""
+TRANSPORTS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+
+
+@dataclass
+class Sent:
+    """What the prefill side did for a request; times by `time.monotonic()`, which processes of a machine share.
+
+    Attributes:
+        first_token: That prefill gave, exact.
+        tokens: Of the prompt.
+        fp16_bytes: Of the exact cache at 16 bits an element.
+        sent_bytes: That went over the link.
+        started, prefilled, finished: When prefill began and ended, and when the receiver had acknowledged the cache.
+        compressing: Seconds of prefill that went into ranking and compressing.
+        sending: Seconds from the first frame to the last, waiting for layers included.
+    """
+
+    first_token: float = 0.0
+    tokens: float = 0.0
+    fp16_bytes: float = 0.0
+    sent_bytes: float = 0.0
+    started: float = 0.0
+    prefilled: float = 0.0
+    finished: float = 0.0
+    compressing: float = 0.0
+    sending: float = 0.0
+
+
+@dataclass
+class Received:
+    """What the decode side did for a request; `complete` and `first`: when cache and first token were there."""
+
+    answer: list[int]
+    complete: float
+    receiving: float
+    first: float
+    policy: Policy
+
+
+class Clock(LogitsProcessor):
+    """Notes the time at which the first forward has given its logits, and leaves them as they are."""
+
+    first: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize(scores.device)
+        self.first = self.first or time.monotonic()
+        return scores
+
+
+@contextmanager
+def timed_compression(cache: SpectrumCache) -> Iterator[Callable[[], float]]:
+    """Times the layers' ranking and compressing inside; gives a function that returns the seconds so far."""
+    total = 0.0
+
+    def timed(attended: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object) -> None:
+            nonlocal total
+            began = time.monotonic()
+            attended(*args)
+            total += time.monotonic() - began
+
+        return call
+
+    tiered = [layer for layer in cache.layers if hasattr(layer, "attended")]
+    for layer in tiered:
+        layer.attended = timed(layer.attended)
+    try:
+        yield lambda: total
+    finally:
+        for layer in tiered:
+            del layer.attended
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, cache: SpectrumCache, tokens: int, clock: Clock) -> list[int]:
+    """`tokens` further ids after `ids`, `[1, length]`, greedily, over a cache with all or none of the ids before."""
+    options = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0}
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        logits_processor=[clock],
+        **options,
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def prefill_and_send(model: PreTrainedModel, ids: torch.Tensor, policy: Policy, streamed: bool, timeout: float) -> Sent:
+    """Prefill `ids`, `[1, tokens]`, send the cache to the decode rank, and then the first token with the times."""
+    cache = SpectrumCache(model.config, policy=policy)
+    sent = Sent(tokens=ids.shape[1], started=time.monotonic())
+    with timed_compression(cache) as compressing:
+        if streamed:
+            with CacheSender(cache, DECODE, timeout=timeout) as sender:
+                (sent.first_token,) = generate(model, ids, cache, 1, Clock())
+                sent.prefilled = time.monotonic()
+            report = sender.report
+        else:
+            (sent.first_token,) = generate(model, ids, cache, 1, Clock())
+            sent.prefilled = time.monotonic()
+            report = send_cache(cache, DECODE, timeout=timeout)
+    sent.finished = time.monotonic()
+    sent.compressing, sent.sending, sent.sent_bytes = compressing(), report.seconds, report.bytes
+    sent.fp16_bytes = cache.memory().fp16
+    dist.send(torch.tensor(astuple(sent), dtype=torch.float64), DECODE)
+    return sent
+
+
+def receive_and_decode(
+    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, timeout: float, prefill_timeout: float
+) -> tuple[Sent, Received]:
+    """Receive the cache of `ids`, `[1, tokens]`, and generate the rest of the answer over it."""
+    receiver = CacheReceiver(PREFILL, model.config, timeout=timeout, first_timeout=prefill_timeout, device=model.device)
+    cache = receiver.receive()
+    complete = time.monotonic()
+    numbers = torch.empty(len(fields(Sent)), dtype=torch.float64)
+    dist.recv(numbers, PREFILL)
+    sent = Sent(*numbers.tolist())
+    first = torch.tensor([[int(sent.first_token)]], device=ids.device)
+    clock = Clock()
+    rest = generate(model, torch.cat((ids, first), dim=1), cache, new_tokens - 1, clock)
+    assert clock.first is not None
+    answer = [int(sent.first_token), *rest]
+    return sent, Received(answer, complete, receiver.report.seconds, clock.first, cache.policy)
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> list[torch.Tensor]:
+    """Ids `[1, length]` from the passage, each from another place in it, repeated where it is too short."""
+    once = tokenizer(passage(), return_tensors="pt", verbose=False).input_ids[0]
+    repeated = once.repeat(1 + -(-max(lengths) // len(once)))
+    starts = [index * 97 % len(once) for index in range(len(lengths))]
+    return [repeated[start : start + length][None] for start, length in zip(starts, lengths, strict=True)]
+
+
+def row_of(sent: Sent, received: Received) -> dict[str, float]:
+    """A request in numbers: bytes, seconds."""
+    return {
+        "tokens": int(sent.tokens),
+        "fp16_bytes": int(sent.fp16_bytes),
+        "sent_bytes": int(sent.sent_bytes),
+        "prefill_seconds": sent.prefilled - sent.started,
+        "compress_seconds": sent.compressing,
+        "send_seconds": sent.sending,
+        "receive_seconds": received.receiving,
+        "exposed_seconds": received.complete - sent.prefilled,
+        "first_token_seconds": received.first - sent.started,
+    }
+
+
+def join(args: argparse.Namespace, rank: int, address: str) -> None:
+    """Join the process group of the two."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    limit = timedelta(seconds=args.timeout)
+    dist.init_process_group(TRANSPORTS[args.transport], init_method=address, rank=rank, world_size=2, timeout=limit)
+
+
+def run_prefill(args: argparse.Namespace) -> None:
+    model, tokenizer = load_from(args)
+    policy = get_policy(args.policy, args.budget)
+    for index, ids in enumerate(prompts(tokenizer, [args.tokens[0], *args.tokens])):
+        dist.barrier()
+        sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout)
+        if index == 0 and args.bandwidth and not policy.lossless:  # the warm-up tells what compressing costs
+            costs = TransferCosts(
+                fp16_bytes=int(sent.fp16_bytes),
+                ratio=sent.sent_bytes / sent.fp16_bytes,
+                prefill=sent.prefilled - sent.started - sent.compressing,
+                compress=sent.compressing,
+                layers=model.config.get_text_config(decoder=True).num_hidden_layers,
+            )
+            policy = choose_policy(args.bandwidth * 1e6 / 8, policy, costs, args.streamed)
+            above = costs.break_even(args.streamed) * 8e-6
+            print(f"compressing pays below {above:.0f} Mbit/s; for {args.bandwidth:g}: {policy.name}")
+    dist.barrier()
+
+
+def run_decode(args: argparse.Namespace) -> None:
+    model, tokenizer = load_from(args)
+    about = environment(model)
+    answers, policies, rows, every = [], [], [], prompts(tokenizer, [args.tokens[0], *args.tokens])
+    for ids in every:
+        dist.barrier()
+        sent, received = receive_and_decode(
+            model, ids.to(model.device), args.max_new_tokens, args.timeout, args.timeout
+        )
+        answers.append(received.answer)
+        policies.append(received.policy)
+        rows.append(row_of(sent, received))
+    dist.barrier()
+    for ids, answer, used in zip(every, answers, policies, strict=True):
+        cache = SpectrumCache(model.config, policy=used)
+        alone = generate(model, ids.to(model.device), cache, args.max_new_tokens, Clock())
+        if alone != answer:
+            raise AssertionError(f"{ids.shape[1]} tokens: one process answers {alone}, two answer {answer}")
+    del rows[0]  # warm-up
+    policy, how = policies[-1], "streamed" if args.streamed else "whole"
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{args.model}, {policy.name} b={policy.budget:g}, {how}, {args.transport}")
+    print(f"answers of {args.max_new_tokens} tokens equal those of one process: {len(answers)} of {len(answers)}\n")
+    print_table(
+        ["tokens", "FP16 MB", "sent MB", "prefill s", "of it compress", "send s", "receive s", "exposed s", "TTFT s"],
+        [
+            [str(row["tokens"]), f"{row['fp16_bytes'] / 1e6:.1f}", f"{row['sent_bytes'] / 1e6:.1f}"]
+            + [f"{value:.3f}" for key, value in row.items() if key.endswith("seconds")]
+            for row in rows
+        ],
+    )
+    print(
+        "\nexposed: from the end of prefill until the decode side has the cache. TTFT: from the start of prefill to\n"
+        "the first token that the decode side computes over the cache it received."
+    )
+    if args.json:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        args.json.write_text(json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
+
+
+def work(rank: int, args: argparse.Namespace, address: str) -> None:
+    """The process of one rank."""
+    join(args, rank, address)
+    (run_prefill if rank == PREFILL else run_decode)(args)
+    dist.destroy_process_group()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that `limited_link.py` has too."""
+    add_model_arguments(parser)
+    parser.add_argument("--transport", choices=TRANSPORTS, default="gloo")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that any message may take")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
+    parser.add_argument("--budget", type=float, help="fraction of the FP16 bytes; default: the policy's own")
+    parser.add_argument("--bandwidth", type=float, help="of the link, Mbit/s: send exact where compressing doesn't pay")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048], help="lengths of the prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens of each answer")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--streamed", action="store_true", default=True, help="send layers while prefill runs (default)")
+    how.add_argument("--whole", action="store_false", dest="streamed", help="send the cache after prefill")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        get_policy(args.policy, args.budget)
+        check_folders(args.json)
+        if min(args.tokens) < 1 or args.max_new_tokens < 2 or not args.timeout > 0:
+            raise ValueError("--tokens are 1 or more, --max-new-tokens 2 or more, --timeout is positive")
+        if args.transport == "nccl" and torch.cuda.device_count() < 2:
+            raise ValueError("--transport nccl needs two CUDA devices")
+    except (OSError, TypeError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if "RANK" in os.environ:  # by torchrun
+        work(int(os.environ["RANK"]), args, "env://")
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of two processes on one terminal
+    torch.multiprocessing.spawn(work, args=(args, f"tcp://127.0.0.1:{port}"), nprocs=2)
+
+
+if __name__ == "__main__":
+    main()

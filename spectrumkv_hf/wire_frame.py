@@ -1,0 +1,193 @@
+"""Frames: a fixed header with checksums, then a payload. See docs/wire-format.md."""
+
+import hashlib
+import mmap
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+Buffer = bytes | bytearray | memoryview | mmap.mmap | torch.Tensor
+"""What can be read: anything with the buffer protocol, or a uint8 tensor `[bytes]` on any device."""
+
+MAGIC = b"SPECTRKV"
+VERSION = 1
+ALIGNMENT = 64
+"""Frames, and the tensors' part of a payload, begin at multiples of this many bytes."""
+
+
+class WireError(ValueError):
+    """Bytes that are no sound cache, or not this model's; the message says what is wrong, and where."""
+
+
+class Kind(IntEnum):
+    """What a frame carries."""
+
+    HEADER = 1
+    LAYER = 2
+    END = 3
+    REQUEST = 4
+    PATCH = 5
+
+
+@dataclass(frozen=True)
+class FrameHeader:
+    """The first 64 bytes of a frame.
+
+    Attributes:
+        kind: What the payload is.
+        index: Place of the frame in its stream, from 0.
+        layer: The layer, or -1 where the frame belongs to none.
+        length: Bytes of the payload, without the zeros that pad it.
+        digest: `digest` of the padded payload.
+        stream: A number chosen by the sender, the same in all frames of a stream.
+    """
+
+    SIZE = 64
+    _LAYOUT = struct.Struct("<8sHHIiIQQQ12s")  # and the CRC-32 of these 60 bytes
+
+    kind: Kind
+    index: int
+    layer: int
+    length: int
+    digest: int
+    stream: int = 0
+
+    @property
+    def padded(self) -> int:
+        """Bytes that follow the header."""
+        return padded(self.length)
+
+    def pack(self) -> bytes:
+        """The 64 bytes."""
+        fields = (self.kind, self.index, self.layer, 0, self.length, self.digest, self.stream, bytes(12))
+        head = self._LAYOUT.pack(MAGIC, VERSION, *fields)
+        return head + struct.pack("<I", zlib.crc32(head))
+
+    @classmethod
+    def parse(cls, data: Buffer, limit: int | None = None) -> "FrameHeader":
+        """Read and check the first 64 bytes of `data`.
+
+        Args:
+            data: A frame, or its beginning.
+            limit: The longest padded payload to accept, in bytes; None: any.
+
+        Raises:
+            WireError: too few bytes, another format or version, damage, a longer payload.
+        """
+        raw = host_bytes(as_tensor(data)[: cls.SIZE])
+        if len(raw) < cls.SIZE:
+            raise WireError(f"a frame header has {cls.SIZE} bytes, got {len(raw)}")
+        magic, version, kind, index, layer, flags, length, check, stream, reserved = cls._LAYOUT.unpack(raw[:-4])
+        if magic != MAGIC:
+            raise WireError(f"no frame: begins with {magic!r}, not {MAGIC!r}")
+        if version != VERSION:
+            raise WireError(f"format version {version}; this release reads version {VERSION}")
+        if zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+            raise WireError("damaged frame header: its CRC-32 is wrong")
+        if kind not in Kind.__members__.values():
+            raise WireError(f"unknown kind of frame: {kind}")
+        if flags or any(reserved):
+            raise WireError("reserved fields of the frame header are not 0")
+        if limit is not None and padded(length) > limit:
+            raise WireError(f"a payload of {length} bytes, more than the limit of {limit}")
+        return cls(Kind(kind), index, layer, length, check, stream)
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to the alignment."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def as_tensor(data: Buffer) -> torch.Tensor:
+    """The bytes as a uint8 tensor `[bytes]`, without a copy.
+
+    Raises:
+        TypeError: neither bytes nor a one-dimensional contiguous uint8 tensor.
+    """
+    if isinstance(data, torch.Tensor):
+        if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
+            raise TypeError(
+                f"a buffer is bytes or a contiguous uint8 tensor of one dimension, got {data.dtype} of shape "
+                f"{tuple(data.shape)}"
+            )
+        return data
+    try:
+        view = memoryview(data).cast("B")
+    except TypeError:
+        raise TypeError(f"a buffer is bytes or a uint8 tensor, got {type(data).__name__}") from None
+    if not len(view):
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():  # of read-only memory, into which nothing here writes
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+
+def host_bytes(data: torch.Tensor) -> bytes:
+    """A uint8 tensor's bytes."""
+    return data.cpu().numpy().tobytes()
+
+
+# -- checksum ---------------------------------------------------------------------------------------------------------
+
+ROW = 1024
+"""64-bit words in a row of the digest."""
+_STEP = 128
+"""Rows that are summed at a time."""
+
+
+def _splitmix(count: int) -> Iterator[int]:
+    """Odd 64-bit numbers from SplitMix64 with seed 0, as signed integers."""
+    mask, state = (1 << 64) - 1, 0
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        z = (z ^ (z >> 31)) | 1
+        yield z - (1 << 64) if z >> 63 else z
+
+
+_WEIGHTS = torch.tensor(list(_splitmix(ROW)), dtype=torch.int64)
+
+
+def digest(payload: torch.Tensor) -> int:
+    """Checksum of a padded payload, 64 bits: a vectorised one, so that it costs little on CPUs and GPUs.
+
+    The payload, extended by zeros to whole rows of 1024 little-endian 64-bit words, gives a weighted sum of each row
+    and the sum of each column, all modulo 2^64; their BLAKE2b is the digest. It detects damage, not forgery.
+
+    Args:
+        payload: uint8 `[bytes]`, a multiple of 8 of them.
+    """
+    words = payload.view(torch.int64)
+    weights = _WEIGHTS.to(payload.device)
+    whole = words.numel() // ROW * ROW
+    rows = words[:whole].view(-1, ROW)
+    columns = torch.zeros(ROW, dtype=torch.int64, device=payload.device)
+    sums = []
+    if payload.device.type == "cpu":
+        # Products of integer matrices exist on CPUs only. In steps that fit the processor's cache memory is read once.
+        ones = torch.ones(_STEP, dtype=torch.int64)
+        for part in rows.split(_STEP):
+            sums.append(torch.mv(part, weights))
+            columns.addmv_(part.t(), ones[: len(part)])
+    else:
+        for part in rows.split(64 * _STEP):
+            sums.append((part * weights).sum(1))
+            columns += part.sum(0)
+    if whole < words.numel():
+        rest = words[whole:]
+        sums.append((rest * weights[: len(rest)]).sum(0, keepdim=True))
+        columns[: len(rest)] += rest
+    state = hashlib.blake2b(host_bytes(torch.cat((*sums, columns)).view(torch.uint8)), digest_size=8)
+    return int.from_bytes(state.digest(), "little")
+
+
+def digest_of_digests(digests: list[int]) -> int:
+    """What the end frame says of the digests of all frames before it."""
+    data = b"".join(n.to_bytes(8, "little") for n in digests)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

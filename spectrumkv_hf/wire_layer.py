@@ -1,0 +1,243 @@
+"""One layer of a cache as metadata and tensors, and back."""
+
+from typing import Any
+
+import torch
+
+from spectrumkv_hf.layer import DTYPES, SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.policy import DROPPED, TIERS, Tier
+from spectrumkv_hf.store import Arena, TieredStore
+from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire_payload import Fields, Parts, Tensors
+from spectrumkv_hf.wire_stock import STOCK, decode_stock, encode_stock
+from spectrumkv_kernels import Quantized
+
+TIER_BY_BITS = {tier.bits: tier for tier in TIERS if tier != DROPPED}
+ABSENT = 3
+"""Code in the tier map of a token that the layer does not hold."""
+
+
+def kind_of(layer: Any) -> str:
+    """The name under which a layer travels.
+
+    Raises:
+        WireError: it is of a class that doesn't.
+    """
+    name = type(layer).__name__
+    if isinstance(layer, SpectrumLayer) or name in STOCK:
+        return name
+    raise WireError(
+        f"layers of class {name} can't be serialised; those that can: SpectrumLayer, SlidingSpectrumLayer, "
+        f"{', '.join(sorted(STOCK))}"
+    )
+
+
+def encode_layer(layer: Any, index: int) -> Parts:
+    """Metadata and tensors of a layer, whose open tiering is finished first.
+
+    Raises:
+        WireError: the layer can't be serialised.
+    """
+    kind = kind_of(layer)
+    try:
+        metadata, tensors = _encode_tiered(layer) if isinstance(layer, SpectrumLayer) else encode_stock(layer)
+    except WireError as error:
+        raise WireError(f"layer {index}: {error}") from None
+    return {"layer": index, "class": kind, **metadata}, tensors
+
+
+def decode_layer(
+    layer: Any, index: int, fields: Fields, tensors: dict[str, torch.Tensor], batch: int, length: int
+) -> Any:
+    """Fill a fresh `layer` from what `encode_layer` made; it may be left half filled by an error.
+
+    Args:
+        layer: As the receiver's cache has built it.
+        index: Its place.
+        fields: The metadata.
+        tensors: Kept, not copied, unless the layer writes into them.
+        batch, length: What every layer of the cache has.
+
+    Raises:
+        WireError: the metadata or tensors are unsound.
+    """
+    fields.equal("layer", index)
+    fields.equal("class", kind_of(layer))
+    held = Tensors(tensors)
+    (_decode_tiered if isinstance(layer, SpectrumLayer) else decode_stock)(layer, fields, held, batch, length)
+    fields.done()
+    held.done()
+    held.checks.settle()
+
+
+def _encode_tiered(layer: SpectrumLayer) -> Parts:
+    window = {"window": layer.window, "record_past": getattr(layer, "record_past", False)}
+    if not layer.is_initialized:
+        return {"initialized": False, **window}, {}
+    layer._settle()
+    store = layer.store
+    tensors: dict[str, torch.Tensor] = {}
+    for tier, arena in store.arenas.items():
+        tensors |= {f"{tier.name}.{name}": t for name, t in arena.tensors() if name != "positions"}
+    tensors["tail.keys"], tensors["tail.values"] = store.tail
+    if store.tail_start > store.first_kept and store.arenas:
+        tensors["map"] = pack_map(_tier_codes(store, shared=layer.policy.scope != "head"))
+    for name in ("mean", "pads"):
+        if (tensor := getattr(store, name)) is not None:
+            tensors[name] = tensor
+    metadata = {
+        "initialized": True,
+        **window,
+        "length": store.length,
+        "tail_start": store.tail_start,
+        "first_kept": store.first_kept,
+        "drops": store.drops,
+        "tiers": [tier.bits for tier in store.arenas],
+    }
+    return metadata, tensors
+
+
+def _tier_codes(store: TieredStore, shared: bool) -> torch.Tensor:
+    """Which arena holds a token, by its place, uint8 `[batch, kv_heads or 1, tokens]` from `first_kept` on."""
+    size = store.tail_start - store.first_kept
+    first = next(iter(store.arenas.values())).positions
+    codes = torch.full((*first.shape[:2], size + 1), ABSENT, dtype=torch.uint8, device=first.device)
+    for code, arena in enumerate(store.arenas.values()):
+        codes.scatter_(2, store._slot(arena.positions, store.first_kept, size), code)
+    codes = codes[..., :size]
+    if shared and bool((codes == codes[:, :1]).all()):
+        codes = codes[:, :1]
+    return codes
+
+
+def pack_map(codes: torch.Tensor) -> torch.Tensor:
+    """Four 2-bit codes a byte, the first in the lowest bits: uint8 `[..., tokens]` to `[..., ceil(tokens / 4)]`."""
+    size = codes.shape[-1]
+    whole = codes.new_zeros(*codes.shape[:-1], -(-size // 4) * 4)
+    whole[..., :size] = codes
+    four = whole.view(torch.int32)
+    return ((four | four >> 6 | four >> 12 | four >> 18) & 0xFF).to(torch.uint8)
+
+
+def unpack_map(packed: torch.Tensor) -> torch.Tensor:
+    """The codes of `pack_map`, padding included, uint8 `[..., 4 * bytes]`."""
+    byte = torch.arange(256, dtype=torch.int32, device=packed.device)
+    four = byte & 3 | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18
+    return four[packed.int()].view(torch.uint8)
+
+
+def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: int, length: int) -> None:
+    window = fields.take("window", int, type(None))
+    if window != layer.window:
+        raise WireError(f"a window of {window}, where the config has {layer.window}")
+    record_past = fields.take("record_past", bool)
+    if record_past and not isinstance(layer, SlidingSpectrumLayer):
+        raise WireError("a layer without a window records no past")
+    if not fields.take("initialized", bool):
+        return
+    fields.equal("length", length)
+    tail_start = fields.integer("tail_start", 0, length)
+    first_kept = fields.integer("first_kept", 0, tail_start)
+    if first_kept and first_kept > (length - window + 1 if window else 0):
+        raise WireError(f"tokens before {first_kept} are gone, which the next query will see")
+    drops = fields.take("drops", bool)
+    tiers = _tiers(fields)
+    lossless, codec = layer.policy.lossless, layer.codec
+    if lossless and (tiers or drops or tail_start):
+        raise WireError("a lossless policy keeps no tiers")
+
+    tail = (batch, None, length - tail_start, None)
+    keys = held.take("tail.keys", tail, *DTYPES)
+    heads, key_dim = keys.shape[1], keys.shape[3]
+    values = held.take("tail.values", (batch, heads, length - tail_start, None), *DTYPES)
+    value_dim = values.shape[3]
+    if not lossless and (key_dim % 2 or value_dim % 2):
+        raise WireError(f"head_dim must be even, got {key_dim} for keys and {value_dim} for values")
+    if not heads or not value_dim or key_dim < max(2 * len(layer.rotary.inv_freq), 1):
+        raise WireError(f"{heads} KV heads, {key_dim} channels in keys and {value_dim} in values, not this model's")
+
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+    store = layer.store
+    store.adopt_tail(keys, values)
+    store.length, store.tail_start, store.first_kept, store.drops = length, tail_start, first_kept, drops
+    if isinstance(layer, SlidingSpectrumLayer):
+        layer.record_past = record_past
+    sides: dict[Tier, tuple[Any, Any]] = {}
+    for tier in tiers:
+        n = None
+        both = []
+        for name, like in (("keys", keys), ("values", values)):
+            side, n = read_side(held, f"{tier.name}.{name}", tier, like, n, codec.symmetric)
+            both.append(side)
+        sides[tier] = (both[0], both[1])
+    positions = _positions(held, layer, tail_start - first_kept, first_kept, heads, [s[0] for s in sides.values()])
+    for (tier, (k, v)), where in zip(sides.items(), positions, strict=True):
+        store.arenas[tier] = Arena(tier, k, v, where)
+    store.ragged = any(bool((arena.positions[..., :1] < 0).any()) for arena in store.arenas.values())
+    if "mean" in held or (codec.center and any(tier.bits < 16 for tier in tiers)):
+        if not codec.center:
+            raise WireError(f"codec {codec.name!r} has no mean")
+        store.mean = held.floats("mean", (batch, heads, key_dim), torch.float32)
+    if "pads" in held:
+        store.pads = held.take("pads", (batch,), torch.int64)
+        held.checks.refuse((store.pads < 0) | (store.pads > length), f"paddings are not from 0 to {length}")
+
+
+def _tiers(fields: Fields) -> list[Tier]:
+    bits = fields.take("tiers", list)
+    known = [tier.bits for tier in TIERS if tier.bits in TIER_BY_BITS]
+    if not all(type(n) is int for n in bits) or bits != [n for n in known if n in bits]:
+        raise WireError(f"tiers are some of {known} in this order, got {str(bits)[:80]}")
+    return [TIER_BY_BITS[n] for n in bits]
+
+
+def read_side(
+    held: Tensors, name: str, tier: Tier, like: torch.Tensor, size: int | None, symmetric: bool
+) -> tuple[torch.Tensor | Quantized, int]:
+    """Keys or values of an arena of `size` tokens, for a tail `like`, and that size."""
+    batch, heads, _, dim = like.shape
+    if tier.bits == 16:
+        exact = held.take(name, (batch, heads, size, dim), like.dtype)
+        return exact, exact.shape[2]
+    codes = held.take(f"{name}.codes", (batch, heads, size, dim * tier.bits // 8), torch.uint8)
+    shape = codes.shape[:3]
+    scale = held.floats(f"{name}.scale", shape, torch.float16, low=0.0)
+    zero = None if symmetric else held.floats(f"{name}.zero", shape, torch.float16)
+    return Quantized(codes, scale, zero), shape[2]
+
+
+def _positions(
+    held: Tensors, layer: SpectrumLayer, size: int, start: int, heads: int, sides: list[torch.Tensor | Quantized]
+) -> list[torch.Tensor]:
+    """Positions of each arena's tokens, int32 `[batch, kv_heads, tokens]`, from the tier map."""
+    store = layer.store
+    batch = store.batch_size
+    if not sides or not size:
+        if sides:
+            raise WireError("tiers without tokens")
+        if size and batch and not store.drops:
+            raise WireError(f"{size} tokens before the tail have no tier")
+        return []
+    packed = held.take("map", (batch, None, -(-size // 4)), torch.uint8)
+    if packed.shape[1] not in (1, heads):
+        raise WireError(f"the tier map is for {packed.shape[1]} heads; the layer has {heads}")
+    codes = unpack_map(packed)
+    held.checks.refuse(codes[..., size:] != 0, "bits after the tier map's last token are not 0")
+    codes = codes[..., :size]
+    unknown = (codes >= len(sides)) & (codes != ABSENT) if store.drops else codes >= len(sides)
+    held.checks.refuse(unknown, "tokens of the tier map are in no tier")
+    counts = [(codes == code).sum(-1) for code in range(len(sides))]
+    sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
+    for n, count in zip(sizes, counts, strict=True):
+        held.checks.refuse(count > n, "the tier map gives a tier more tokens than it has")
+    held.checks.settle()
+    positions = []
+    for code, (n, count) in enumerate(zip(sizes, counts, strict=True)):
+        columns = ((codes == code).nonzero()[:, -1] + start).to(torch.int32)
+        if len(columns) == count.numel() * n:
+            where = columns.view(*count.shape, n)
+        else:
+            where = torch.full((*count.shape, n), -1, dtype=torch.int32, device=codes.device)
+            where[torch.arange(n, device=codes.device) >= n - count.unsqueeze(-1)] = columns
+        positions.append(where.expand(-1, heads, -1).contiguous())
+    return positions

@@ -1,0 +1,302 @@
+"""Payloads: metadata and tensors in the safetensors layout, and what checks them. See docs/wire-format.md."""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from spectrumkv_hf.wire_frame import ALIGNMENT, FrameHeader, Kind, WireError, digest, host_bytes, padded
+
+MAX_JSON = 1 << 20
+"""Bytes of JSON in a payload."""
+MAX_LENGTH = 1 << 24
+"""Tokens of a sequence: positions size the tables of cos and sin that reading a cache needs."""
+MAX_INTEGER = 1 << 48
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+"""Tensor types by their safetensors names."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+_OURS = "spectrumkv"
+
+Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
+"""Metadata and tensors by name."""
+
+
+class Payload:
+    """A payload to be written: metadata and tensors, laid out as safetensors asks.
+
+    Tensors are ordered by the largest power of two that divides their bytes, so that each is aligned without holes.
+
+    Args:
+        metadata: What JSON can hold.
+        tensors: By name, of any strides.
+
+    Raises:
+        WireError: a dtype, number or length that a reader would not take.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        def alignment(item: tuple[str, torch.Tensor]) -> int:
+            return min(item[1].nbytes & -item[1].nbytes or ALIGNMENT, ALIGNMENT)
+
+        self.tensors = dict(sorted((tensors or {}).items(), key=alignment, reverse=True))
+        described: dict[str, Any] = {_METADATA: {_OURS: _dump(metadata)}}
+        end = 0
+        for name, tensor in self.tensors.items():
+            begin, end = end, end + tensor.nbytes
+            shape = list(tensor.shape)
+            if tensor.dtype not in _NAMES:
+                raise WireError(f"tensor {name!r} has dtype {tensor.dtype}; those that can travel: {', '.join(DTYPES)}")
+            described[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+        text = _dump(described).encode()
+        text += b" " * (padded(8 + len(text)) - 8 - len(text))
+        if len(text) > MAX_JSON:
+            raise WireError(f"{len(text)} bytes of metadata; at most {MAX_JSON} are allowed")
+        self.head = struct.pack("<Q", len(text)) + text
+        self.length = len(self.head) + end
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the frame: header, payload, padding."""
+        return FrameHeader.SIZE + padded(self.length)
+
+    def write(self, out: torch.Tensor, kind: Kind, index: int, layer: int = -1, stream: int = 0) -> FrameHeader:
+        """Write the frame into `out`, uint8 `[frame_bytes]` on the tensors' device."""
+        payload = out[FrameHeader.SIZE :]
+        _put(payload, self.head)
+        at = len(self.head)
+        for tensor in self.tensors.values():
+            payload[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            at += tensor.nbytes
+        payload[at:].zero_()
+        header = FrameHeader(kind, index, layer, self.length, digest(payload), stream)
+        _put(out, header.pack())
+        return header
+
+
+def _put(out: torch.Tensor, data: bytes) -> None:
+    out[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+def _dump(value: Any) -> str:
+    try:
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise WireError(f"{_short(value)} can't be written: {error}") from None
+    parse_json(text.encode())  # a reader would refuse the same numbers
+    return text
+
+
+def read_payload(header: FrameHeader, payload: torch.Tensor) -> tuple["Fields", dict[str, torch.Tensor]]:
+    """Check a payload and take it apart.
+
+    Args:
+        header: Its frame's.
+        payload: uint8 `[header.padded]`, aligned.
+
+    Returns:
+        The metadata, and tensors by name: views of the payload, each with a storage of its own.
+
+    Raises:
+        WireError: damage, or what the layout forbids.
+    """
+    if len(payload) != header.padded:
+        raise WireError(f"{len(payload)} bytes of payload where its header says {header.padded}")
+    if digest(payload) != header.digest:
+        raise WireError("damaged payload: its digest is wrong")
+    if header.length < 8:
+        raise WireError(f"a payload of {header.length} bytes has no safetensors header")
+    size = int.from_bytes(host_bytes(payload[:8]), "little")
+    if size > min(MAX_JSON, header.length - 8) or (8 + size) % ALIGNMENT:
+        raise WireError(f"a safetensors header of {size} bytes in a payload of {header.length}")
+    described = parse_json(host_bytes(payload[8 : 8 + size]))
+    metadata = described.pop(_METADATA, None)
+    if not isinstance(metadata, dict) or metadata.keys() != {_OURS} or not isinstance(metadata[_OURS], str):
+        raise WireError(f"no {_METADATA!r} with {_OURS!r} in it")
+    data = payload[8 + size : header.length]
+    return Fields(parse_json(metadata[_OURS].encode())), _tensors(described, data)
+
+
+def _tensors(described: dict[str, Any], data: torch.Tensor) -> dict[str, torch.Tensor]:
+    spans: list[tuple[int, int, str, torch.dtype, list[int]]] = []
+    for name, entry in described.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise WireError(f"tensor {name!r} is described by {entry!r}")
+        shape, offsets, dtype = entry["shape"], entry["data_offsets"], DTYPES.get(str(entry["dtype"]))
+        if dtype is None:
+            raise WireError(f"tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+        if not _sizes(shape) or len(shape) > 8 or not _sizes(offsets) or len(offsets) != 2:
+            raise WireError(f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
+        if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+            raise WireError(f"tensor {name!r}: {shape} of {entry['dtype']} does not fill bytes {offsets}")
+        spans.append((*offsets, name, dtype, shape))
+    end = 0
+    for begin, stop, name, dtype, _ in sorted(spans, key=lambda span: span[:3]):
+        if begin != end or begin % dtype.itemsize:
+            raise WireError(f"tensor {name!r} begins at byte {begin}, not {end}: overlap, hole or misalignment")
+        end = stop
+    if end != len(data):
+        raise WireError(f"tensors fill {end} of {len(data)} bytes")
+    return {name: _view(data[begin:stop], dtype, shape) for begin, stop, name, dtype, shape in spans}
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < MAX_INTEGER for n in value)
+
+
+def _view(data: torch.Tensor, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    if not len(data):
+        return torch.empty(shape, dtype=dtype, device=data.device)
+    # Through DLPack the view has a storage of just its bytes: it counts, copies and pickles as what it is.
+    return torch.from_dlpack(data.view(dtype).view(shape))
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object without duplicate keys, numbers out of range, or anything that is no JSON.
+
+    Raises:
+        WireError: it is none.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        if len(set(keys)) < len(keys):
+            raise WireError(f"duplicate name in JSON: {max(keys, key=keys.count)!r}")
+        return dict(items)
+
+    def constant(name: str) -> NoReturn:
+        raise WireError(f"{name} in JSON")
+
+    def integer(digits: str) -> int:
+        if len(digits) > 15 or abs(int(digits)) >= MAX_INTEGER:
+            raise WireError(f"integer out of range in JSON: {digits[:20]}")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        if not math.isfinite(float(digits)):
+            raise WireError(f"number out of range in JSON: {digits[:20]}")
+        return float(digits)
+
+    try:
+        value = json.loads(
+            text.decode(), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer, parse_float=real
+        )
+    except WireError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"no JSON: {str(error)[:80]}") from None
+    if not isinstance(value, dict):
+        raise WireError(f"a JSON object was expected, got {type(value).__name__}")
+    return value
+
+
+class Fields:
+    """The metadata of a payload: each field is taken once and checked; `done` refuses what is left."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._left = dict(values)
+
+    def take(self, name: str, *types: type) -> Any:
+        """A field of one of `types`, exactly."""
+        if name not in self._left:
+            raise WireError(f"no field {name!r} in the metadata")
+        value = self._left.pop(name)
+        if type(value) not in types:
+            raise WireError(f"field {name!r} is {_short(value)}, no {' or '.join(t.__name__ for t in types)}")
+        return value
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        """An integer from `low` to `high`."""
+        value = self.take(name, int)
+        if not low <= value <= high:
+            raise WireError(f"field {name!r} is {value}, not from {low} to {high}")
+        return value
+
+    def equal(self, name: str, expected: Any) -> None:
+        """A field with one possible value."""
+        if (value := self.take(name, type(expected))) != expected:
+            raise WireError(f"field {name!r} is {_short(value)}, expected {_short(expected)}")
+
+    def done(self) -> None:
+        """Refuse fields that nothing has asked for."""
+        if self._left:
+            raise WireError(f"unknown fields in the metadata: {_short(sorted(self._left))}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class Checks:
+    """Conditions on tensors, asked of the device all at once."""
+
+    def __init__(self) -> None:
+        self._failed: list[tuple[str, torch.Tensor]] = []
+
+    def refuse(self, failed: torch.Tensor, message: str) -> None:
+        """`message`, where any of `failed`, bool, is True."""
+        self._failed.append((message, failed.any()))
+
+    def settle(self) -> None:
+        """Raise the first message that applies, as a `WireError`."""
+        if self._failed:
+            for (message, _), failed in zip(
+                self._failed, torch.stack([t for _, t in self._failed]).tolist(), strict=True
+            ):
+                if failed:
+                    raise WireError(message)
+            self._failed.clear()
+
+
+class Tensors:
+    """The tensors of a payload: each is taken once and checked; `done` refuses what is left."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._left = dict(tensors)
+        self.checks = Checks()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def rank(self, name: str) -> int:
+        """How many dimensions a tensor has."""
+        return self._left[name].dim()
+
+    def take(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> torch.Tensor:
+        """A tensor of one of `dtypes` and of `shape`, where None stands for any size."""
+        if name not in self._left:
+            raise WireError(f"no tensor {name!r}")
+        tensor = self._left.pop(name)
+        if tensor.dtype not in dtypes:
+            raise WireError(f"tensor {name!r} has dtype {tensor.dtype}, not {' or '.join(str(t) for t in dtypes)}")
+        sizes = tuple(tensor.shape)
+        if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
+            expected = ", ".join("any" if n is None else str(n) for n in shape)
+            raise WireError(f"tensor {name!r} has shape {sizes}, not ({expected})")
+        return tensor
+
+    def floats(
+        self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, low: float = -torch.inf
+    ) -> torch.Tensor:
+        """A tensor of finite numbers that are `low` or more."""
+        tensor = self.take(name, shape, dtype)
+        if tensor.numel():
+            least, most = tensor.aminmax()  # NaN where there is one
+            sound = (least >= low) & (least > -torch.inf) & (most < torch.inf)
+            self.checks.refuse(~sound, f"tensor {name!r} has NaN, infinity or numbers below {low}")
+        return tensor
+
+    def done(self) -> None:
+        if self._left:
+            raise WireError(f"unknown tensors: {', '.join(sorted(self._left))[:80]}")

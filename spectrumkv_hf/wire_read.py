@@ -1,0 +1,245 @@
+"""Reading caches: from frames as they come in, from one buffer or file."""
+
+import mmap
+import os
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from spectrumkv_hf.cache import SpectrumCache
+from spectrumkv_hf.identity import model_identity
+from spectrumkv_hf.policy import POLICIES, Policy
+from spectrumkv_hf.wire_frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor, digest_of_digests
+from spectrumkv_hf.wire_layer import decode_layer, kind_of
+from spectrumkv_hf.wire_payload import MAX_LENGTH, Fields, read_payload
+from spectrumkv_kernels import CODECS
+
+MAX_BATCH = 1 << 20
+
+
+@dataclass
+class _Stream:
+    """What the header frame says."""
+
+    cache: SpectrumCache
+    batch: int
+    length: int
+    number: int
+
+
+class Assembler:
+    """Builds a cache from frames as they come in.
+
+    Frames are accepted in their order only: header, layers from 0 on, end. After an error it accepts none.
+
+    Args:
+        config: Of the model that will use the cache.
+        device: Where the cache will lie; None: where the frames are.
+        limit: The longest frame to accept, in bytes; None: any.
+
+    Example:
+        ```python
+        assembler = Assembler(model.config)
+        for frame in connection:
+            cache = assembler.feed(frame)  # None until the end frame
+        ```
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, device: torch.device | str | None = None, limit: int | None = None
+    ) -> None:
+        self._config, self._device, self._limit = config, device, limit
+        self._stream: _Stream | None = None
+        self._digests: list[int] = []
+        self._offset = 0
+        self._state = "open"
+
+    @property
+    def expected(self) -> str:
+        """The frame that comes next, in words."""
+        if self._state != "open":
+            return "none"
+        if self._stream is None:
+            return "the header frame"
+        layer = len(self._digests) - 1
+        return f"layer {layer}" if layer < len(self._stream.cache.layers) else "the end frame"
+
+    def feed(self, frame: Buffer) -> SpectrumCache | None:
+        """Take a whole frame, as `frames` yields them.
+
+        The cache keeps views of it where it begins at a multiple of 64 bytes and lies on the device.
+
+        Returns:
+            The cache at the end frame, before that None.
+
+        Raises:
+            WireError: the frame is damaged, not the expected one, or of another model.
+            TypeError: it is no buffer.
+        """
+        data = as_tensor(frame)
+        with self._located():
+            header = FrameHeader.parse(data, self._limit)
+        return self.add(header, data[FrameHeader.SIZE :])
+
+    def add(self, header: FrameHeader, payload: Buffer) -> SpectrumCache | None:
+        """As `feed`, for a header that is parsed and the `header.padded` bytes behind it."""
+        data = as_tensor(payload)
+        with self._located(header):
+            if self._state != "open":
+                raise WireError(f"no frame can be added: the stream is {self._state}")
+            self._check_place(header)
+            if data.data_ptr() % ALIGNMENT or data.storage_offset() % 8:
+                data = data.clone()
+            if self._device is not None:
+                data = data.to(self._device)
+            metadata, tensors = read_payload(header, data)
+            if header.kind == Kind.HEADER:
+                if tensors:
+                    raise WireError("tensors in a frame that has none")
+                self._stream = _begin(metadata, self._config, header.stream)
+            elif header.kind == Kind.LAYER and self._stream:
+                index, of = header.layer, self._stream
+                decode_layer(of.cache.layers[index], index, metadata, tensors, of.batch, of.length)
+            elif self._stream:
+                if tensors:
+                    raise WireError("tensors in a frame that has none")
+                metadata.equal("frames", len(self._digests) + 1)
+                metadata.equal("digest", f"{digest_of_digests(self._digests):016x}")
+                metadata.done()
+                self._state = "complete"
+            self._digests.append(header.digest)
+            self._offset += FrameHeader.SIZE + header.padded
+        if self._state == "complete" and self._stream:
+            cache, self._stream = self._stream.cache, None
+            return cache
+        return None
+
+    def _check_place(self, header: FrameHeader) -> None:
+        index = len(self._digests)
+        if self._stream is None:
+            kind, layer = Kind.HEADER, -1
+        elif index <= len(self._stream.cache.layers):
+            kind, layer = Kind.LAYER, index - 1
+        else:
+            kind, layer = Kind.END, -1
+        if (header.kind, header.layer, header.index) != (kind, layer, index):
+            what = "layer {0.layer}" if header.kind == Kind.LAYER else "a frame of kind {0.kind.name}"
+            raise WireError(
+                f"out of order: expected {self.expected} as frame {index}, got {what.format(header)} as frame "
+                f"{header.index}"
+            )
+        if self._stream is not None and header.stream != self._stream.number:
+            raise WireError(f"a frame of stream {header.stream} in stream {self._stream.number}")
+
+    def _located(self, header: FrameHeader | None = None) -> "_Located":
+        return _Located(self, header)
+
+    def _fail(self) -> None:
+        self._state, self._stream = "broken", None
+
+
+class _Located:
+    """Says in a `WireError` in which frame it arose, and ends the stream."""
+
+    def __init__(self, assembler: Assembler, header: FrameHeader | None) -> None:
+        self.assembler, self.header = assembler, header
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            return
+        header, assembler = self.header, self.assembler
+        where = assembler.expected if header is None else f"frame {header.index}"
+        if header is not None and header.kind == Kind.LAYER:
+            where = f"layer {header.layer}"
+        offset = assembler._offset
+        assembler._fail()
+        if isinstance(error, WireError):
+            raise WireError(f"{where}, at byte {offset} of the stream: {error}") from None
+
+
+def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
+    """An empty cache as the header frame describes it."""
+    theirs = metadata.take("model", dict)
+    ours = model_identity(config.get_text_config(decoder=True))
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise WireError(
+                f"a cache of another model: {name} is {str(theirs.get(name))[:200]}, in config {ours.get(name)}"
+            )
+    codec = metadata.take("codec", str)
+    if codec not in CODECS:
+        raise WireError(f"unknown codec {codec[:80]!r}")
+    batch, length = metadata.integer("batch", 0, MAX_BATCH), metadata.integer("length", 0, MAX_LENGTH)
+    cache = SpectrumCache(config, policy=_policy(metadata.take("policy", dict)), codec=codec)
+    kinds, own = metadata.take("layers", list), [kind_of(layer) for layer in cache.layers]
+    if len(kinds) != len(own):
+        raise WireError(f"{len(kinds)} layers, where the config has {len(own)}")
+    for index, (kind, expected) in enumerate(zip(kinds, own, strict=True)):
+        if kind != expected:
+            raise WireError(f"layer {index} is {str(kind)[:80]!r}, where the config has {expected!r}")
+    metadata.done()
+    return _Stream(cache, batch, length, number)
+
+
+POLICY_TYPES: dict[str, tuple[type, ...]] = {
+    "budget": (float, int),
+    "sinks": (int,),
+    "recent_window": (int,),
+    "importance": (str,),
+    "decay": (float, int),
+    "scope": (str,),
+    "seed": (int,),
+    "probe_passed": (bool, type(None)),
+}
+
+
+def _policy(values: dict[str, Any]) -> Policy:
+    given = Fields(values)
+    name = given.take("name", str)
+    if name not in POLICIES:
+        raise WireError(f"unknown policy {name[:80]!r}")
+    options = {f.name: given.take(f.name, *POLICY_TYPES[f.name]) for f in fields(POLICIES[name])}
+    given.done()
+    try:
+        return POLICIES[name](**options)
+    except ValueError as error:
+        raise WireError(str(error)[:400]) from None
+
+
+def deserialize(buffer: Buffer, config: PreTrainedConfig, device: torch.device | str | None = None) -> SpectrumCache:
+    """The cache in a buffer; see `SpectrumCache.deserialize`."""
+    data = as_tensor(buffer)
+    assembler = Assembler(config, device)
+    at = 0
+    cache = None
+    while cache is None:
+        left = data[at:]
+        with assembler._located():
+            if not len(left):
+                raise WireError("the buffer ends here")
+            header = FrameHeader.parse(left)
+            end = FrameHeader.SIZE + header.padded
+            if len(left) < end:
+                raise WireError(f"truncated: a frame of {end} bytes, {len(left)} are left")
+        cache = assembler.add(header, left[FrameHeader.SIZE : end])
+        at += end
+    if at != len(data):
+        raise WireError(f"{len(data) - at} bytes behind the end frame, from byte {at} on")
+    return cache
+
+
+def load(
+    path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str | None = None
+) -> SpectrumCache:
+    """The cache in a file; see `SpectrumCache.load`."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise WireError(f"{os.fspath(path)!r} is empty")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing reaches the file
+    return deserialize(mapped, config, device)

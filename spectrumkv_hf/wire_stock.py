@@ -1,0 +1,99 @@
+"""Layers of Transformers' own classes as metadata and tensors, and back: exact contents."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spectrumkv_hf.layer import DTYPES
+from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire_payload import MAX_LENGTH, Fields, Parts, Tensors
+
+ATTENTION = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""Layers of Transformers with keys and values."""
+LINEAR = {
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""Layers of Transformers with recurrent states."""
+EMPTY = {"DummyLayer"}
+STOCK = ATTENTION | LINEAR | EMPTY
+
+STATES = ("conv_states", "recurrent_states")
+FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
+
+
+def encode_stock(layer: Any) -> Parts:
+    name = type(layer).__name__
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    if name in ATTENTION:
+        metadata["initialized"] = bool(layer.is_initialized)
+        if layer.is_initialized:
+            tensors = {"keys": layer.keys, "values": layer.values}
+            metadata["length"] = int(layer.get_seq_length())
+    if hasattr(layer, "record_past"):
+        metadata["record_past"] = bool(layer.record_past)
+    if name in LINEAR:
+        metadata["states"] = layer.number_of_states
+        metadata["conv_kernel_size"] = [layer.conv_kernel_size[i] for i in range(layer.number_of_states)]
+        for flag in FLAGS:
+            metadata[flag] = [bool(getattr(layer, flag)[i]) for i in range(layer.number_of_states)]
+        for side in STATES:
+            states = getattr(layer, side)
+            tensors |= {f"{side}.{i}": t for i, t in states.items() if t is not None}
+    return metadata, tensors
+
+
+def decode_stock(layer: Any, fields: Fields, held: Tensors, batch: int, length: int) -> None:
+    name = type(layer).__name__
+    if name in ATTENTION and fields.take("initialized", bool):
+        fields.equal("length", length)
+        keys = held.take("keys", (batch, None, None, None), *DTYPES)
+        values = held.take("values", (batch, None, keys.shape[2], None), *DTYPES)
+        window = getattr(layer, "sliding_window", None)
+        least = length if window is None else min(length, window - 1)
+        if not least <= keys.shape[2] <= length:
+            raise WireError(f"keys of {keys.shape[2]} tokens; the layer has {least} to {length}")
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if window is not None:
+            layer.cumulative_length = length
+    if hasattr(layer, "record_past"):
+        layer.record_past = fields.take("record_past", bool)
+    if name in LINEAR:
+        _decode_linear(layer, fields, held, batch)
+
+
+def _decode_linear(layer: Any, fields: Fields, held: Tensors, batch: int) -> None:
+    count = layer.number_of_states
+    fields.equal("states", count)
+
+    def listed(name: str, valid: Callable[[Any], bool]) -> dict[int, Any]:
+        values = fields.take(name, list)
+        if len(values) != count or not all(valid(v) for v in values):
+            raise WireError(f"field {name!r} is {str(values)[:80]}, no list of {count} of its kind")
+        return dict(enumerate(values))
+
+    sizes = listed("conv_kernel_size", lambda v: v is None or (type(v) is int and 0 < v < MAX_LENGTH))
+    layer.conv_kernel_size = sizes
+    for flag in FLAGS:
+        setattr(layer, flag, listed(flag, lambda v: type(v) is bool))
+    for side, flag in zip(STATES, FLAGS, strict=False):
+        for i in range(count):
+            tensor_name = f"{side}.{i}"
+            if (tensor_name in held) != getattr(layer, flag)[i]:
+                raise WireError(f"field {flag!r} and tensor {tensor_name!r} contradict each other")
+            if tensor_name not in held:
+                continue
+            shape = (batch, *[None] * (held.rank(tensor_name) - 1))
+            state = held.take(tensor_name, shape, *DTYPES).clone()  # the layer writes into it
+            getattr(layer, side)[i] = state
+            if layer.device is None:
+                layer.dtype, layer.device = state.dtype, state.device

@@ -1,0 +1,257 @@
+"""Writing caches: frame by frame, into one buffer or file, or while prefill still runs."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from spectrumkv_hf.cache import SpectrumCache
+from spectrumkv_hf.layer import SpectrumLayer
+from spectrumkv_hf.policy import POLICIES
+from spectrumkv_hf.wire_frame import ALIGNMENT, Kind, WireError, as_tensor, digest_of_digests
+from spectrumkv_hf.wire_layer import encode_layer, kind_of
+from spectrumkv_hf.wire_payload import MAX_LENGTH, Payload
+
+
+def frames(cache: SpectrumCache, stream: int = 0) -> Iterator[torch.Tensor]:
+    """The frames of a cache in their order, each a uint8 tensor `[bytes]` on the cache's device.
+
+    A layer is read when its frame is asked for; the cache must not change until the last.
+
+    Args:
+        cache: What to send; tiering that is still open is finished.
+        stream: A number to tell streams apart, below 2^64.
+
+    Raises:
+        WireError: as of `SpectrumCache.serialize`.
+    """
+    writer = FrameWriter(cache, stream)
+    yield writer.header()
+    for index in range(len(cache.layers)):
+        yield writer.layer(index)
+    yield writer.end()
+
+
+def header_frame(cache: SpectrumCache, stream: int = 0) -> torch.Tensor:
+    """The frame that begins a stream."""
+    return FrameWriter(cache, stream).header()
+
+
+def layer_frame(cache: SpectrumCache, index: int, stream: int = 0) -> torch.Tensor:
+    """The frame of layer `index`."""
+    return FrameWriter(cache, stream).layer(index)
+
+
+def serialize(cache: SpectrumCache, stream: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+    """All frames of a cache in one uint8 tensor `[bytes]` on its device; see `SpectrumCache.serialize`.
+
+    Args:
+        cache: What to write.
+        stream: As of `frames`.
+        out: Write into the beginning of this one, and return that part. Memory that has been in use takes bytes several
+            times faster than new memory.
+
+    Raises:
+        WireError: as of `SpectrumCache.serialize`.
+        ValueError: `out` is too small.
+        TypeError: `out` is no contiguous uint8 tensor of one dimension.
+    """
+    writer = FrameWriter(cache, stream)
+    payloads = [writer.header_payload(), *(writer.layer_payload(i) for i in range(len(cache.layers)))]
+    end = writer.end_payload(0)  # as long as the one that follows
+    size = sum(p.frame_bytes for p in [*payloads, end])
+    if out is None:
+        out = torch.empty(size, dtype=torch.uint8, device=writer.device)
+    elif len(as_tensor(out)) < size or out.data_ptr() % ALIGNMENT or out.storage_offset() % ALIGNMENT:
+        raise ValueError(f"out is {size} bytes or more at a multiple of {ALIGNMENT}, got {len(out)} bytes")
+    out, at = out[:size], 0
+    for index, payload in enumerate(payloads):
+        writer.write(payload, out[at : at + payload.frame_bytes], Kind.LAYER if index else Kind.HEADER, index - 1)
+        at += payload.frame_bytes
+    writer.write(writer.end_payload(writer.digests()), out[at:], Kind.END)
+    return out
+
+
+def save(cache: SpectrumCache, path: str | os.PathLike[str]) -> None:
+    """Write a cache into a file, frame by frame; see `SpectrumCache.save`."""
+    path = os.path.abspath(path)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for frame in frames(cache):
+                file.write(frame.cpu().numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class Emitter:
+    """Emits the frames of a cache while a forward fills it: each layer's as soon as the layer is final.
+
+    Use it as a context around the forward; leaving it emits what is left. After an exception inside nothing more is
+    emitted. Frames come in order: those of layers that don't announce themselves with the next layer that does.
+
+    Args:
+        cache: The cache that the forward will get.
+        emit: Takes a frame, uint8 `[bytes]` on the cache's device, a tensor of its own. Called from the model's
+            forward, out of which comes what it raises.
+        tokens: Length of the cache at which layers are final; for a prefill in chunks, that of the whole prompt.
+            None: the first forward's.
+        stream: As of `frames`.
+
+    Example:
+        ```python
+        with Emitter(cache, emit=lambda frame: socket.sendall(frame.numpy())):
+            model(**inputs, past_key_values=cache)
+        ```
+    """
+
+    def __init__(
+        self,
+        cache: SpectrumCache,
+        emit: Callable[[torch.Tensor], None],
+        tokens: int | None = None,
+        stream: int = 0,
+    ) -> None:
+        self._cache, self._emit, self._tokens = cache, emit, tokens
+        self._writer = FrameWriter(cache, stream)
+        self._next = -1  # the header
+
+    def __enter__(self) -> "Emitter":
+        self._remove = self._cache.on_layer(self._final)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._remove()
+        if kind is None:
+            self._advance(len(self._cache.layers))
+            self._emit(self._writer.end())
+
+    def _final(self, index: int) -> None:
+        if self._tokens is None or self._cache.layers[index].get_seq_length() == self._tokens:
+            self._advance(index + 1)
+
+    def _advance(self, stop: int) -> None:
+        """Emit the frames before layer `stop`."""
+        while self._next < stop:
+            index, self._next = self._next, self._next + 1
+            self._emit(self._writer.header() if index < 0 else self._writer.layer(index))
+
+
+class FrameWriter:
+    """Builds the frames of one stream, for a sender with an order of work of its own.
+
+    Batch size and length are those of the cache when the first frame is built. `end` needs all other frames to have
+    been built by the same writer.
+
+    Args:
+        cache: What to send.
+        stream: As of `frames`.
+    """
+
+    def __init__(self, cache: SpectrumCache, stream: int = 0) -> None:
+        self.cache, self.stream = cache, stream
+        self._extent: tuple[int, int] | None = None
+        self._digests: dict[int, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for layer in self.cache.layers for t in _tensors_of(layer)), torch.device("cpu"))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Batch size and length of the cache."""
+        if self._extent is None:
+            filled = [layer for layer in self.cache.layers if next(_tensors_of(layer), None) is not None]
+            batch = next(_tensors_of(filled[0])).shape[0] if filled else 0
+            lengths = [length for layer in filled if (length := _length_of(layer)) is not None]
+            self._extent = batch, lengths[0] if lengths else 0
+            if self._extent[1] > MAX_LENGTH:
+                raise WireError(f"{self._extent[1]} tokens; at most {MAX_LENGTH} can be serialised")
+        return self._extent
+
+    def header_payload(self) -> Payload:
+        policy, (batch, length) = self.cache.policy, self.extent
+        if POLICIES.get(policy.name) is not type(policy):
+            raise WireError(f"{policy!r} can't be serialised: a receiver knows {', '.join(POLICIES)}")
+        return Payload(
+            {
+                "policy": {"name": policy.name, **{f.name: getattr(policy, f.name) for f in fields(policy)}},
+                "codec": self.cache.codec.name,
+                "batch": batch,
+                "length": length,
+                "model": self.cache.identity,
+                "layers": [kind_of(layer) for layer in self.cache.layers],
+            }
+        )
+
+    def layer_payload(self, index: int) -> Payload:
+        layer = self.cache.layers[index]
+        batch, length = self.extent
+        metadata, tensors = encode_layer(layer, index)
+        for tensor in list(tensors.values())[:1]:
+            own = length if _length_of(layer) is None else _length_of(layer)
+            if (tensor.shape[0], own) != (batch, length):
+                raise WireError(
+                    f"layer {index} holds {own} tokens of batch {tensor.shape[0]}, others {length} of {batch}: "
+                    "serialise between forwards, or prefill in one with an Emitter"
+                )
+        return Payload(metadata, tensors)
+
+    def end_payload(self, digests: int) -> Payload:
+        return Payload({"frames": len(self.cache.layers) + 2, "digest": f"{digests:016x}"})
+
+    def digests(self) -> int:
+        """Digest of the digests of all frames but the last."""
+        return digest_of_digests([self._digests.get(i, 0) for i in range(len(self.cache.layers) + 1)])
+
+    def write(self, payload: Payload, out: torch.Tensor, kind: Kind, layer: int = -1) -> None:
+        index = len(self.cache.layers) + 1 if kind == Kind.END else layer + 1
+        header = payload.write(out, kind, index, layer, self.stream)
+        self._digests[index] = header.digest
+
+    def _frame(self, payload: Payload, kind: Kind, layer: int = -1) -> torch.Tensor:
+        device = next((t.device for t in payload.tensors.values()), self.device)
+        out = torch.empty(payload.frame_bytes, dtype=torch.uint8, device=device)
+        self.write(payload, out, kind, layer)
+        return out
+
+    def header(self) -> torch.Tensor:
+        """The frame that begins the stream, uint8 `[bytes]`."""
+        return self._frame(self.header_payload(), Kind.HEADER)
+
+    def layer(self, index: int) -> torch.Tensor:
+        """The frame of layer `index`."""
+        return self._frame(self.layer_payload(index), Kind.LAYER, index)
+
+    def end(self) -> torch.Tensor:
+        """The frame that ends the stream."""
+        return self._frame(self.end_payload(self.digests()), Kind.END)
+
+
+def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """Tensors of a layer whose first dimension is the batch."""
+    if isinstance(layer, SpectrumLayer):
+        if layer.is_initialized:
+            yield layer.store.tail[0]
+        return
+    sides = [getattr(layer, name, None) for name in ("keys", "conv_states", "recurrent_states")]
+    for side in sides:
+        for tensor in side.values() if isinstance(side, dict) else [side]:
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
+
+
+def _length_of(layer: Any) -> int | None:
+    """Tokens that a layer has seen; None for a layer that does not count them."""
+    filled = getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length")
+    return int(layer.get_seq_length()) if filled else None

@@ -1,0 +1,125 @@
+"""What the fuzzer runs on its bytes: reading them must give a sound cache or a WireError, nothing else.
+
+The first byte chooses a reader, the rest is its stream. Checksums are put right first, so that damage gets past them.
+"""
+
+import functools
+import hashlib
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
+
+from families import config  # noqa: E402
+from wire_forge import CONFIG, _counting, golden_cache, split  # noqa: E402
+
+from spectrumkv_hf import SpectrumCache  # noqa: E402
+from spectrumkv_hf.layer import SpectrumLayer  # noqa: E402
+from spectrumkv_hf.wire import WireError  # noqa: E402
+from spectrumkv_hf.wire_frame import FrameHeader, digest, padded  # noqa: E402
+from spectrumkv_hf.wire_patch import ExactCopy, request  # noqa: E402
+
+HYBRID = config("qwen3_next")
+WINDOWS = config("gemma3", sliding_window=136, head_dim=8)
+CONFIGS = (CONFIG, HYBRID, WINDOWS)
+PATCH, REQUEST = len(CONFIGS), len(CONFIGS) + 1
+
+
+def one_input(data: bytes) -> None:
+    """Read `data` as the first byte says."""
+    if not data:
+        return
+    reader, stream = data[0] % 5, resealed(data[1:])
+    try:
+        if reader == PATCH:
+            cache = golden_cache()
+            cache.apply_patch(stream)
+        elif reader == REQUEST:
+            copy, _ = requested()
+            FrameHeader.parse(copy.patch(stream))
+            return
+        else:
+            cache = SpectrumCache.deserialize(stream, config=CONFIGS[reader])
+    except WireError:
+        return
+    used(cache)
+
+
+def used(cache: SpectrumCache) -> None:
+    """What was accepted must bear use."""
+    for layer in cache.layers:
+        if isinstance(layer, SpectrumLayer) and layer.is_initialized:
+            keys, values = layer.store.dense(layer.store.first_kept)
+            assert keys.shape[2] == values.shape[2] == layer.store.length - layer.store.first_kept
+            layer.tier_map()
+    again = cache.serialize()
+    config_of = next(c for c in CONFIGS if SpectrumCache(c).identity == cache.identity)
+    assert torch.equal(SpectrumCache.deserialize(again, config=config_of).serialize(), again)
+
+
+def resealed(data: bytes) -> bytes:
+    """The stream with the checksums of its frames put right, as far as it has frames."""
+    out, digests, at = bytearray(data), [], 0
+    while at + FrameHeader.SIZE <= len(out):
+        (length,) = struct.unpack("<Q", out[at + 24 : at + 32])
+        start, end = at + FrameHeader.SIZE, at + FrameHeader.SIZE + padded(length)
+        if end > len(out):
+            break
+        if out[at + 10] == 3:  # the end frame has the digest of digests
+            total = digest_of(digests)
+            text = re.sub(rb'digest\\":\\"[0-9a-f]{16}', b'digest\\":\\"' + total, bytes(out[start:end]))
+            out[start:end] = text[: end - start]
+        out[start + length : end] = bytes(end - start - length)
+        payload = torch.frombuffer(out[start:end] or bytearray(64), dtype=torch.uint8)[: end - start]
+        out[at + 32 : at + 40] = struct.pack("<Q", digest(payload))
+        digests.append(bytes(out[at + 32 : at + 40]))
+        out[at + 60 : at + 64] = struct.pack("<I", zlib.crc32(out[at : at + 60]))
+        at = end
+    return bytes(out)
+
+
+def digest_of(digests: list[bytes]) -> bytes:
+    value = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
+    return f"{int.from_bytes(value, 'little'):016x}".encode()
+
+
+@functools.cache
+def requested() -> tuple[ExactCopy, bytes]:
+    """A sender that holds exact tokens of the golden cache's shape, and a request to it."""
+    sender = SpectrumCache(CONFIG)
+    copy = ExactCopy(sender)
+    sender.layers[0].update(_counting((2, 2, 15, 8), torch.float16), _counting((2, 2, 15, 8), torch.float16, 50))
+    frame = request(golden_cache(), 0, "int8")
+    assert frame is not None
+    return copy, frame.numpy().tobytes()
+
+
+def seeds() -> dict[str, bytes]:
+    """Sound inputs to start from."""
+    found = {"golden": bytes([0]) + golden_cache().serialize().numpy().tobytes()}
+    for policy in ("fp16", "two_tier"):
+        cache = SpectrumCache(CONFIG, policy=policy, recent_window=2)
+        for layer in cache.layers:
+            layer.update(*(torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(3)) for _ in range(2)))
+        found[policy] = bytes([0]) + cache.serialize().numpy().tobytes()
+    hybrid = SpectrumCache(HYBRID)
+    hybrid.layers[0].update_conv_state(torch.ones(1, 4, 4))
+    hybrid.layers[0].update_recurrent_state(torch.ones(1, 2, 4, 4))
+    hybrid.layers[1].update(torch.ones(1, 2, 5, 32), torch.ones(1, 2, 5, 32))
+    found["hybrid"] = bytes([1]) + hybrid.serialize().numpy().tobytes()
+    for name, window in (("windows", 4), ("small_windows", 64)):
+        cache = SpectrumCache(WINDOWS, recent_window=window)
+        for _ in range(3):
+            for layer in cache.layers:
+                layer.update(torch.ones(1, 2, 90, 8), torch.ones(1, 2, 90, 8))
+        found[name] = bytes([2]) + cache.serialize().numpy().tobytes()
+    copy, frame = requested()
+    found["request"] = bytes([REQUEST]) + frame
+    found["patch"] = bytes([PATCH]) + copy.patch(frame).numpy().tobytes()
+    assert all(split(data[1:]) for data in found.values())
+    return found
