@@ -200,10 +200,9 @@ def read_side(
         exact = held.take(name, (batch, heads, size, dim), like.dtype)
         return exact, exact.shape[2]
     codes = held.take(f"{name}.codes", (batch, heads, size, dim * tier.bits // 8), torch.uint8)
-    shape = codes.shape[:3]
-    scale = held.floats(f"{name}.scale", shape, torch.float16, low=0.0)
-    zero = None if symmetric else held.floats(f"{name}.zero", shape, torch.float16)
-    return Quantized(codes, scale, zero), shape[2]
+    affine = held.floats(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2), torch.float16)
+    held.checks.refuse(affine[..., 0] < 0, f"tensor {name + '.affine'!r} has scales below 0")
+    return Quantized(codes, affine), codes.shape[2]
 
 
 def _positions(

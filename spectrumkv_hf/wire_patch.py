@@ -276,7 +276,7 @@ def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:
             continue
         state.update(tier.name.encode() if tier.bits < target.bits else b"there already")
         for name, tensor in arena.tensors():
-            if name == "positions" or name.endswith(".scale"):
+            if name == "positions" or name.endswith(".affine"):
                 state.update(host_bytes(tensor[chosen].view(torch.uint8)))
     return state.hexdigest()
 

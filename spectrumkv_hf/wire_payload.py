@@ -286,15 +286,13 @@ class Tensors:
             raise WireError(f"tensor {name!r} has shape {sizes}, not ({expected})")
         return tensor
 
-    def floats(
-        self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, low: float = -torch.inf
-    ) -> torch.Tensor:
-        """A tensor of finite numbers that are `low` or more."""
+    def floats(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of finite numbers."""
         tensor = self.take(name, shape, dtype)
         if tensor.numel():
             least, most = tensor.aminmax()  # NaN where there is one
-            sound = (least >= low) & (least > -torch.inf) & (most < torch.inf)
-            self.checks.refuse(~sound, f"tensor {name!r} has NaN, infinity or numbers below {low}")
+            sound = (least > -torch.inf) & (most < torch.inf)
+            self.checks.refuse(~sound, f"tensor {name!r} has NaN or infinity")
         return tensor
 
     def done(self) -> None:

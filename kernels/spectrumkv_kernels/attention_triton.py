@@ -49,21 +49,12 @@ RESIDENT = 6
 """Programs with these options that a multiprocessor holds at once."""
 PREPARE_OPTIONS = {"num_warps": 4}
 PREPARE_RESIDENT = 4
-EARLY = True
 
 
 @triton.constexpr_function
 def _pad(n):
     """Size of a block that holds `n` and that `tl.dot` takes."""
     return max(16, triton.next_power_of_2(n))
-
-
-@triton.jit
-def _wait(EARLY: tl.constexpr):
-    """Let the next kernel be set up while this one runs, and wait until the one before has written all."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -102,7 +93,6 @@ def _prepare_kernel(
     ROWS_PAD: tl.constexpr,
     TURNED: tl.constexpr,
     R: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The first `turning` programs rotate and scale queries for coded keys; the others score the mean at every position.
 
@@ -112,8 +102,6 @@ def _prepare_kernel(
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
             `factor_at` on in `floats`.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     BLOCK_D: tl.constexpr = _pad(D)
     d = tl.arange(0, BLOCK_D)
     if tl.program_id(0) < turning:
@@ -287,7 +275,6 @@ def _attend_kernel(
     SOFTCAP: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Attention of the rows of one KV head over a share of every segment.
 
@@ -305,7 +292,6 @@ def _attend_kernel(
     head = (bh % kv_heads) * (rows // queries) + row // queries
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head + (row % queries) * mask_query
     part = tl.program_id(1)
-    _wait(EARLY)
     for i in tl.static_range(len(BITS)):
         size = (sizes[i][0] - 3) // 2
         room = (sizes[i][1] - 3) // 2
@@ -468,10 +454,8 @@ def _merge_kernel(
     HADAMARD: tl.constexpr,
     SINKS: tl.constexpr,
     S: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Join the parts of one row."""
-    _wait(EARLY)
     state = partial + state_at
     bh = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
@@ -514,12 +498,6 @@ def _merge_kernel(
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@functools.cache
-def _starts_early(device: torch.device) -> bool:
-    """Whether a kernel can be set up while the one before still runs (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -646,7 +624,6 @@ def tiered_attention(
     halves = torch.empty(rotated_at + flat * rows * dim, dtype=torch.float16, device=device)
     floats = torch.empty(factor_at + flat * rows * 2, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
-    early = EARLY and _starts_early(device)
     with _on(query):
         if coded:
             turning, scoring, row_blocks, each = -(-flat * rows // TURNED), 0, 1, 1
@@ -661,7 +638,7 @@ def tiered_attention(
                 halves, floats, rotated_at, factor_at, rows, flat, turning, row_blocks, each, length, units,
                 D=dim, PAIRS=len(rotary.inv_freq), INTERLEAVED=rotary.interleaved, HADAMARD=codec.hadamard,
                 MEAN=centred, PEAK=QUERY_PEAK, POSITIONS=FINE, ROWS_PAD=plan.rows_pad, TURNED=TURNED, R=PREPARED,
-                EARLY=early, **PREPARE_OPTIONS,
+                **PREPARE_OPTIONS,
             )  # fmt: skip
         if mask is None:
             masked, strides, kind, lowest, columns = query, (0, 0, 0, 0), "none", 0.0, length
@@ -675,12 +652,11 @@ def tiered_attention(
             softcap or 0.0, BITS=bits, SHARED=shared, D=dim, DV=value_dim, R=plan.columns, ROWS_PAD=plan.rows_pad,
             SYMMETRIC=codec.symmetric, MEAN=centred, CAUSAL=queries > 1 and mask is None,
             WINDOW=window is not None and mask is None, RAGGED=ragged, MASK=kind, SOFTCAP=softcap is not None,
-            TILES=plan.tiles, STAGES=STAGES, EARLY=early, launch_pdl=early, **OPTIONS,
+            TILES=plan.tiles, STAGES=STAGES, **OPTIONS,
         )  # fmt: skip
         _merge_kernel[(flat, rows)](
             floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, splits,
             sum(counts[: len(coded)]), DV=value_dim, BLOCK=plan.block, HADAMARD=turned, SINKS=sinks is not None, S=32,
-            EARLY=early, launch_pdl=early,
         )  # fmt: skip
     return out
 

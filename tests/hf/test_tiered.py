@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from spectrumkv_hf import SpectrumCache, attention
+from spectrumkv_hf import SpectrumCache, attention, layer
 from spectrumkv_hf.cache import _tensors_of
 from spectrumkv_hf.handle import SpectrumHandle
 from spectrumkv_hf.layer import SlidingSpectrumLayer, SpectrumLayer
@@ -484,9 +484,10 @@ def test_the_dispatcher_is_asked(monkeypatch):
         calls.append(args[0].shape)
         return tiered_attention(*args, **kwargs)
 
-    from spectrumkv_kernels.dispatch import IMPLEMENTATIONS as implementations
-
-    monkeypatch.setitem(implementations["torch"], "tiered_attention", counting)
+    stock = layer.operation
+    monkeypatch.setattr(
+        layer, "operation", lambda name, device: counting if name == "tiered_attention" else stock(name, device)
+    )
     m = model("llama", "sdpa")
     generate(m, prompt(300), SpectrumCache(m.config, budget=0.5), max_new_tokens=5)
     assert calls == [(1, 4, 1, 16)] * (2 * 4)

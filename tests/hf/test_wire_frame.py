@@ -299,11 +299,11 @@ def renamed(name, other):
     return lambda entries: entries.update({other: entries.pop(name)})
 
 
-def poked(name, value, dtype):
-    """Tensors' bytes with the first number of one replaced."""
+def poked(name, value, dtype, at=0):
+    """Tensors' bytes with the first number of one replaced, or the one at `at`."""
 
     def data(entries, raw):
-        begin = entries[name]["data_offsets"][0]
+        begin = entries[name]["data_offsets"][0] + at * dtype.itemsize
         number = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
         raw[begin : begin + len(number)] = number
         return raw
@@ -374,11 +374,11 @@ LAYER_EDITS = {
     "no metadata": ({"describe": lambda d: d.pop("__metadata__")}, "no '__metadata__'"),
     "metadata of no text": ({"describe": lambda d: d.update(__metadata__={"spectrumkv": 1})}, "no '__metadata__'"),
     # Numbers
-    "NaN scale": ({"data": poked("int4.keys.scale", torch.nan, torch.float16)}, "tensor 'int4.keys.scale' has NaN"),
-    "infinite scale": ({"data": poked("int8.values.scale", torch.inf, torch.float16)}, "tensor 'int8.values.scale'"),
-    "negative scale": ({"data": poked("int8.keys.scale", -1, torch.float16)}, "tensor 'int8.keys.scale'"),
-    "NaN zero": ({"data": poked("int4.values.zero", torch.nan, torch.float16)}, "tensor 'int4.values.zero'"),
-    "infinite zero": ({"data": poked("int4.keys.zero", -torch.inf, torch.float16)}, "tensor 'int4.keys.zero'"),
+    "NaN scale": ({"data": poked("int4.keys.affine", torch.nan, torch.float16)}, "tensor 'int4.keys.affine' has NaN"),
+    "infinite scale": ({"data": poked("int8.values.affine", torch.inf, torch.float16)}, "tensor 'int8.values.affine'"),
+    "negative scale": ({"data": poked("int8.keys.affine", -1, torch.float16)}, "'int8.keys.affine' has scales below 0"),
+    "NaN zero": ({"data": poked("int4.values.affine", torch.nan, torch.float16, 1)}, "tensor 'int4.values.affine'"),
+    "infinite zero": ({"data": poked("int4.keys.affine", -torch.inf, torch.float16, 1)}, "tensor 'int4.keys.affine'"),
     "NaN mean": ({"data": poked("mean", torch.nan, torch.float32)}, "tensor 'mean' has NaN"),
     "negative padding": ({"data": poked("pads", -1, torch.int64)}, "paddings are not from 0 to 15"),
     "padding beyond": ({"data": poked("pads", 16, torch.int64)}, "paddings are not from 0 to 15"),

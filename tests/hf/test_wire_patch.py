@@ -190,7 +190,7 @@ FORGED = {
     "other tokens": ({"data": poke("wanted", 0xFE)}, "has shape|the tokens have changed"),
     "fewer tokens": ({"data": poke("wanted", 0)}, "has shape|the tokens have changed"),
     "a field more": ({"edit": lambda m: m.update(x=1)}, "unknown fields"),
-    "a tensor less": ({"describe": lambda d: d.update(x=d.pop("keys.scale"))}, "no tensor 'keys.scale'"),
+    "a tensor less": ({"describe": lambda d: d.update(x=d.pop("keys.affine"))}, "no tensor 'keys.affine'"),
 }
 
 

@@ -45,7 +45,7 @@ def golden_cache():
                 continue
             codes = _counting((2, 2, n, tier.bits), torch.uint8, start)
             scale, zero = _counting((2, 2, n), torch.float16, start), -_counting((2, 2, n), torch.float16, start + 3)
-            sides.append(Quantized(codes, scale, zero))
+            sides.append(Quantized(codes, torch.stack((scale, zero), dim=-1)))
         store.arenas[tier] = Arena(tier, *sides, positions)
     store.ragged = True
     store.mean = _counting((2, 2, 8), torch.float32)
