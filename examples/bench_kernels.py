@@ -114,7 +114,15 @@ def attend(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torc
 
 def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
     dense = operation("dense", query.device)
-    return packed(query, *dense(segments, start=0, size=tokens, codec=CODEC, mean=mean, rotary=rotary))
+    return packed(query, *dense(segments, 0, tokens, DTYPE, CODEC, mean, rotary, True))
+
+
+def compress(keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], rotary: Rotary) -> None:
+    """Mean of the keys, then codes of the tokens `places` of each width."""
+    device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
+    mean = operation("key_mean", device)(keys, positions, rotary)
+    for bits, index in places.items():
+        operation("encode", device)(keys, values, index.int(), bits, CODEC, mean, rotary, index=index)
 
 
 def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -174,6 +182,15 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                     yield row(f"dequantise {name}, SDPA", time, stored)
                 del segments
                 torch.cuda.empty_cache()
+                if slow:
+                    order = torch.rand(batch, kv_heads, tokens, device="cuda").argsort(-1)
+                    parts = order.split([round(tokens * share) for share in tiers.values()], dim=-1)
+                    places = {bits: part.sort(-1).values for bits, part in zip(tiers, parts, strict=True)}
+                    pairs = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
+                    time = timed([lambda kv=kv, places=places: compress(*kv, places, rotary) for kv in pairs])
+                    yield row(f"compress {name}", time, whole + stored)
+                    del pairs
+                    torch.cuda.empty_cache()
 
 
 def main() -> None:
