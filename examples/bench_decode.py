@@ -108,7 +108,8 @@ def main() -> None:
     about = environment(model)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(
-        f"{args.model}, batch {args.batch}, {args.context} tokens of context, {args.rounds} rounds of {args.steps} steps\n"
+        f"{args.model}, batch {args.batch}, {args.context} tokens of context, "
+        f"{args.rounds} rounds of {args.steps} steps\n"
     )
     rows = {}
     for name, seconds in medians.items():

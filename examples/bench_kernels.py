@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ def best_sdpa(query: torch.Tensor, cases: list[tuple[torch.Tensor, torch.Tensor]
         for form in (packed, grouped):
             try:
                 with sdpa_kernel(backend):
-                    calls = [lambda k=k, v=v, form=form: form(query, k, v) for k, v in cases]
+                    calls = [partial(form, query, k, v) for k, v in cases]
                     found[f"{name}, {form.__name__}"] = timed(calls)
             except RuntimeError as error:
                 print(f"  SDPA {name} {form.__name__}: {str(error).splitlines()[0][:90]}")
@@ -175,10 +176,10 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                 segments = [tiered(batch, kv_heads, tokens, dim, tiers)]
                 stored = stored_bytes(segments[0])
                 segments += [tiered(batch, kv_heads, tokens, dim, tiers) for _ in range(copies(stored) - 1)]
-                time = timed([lambda s=s: attend(query, s, tokens, mean, rotary) for s in segments])
+                time = timed([partial(attend, query, s, tokens, mean, rotary) for s in segments])
                 yield row(f"SpectrumKV {name}", time, stored)
                 if slow:
-                    time = timed([lambda s=s: dequantised(query, s, tokens, mean, rotary) for s in segments[:2]])
+                    time = timed([partial(dequantised, query, s, tokens, mean, rotary) for s in segments[:2]])
                     yield row(f"dequantise {name}, SDPA", time, stored)
                 del segments
                 torch.cuda.empty_cache()
@@ -187,7 +188,7 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                     parts = order.split([round(tokens * share) for share in tiers.values()], dim=-1)
                     places = {bits: part.sort(-1).values for bits, part in zip(tiers, parts, strict=True)}
                     pairs = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
-                    time = timed([lambda kv=kv, places=places: compress(*kv, places, rotary) for kv in pairs])
+                    time = timed([partial(compress, *kv, places, rotary) for kv in pairs])
                     yield row(f"compress {name}", time, whole + stored)
                     del pairs
                     torch.cuda.empty_cache()

@@ -11,7 +11,8 @@ from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from spectrumkv_hf import SpectrumCache, attention, layer
+from spectrumkv_hf import SpectrumCache, attention
+from spectrumkv_hf import layer as layer_module
 from spectrumkv_hf.cache import _tensors_of
 from spectrumkv_hf.handle import SpectrumHandle
 from spectrumkv_hf.layer import SlidingSpectrumLayer, SpectrumLayer
@@ -484,9 +485,9 @@ def test_the_dispatcher_is_asked(monkeypatch):
         calls.append(args[0].shape)
         return tiered_attention(*args, **kwargs)
 
-    stock = layer.operation
+    stock = layer_module.operation
     monkeypatch.setattr(
-        layer, "operation", lambda name, device: counting if name == "tiered_attention" else stock(name, device)
+        layer_module, "operation", lambda name, device: counting if name == "tiered_attention" else stock(name, device)
     )
     m = model("llama", "sdpa")
     generate(m, prompt(300), SpectrumCache(m.config, budget=0.5), max_new_tokens=5)

@@ -217,7 +217,7 @@ def test_same_inputs_same_bits(device):
 
 @pytest.mark.gpu
 def test_lengths_compile_nothing_anew(device):
-    kernels = (attention_triton._prepare_kernel, attention_triton._attend_kernel, attention_triton._merge_kernel)
+    kernels = (attention_triton.prepare_kernel, attention_triton.attend_kernel, attention_triton.merge_kernel)
     query = randn(1, 8, 1, 64).bfloat16()
 
     def compiled():

@@ -1,0 +1,38 @@
+"""Products in Triton kernels: sizes of blocks, and codes as operands."""
+
+import triton
+import triton.language as tl
+
+PACKED = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Bit operations on two words at a time, in assembly, which the interpreter lacks."""
+SUBNORMAL = tl.constexpr(2.0**24)
+"""An integer n in the low bits of a float16 is the subnormal number n * 2**-24."""
+
+
+@triton.constexpr_function
+def pad(n):
+    """Size of a block that holds `n` and that `tl.dot` takes."""
+    return max(16, triton.next_power_of_2(n))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """`acc + a @ b` in float32."""
+    if not PACKED:  # the interpreter multiplies the bit patterns of bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def plane(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """One code of every 16-bit word, as the subnormal float16 with its bits: two bit operations a pair."""
+    if PACKED:
+        if SHIFT == 0:
+            return tl.inline_asm_elementwise(
+                f"and.b32 $0, $1, {MASK * 0x10001};", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            )
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * 0x10001}; }}",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return ((words >> SHIFT) & MASK).to(tl.float16, bitcast=True)
