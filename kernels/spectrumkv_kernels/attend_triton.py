@@ -57,7 +57,10 @@ def _affine(stored, token, live, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     return scale.to(tl.float32), zero.to(tl.float32)
 
 
-INTEGERS = ["rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "length", "splits", "mask_batch", "mask_head", "mask_query", "mask_stride", "mask_first", "window"]
+INTEGERS = [
+    *("rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "length", "splits", "window"),
+    *("mask_batch", "mask_head", "mask_query", "mask_stride", "mask_first"),
+]
 """Arguments for whose values nothing is compiled anew."""
 
 
@@ -177,8 +180,8 @@ def attend_kernel(
                 value_affine = segments[i][4] + bh * room * WIDE
                 unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
                 spread = tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
-                planes: tuple = ()
-                accs: tuple = ()
+                planes = ()
+                accs = ()
                 for j in tl.static_range(16 // B):
                     channel = 2 * wk + j % 2 + j // 2 * (2 * WK)
                     q = tl.load(
@@ -225,7 +228,7 @@ def attend_kernel(
                     v = tl.load(
                         values + token[None, :] * WV + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0
                     )
-                    new: tuple = ()
+                    new = ()
                     for j in tl.static_range(16 // B):
                         x = plane(v, 8 * (j % 2), (2**B - 1) << (B * (j // 2)))
                         new = new + (dot(x, w, accs[j] * alpha),)
