@@ -12,6 +12,9 @@ from spectrumkv_kernels.hadamard import hadamard_matrix
 from spectrumkv_kernels.quantize import Quantized, unpack
 from spectrumkv_kernels.rotary import Rotary
 
+FEW = 512
+"""Exact tokens that are rather copied together than read apart."""
+
 
 class Segment(NamedTuple):
     """Tokens of one tier: what one pass of the attention reads.
@@ -73,7 +76,7 @@ def tiered_attention(
     q = (query.float() * scale).reshape(batch, kv_heads, rows, head_dim)
     segments = [s for s in segments if s.positions.shape[-1]]
     coded = [s for s in segments if isinstance(s.keys, Quantized)]
-    exact = [s for s in segments if not isinstance(s.keys, Quantized)]
+    exact = _joined([s for s in segments if not isinstance(s.keys, Quantized)])
     sizes = [s.positions.shape[-1] for s in exact]
 
     parts = []
@@ -119,6 +122,14 @@ def tiered_attention(
         out = part if out is None else out + part
     assert out is not None, "the queries' own tokens are among the segments"
     return out.view(batch, heads, queries, -1).to(query.dtype)
+
+
+def _joined(exact: list[Segment]) -> list[Segment]:
+    """Segments of few exact tokens as one, which takes fewer operations than it copies tokens."""
+    if len(exact) < 2 or sum(s.positions.shape[-1] for s in exact) > FEW:
+        return exact
+    keys, values, positions = (torch.cat(parts, dim=2) for parts in zip(*(s[1:] for s in exact), strict=True))
+    return [Segment(exact[0].bits, keys, values, positions)]
 
 
 def _positions(segments: Sequence[Segment]) -> torch.Tensor:

@@ -45,9 +45,10 @@ class Rotary:
             return x.expand(*torch.broadcast_shapes(x.shape[:-1], positions.shape), x.shape[-1])
         positions = positions.clamp(min=0).long()
         turn = self.table(int(positions.max()) + 1 if positions.numel() else 1, x.device)[positions]
+        cos, sin = turn.chunk(2, dim=-1)
         first, second, rest = self._split(x)
         # Not one complex product: its rounding depends on how many there are, and a token's bits must not.
-        cos, sin = turn.real, -turn.imag if inverse else turn.imag
+        sin = -sin if inverse else sin
         turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
         turned = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
         return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), -1) if rest.shape[-1] else turned
@@ -64,15 +65,16 @@ class Rotary:
         """
         if not self.inv_freq:
             return (query @ mean.unsqueeze(-1)).expand(*query.shape[:-1], length)
-        *query_pairs, query_rest = self._split(query)
-        *mean_pairs, mean_rest = self._split(mean.unsqueeze(-2))
+        x, y, query_rest = self._split(query)
+        mean_x, mean_y, mean_rest = self._split(mean.unsqueeze(-2))
         # Re(conj(q) m exp(i t f)), summed over pairs: one product with a table that all layers and heads share.
-        weights = torch.view_as_real(torch.complex(*query_pairs) * torch.complex(*mean_pairs).conj()).flatten(-2)
-        scores = linear(weights, torch.view_as_real(self.table(length, query.device)[:length]).flatten(-2))
+        cos = torch.addcmul(x * mean_x, y, mean_y)
+        sin = torch.addcmul(y * mean_x, x, mean_y, value=-1)
+        scores = linear(torch.cat((cos, sin), dim=-1), self.table(length, query.device)[:length])
         return scores + query_rest @ mean_rest.transpose(-1, -2) if query_rest.shape[-1] else scores
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
-        """`exp(i t inv_freq)`, complex64 `[length or more, pairs]`, kept for all caches of the process."""
+        """Cosines, then sines of `t inv_freq`: float32 `[length or more, 2 * pairs]`, kept for all caches."""
         return _table(self.inv_freq, max(SMALLEST_TABLE, 1 << (length - 1).bit_length()), device)
 
     def factors(self, device: torch.device) -> torch.Tensor:
@@ -96,4 +98,4 @@ def _factors(inv_freq: tuple[float, ...], device: torch.device) -> torch.Tensor:
 def _table(inv_freq: tuple[float, ...], length: int, device: torch.device) -> torch.Tensor:
     """Exact to float32 rounding: float32 angles would be off by 1e-3 at position 32k."""
     angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(device)
