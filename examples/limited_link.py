@@ -116,12 +116,13 @@ class Process:
     def __init__(self, rank: int, link: Link, arguments: list[str]) -> None:
         self.name = ("prefill", "decode")[rank]
         inside = [sys.executable, __file__, *arguments, "--worker", str(rank)]
+        quiet = {"TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", link.spaces[rank], *inside],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": link.ends[rank], "TQDM_DISABLE": "1"},
+            env={**os.environ, **quiet, "GLOO_SOCKET_IFNAME": link.ends[rank]},
         )
 
     def tell(self, **command: Any) -> None:
