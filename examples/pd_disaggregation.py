@@ -292,6 +292,7 @@ def main() -> None:
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))  # they share the cores
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of two processes on one terminal
     torch.multiprocessing.spawn(work, args=(args, f"tcp://127.0.0.1:{port}"), nprocs=2)
 

@@ -23,7 +23,8 @@ def test_two_processes_answer_as_one(how, tmp_path):
         pytest.skip(str(problem))
     report = tmp_path / "report.json"
     command = [sys.executable, EXAMPLES / "pd_disaggregation.py", "--tokens", "300", "500", "--json", report, how]
-    done = subprocess.run([*command, "--dtype", "bfloat16", "--budget", "0.3"], capture_output=True, text=True)
+    command += ["--dtype", "bfloat16", "--budget", "0.3"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(report.read_text())["results"]
     assert [row["tokens"] for row in rows] == [300, 500]
