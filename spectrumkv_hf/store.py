@@ -227,8 +227,11 @@ class TieredStore:
         """
         batch, heads = score.shape[:2]
         place = self._row_index(tokens)
-        before = (place[:, 0].clamp(min=0)).tolist()
-        now = (place >= 0).sum(-1).tolist()
+        if self.pads is None:  # known here, so that a GPU need not be waited for
+            before, now = [self.tail_start], [tokens]
+        else:
+            before = place[:, 0].clamp(min=0).tolist()
+            now = (place >= 0).sum(-1).tolist()
         rows = [increments(policy, had, new) for had, new in zip(before, now, strict=True)]
         own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
         sizes = own.amax(0)
@@ -236,7 +239,10 @@ class TieredStore:
         sizes[last] += tokens - sizes.sum()
 
         def tier_by(rank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            edges = counts.cumsum(-1)[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
+            edges = counts.cumsum(-1)
+            if len(edges) == 1:
+                return torch.stack([rank >= edge for edge in edges[0].tolist()]).sum(0)
+            edges = edges[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
             return torch.searchsorted(edges, rank, right=True)
 
         score = score.masked_fill((place < policy.sinks)[:, None], torch.inf)
