@@ -34,7 +34,7 @@ def test_like_plain_pytorch(family, sizes, budget, monkeypatch):
     m, ids = model(family, "sdpa", **sizes).to(DEVICE), prompt(300).to(DEVICE)
     expected, _ = logits(monkeypatch, "torch", m, ids, budget=budget)
     out, cache = logits(monkeypatch, "triton", m, ids, budget=budget)
-    assert all(len(layer.store.arenas) > 1 for layer in cache.layers)
+    assert all(layer.store.arenas for layer in cache.layers)
     assert close(out, expected)
 
 
