@@ -9,15 +9,14 @@ device-to-device copy in the same run.
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 import triton
+from models import versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -217,11 +216,8 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        versions = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(),
-        }  # fmt: skip
-        report = {"versions": versions, "copy GB/s": round(peak / 1e9), "rows": results}
+        about = {**versions(torch.device("cuda")), "triton": triton.__version__}
+        report = {"versions": about, "copy GB/s": round(peak / 1e9), "rows": results}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.dot_triton import SUBNORMAL, dot, pad, plane
+from spectrumkv_kernels.dot_triton import LOG2E, SUBNORMAL, dot, pad, plane
 
 WEIGHT_PEAK = tl.constexpr(14)
 """Binary logarithm of the largest weight on a value code; float16 then holds weights down to 2**-38 of it."""
@@ -13,7 +13,7 @@ WEIGHT_PEAK = tl.constexpr(14)
 def _capped(s, bias, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log2, the cap having been put on them in natural units; a bias of -inf stays."""
     if SOFTCAP:
-        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * 1.4426950408889634 + bias
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * LOG2E + bias
     return s
 
 
@@ -39,7 +39,7 @@ def _hidden(
             if MASK == "bool":
                 seen = seen & (entry != 0)
             else:
-                s += entry.to(tl.float32) * 1.4426950408889634
+                s += entry.to(tl.float32) * LOG2E
                 seen = seen & (entry.to(tl.float32) > mask_lowest)
         s = tl.where(seen, s, float("-inf"))
     return s

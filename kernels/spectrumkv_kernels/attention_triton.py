@@ -4,7 +4,6 @@ Three launches: `prepare_kernel` makes the queries ready, every program of `atte
 for one KV head and row of the batch, and `merge_kernel` joins the parts.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -16,15 +15,16 @@ import triton
 from spectrumkv_kernels import attention
 from spectrumkv_kernels.attend_triton import attend_kernel
 from spectrumkv_kernels.attention import Segment
-from spectrumkv_kernels.codec import Codec
+from spectrumkv_kernels.codec import Codec, dims
+from spectrumkv_kernels.dot_triton import LOG2E
 from spectrumkv_kernels.hadamard import hadamard_matrix
+from spectrumkv_kernels.launch_triton import on_device, shared
 from spectrumkv_kernels.merge_triton import merge_kernel
 from spectrumkv_kernels.prepare_triton import prepare_kernel
 from spectrumkv_kernels.quantize import Quantized
 from spectrumkv_kernels.rotary import Rotary
 
 # The numbers below were the fastest of those tried on an H100, for 4 query heads of 128 channels on a KV head.
-LOG2E = math.log2(math.e)
 FINE = 128
 """Positions that share one coarse rotation: `exp(i t f) = exp(i 128 (t // 128) f) exp(i (t % 128) f)`."""
 QUERY_PEAK = 1024.0
@@ -100,14 +100,9 @@ def _room(segment: Segment) -> int | None:
         if (heads > 1 and strides[1] != room * dim) or (batch > 1 and strides[0] != heads * room * dim):
             return None
         rooms.add(room)
-    if not _shared(positions):
+    if not shared(positions):
         rooms.add(tokens if positions.is_contiguous() else -1)
     return rooms.pop() if len(rooms) == 1 else None
-
-
-def _shared(positions: torch.Tensor) -> bool:
-    """All rows and heads have the same positions, held once."""
-    return positions.stride()[:2] == (0, 0) and positions.stride(2) == 1
 
 
 def _contiguous(segment: Segment) -> Segment:
@@ -143,7 +138,7 @@ def tiered_attention(
     exact = [s for s in segments if s.bits == 16 and s.positions.shape[-1]]
     held = coded + exact
     batch, heads, queries, dim = query.shape
-    value_dim, wide = _value_dim(held[0]), 128 if query.dtype == torch.float32 else 256
+    value_dim, wide = dims(held[0])[1], 128 if query.dtype == torch.float32 else 256
     if max(dim, value_dim) > wide or any(d * s.bits % 16 for s in coded for d in (dim, value_dim)):
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
@@ -156,10 +151,9 @@ def tiered_attention(
     kv_heads = held[0].positions.shape[1]
     flat, rows = batch * kv_heads, heads // kv_heads * queries
     bits = tuple([s.bits for s in held])
-    shared = tuple([_shared(s.positions) for s in held])
-    plan = _plan(rows, dim, value_dim, bits, shared, query.dtype, device)
+    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
     # With a cap the scores must be in natural units first; else exp2 saves a product.
-    units = scale if softcap is not None else scale * LOG2E
+    units = scale if softcap is not None else scale * LOG2E.value
     centred = mean is not None and bool(coded)
     turned = codec.hadamard and bool(coded)
 
@@ -176,7 +170,7 @@ def tiered_attention(
     halves = torch.empty(rotated_at + flat * rows * dim, dtype=torch.float16, device=device)
     floats = torch.empty(factor_at + flat * rows * 2, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
-    with _on(query):
+    with on_device(query):
         if coded:
             turning, scoring, row_blocks, each = -(-flat * rows // TURNED), 0, 1, 1
             fine = coarse = query
@@ -202,7 +196,8 @@ def tiered_attention(
             tuple([(2 * size + 3, 2 * room + 3) for size, room in zip(sizes, rooms, strict=True)]),
             tuple([2 * chunk + 3 for chunk in chunks]), masked, rotated_at, state_at, factor_at,
             kv_heads, rows, queries, length, splits, *strides, length - columns, lowest, window or 0, units,
-            softcap or 0.0, BITS=bits, SHARED=shared, D=dim, DV=value_dim, R=plan.columns, ROWS_PAD=plan.rows_pad,
+            softcap or 0.0, BITS=bits, SHARED=tuple([shared(s.positions) for s in held]), D=dim,
+            DV=value_dim, R=plan.columns, ROWS_PAD=plan.rows_pad,
             SYMMETRIC=codec.symmetric, MEAN=centred, CAUSAL=queries > 1 and mask is None,
             WINDOW=window is not None and mask is None, RAGGED=ragged, MASK=kind, SOFTCAP=softcap is not None,
             TILES=plan.tiles, STAGES=STAGES, **OPTIONS,
@@ -242,7 +237,6 @@ def _plan(
     dim: int,
     value_dim: int,
     bits: tuple[int, ...],
-    shared: tuple[bool, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> _Plan:
@@ -268,18 +262,6 @@ def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], str, fl
     if mask.dtype == torch.bool:
         return mask.view(torch.uint8), strides, "bool", 0.0, sizes[3]
     return mask, strides, "additive", torch.finfo(mask.dtype).min / 2, sizes[3]
-
-
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def _value_dim(segment: Segment) -> int:
-    values = segment.values
-    return values.codes.shape[-1] * 8 // segment.bits if isinstance(values, Quantized) else values.shape[-1]
 
 
 def _pointers(segment: Segment) -> tuple[Any, ...]:

@@ -1,6 +1,5 @@
 """Triton twins of `spectrumkv_kernels.codec`."""
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from spectrumkv_kernels import codec as twin
 from spectrumkv_kernels.attention import Segment
 from spectrumkv_kernels.codec import Codec
 from spectrumkv_kernels.hadamard_triton import hadamard, join_quarters
+from spectrumkv_kernels.launch_triton import on_device, shared
 from spectrumkv_kernels.mean_triton import mean_kernel, sums_kernel
 from spectrumkv_kernels.quantize import Quantized
 from spectrumkv_kernels.quantize_triton import load_codes, store_codes
@@ -175,11 +175,6 @@ def _dense_kernel(
         block -= blocks
 
 
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _widths(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[str, int]:
     """Sizes of heads and of blocks, as the kernels take them."""
     key_width, value_width = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
@@ -226,7 +221,7 @@ def key_mean(
     sums = torch.empty(batch, heads, splits, 2, width, dtype=torch.float32, device=keys.device)
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
     sizes = {"DIM": dim, "WIDTH": width, **rotation}
-    with _on(keys):
+    with on_device(keys):
         sums_kernel[splits, batch * heads](
             keys, positions, weights, factors, sums, tokens, heads, *keys.stride()[:3],
             TOKENS=max(1, ELEMENTS // 2 // width), SPLIT=max(SPLIT, 1), **sizes,
@@ -260,7 +255,7 @@ def encode(
 
     sizes = _widths(keys.shape[-1], values.shape[-1])
     k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
-    with _on(keys):
+    with on_device(keys):
         _encode_kernel[triton.cdiv(n, sizes["TOKENS"]), batch * heads, 2](
             keys, values, index, positions.contiguous(), None if mean is None else mean.contiguous(), factors,
             *_parts(k), *_parts(v),
@@ -326,12 +321,12 @@ def _read(
         part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
         counts = [s.positions.shape[-1] for s in segments[first : first + SEGMENTS]]
         blocks = sum(triton.cdiv(n, sizes["TOKENS"]) for n in counts)
-        tensors, strides, bits, shared = zip(*part, strict=True)
-        with _on(out[0]):
+        tensors, strides, bits, once = zip(*part, strict=True)
+        with on_device(out[0]):
             _dense_kernel[blocks, batch * heads, 2](
                 tensors, strides, *counts, *[0] * (SEGMENTS - len(counts)), *out,
                 None if mean is None else mean.contiguous(), factors, start, size, heads,
-                BITS=bits, SHARED=shared, HADAMARD=codec.hadamard, SCATTER=scatter, **sizes, **rotation,
+                BITS=bits, SHARED=once, HADAMARD=codec.hadamard, SCATTER=scatter, **sizes, **rotation,
             )  # fmt: skip
 
 
@@ -352,6 +347,5 @@ def _flat(segment: Segment) -> tuple[tuple[torch.Tensor | None, ...], tuple[int,
             tensors += (plain, None, None)
             strides += plain.stride()[:3]
     positions = segment.positions
-    shared = positions.stride() == (0, 0, 1)
-    tensors.append(positions if shared else positions.contiguous())
-    return tuple(tensors), tuple(strides), segment.bits, shared
+    tensors.append(positions if shared(positions) else positions.contiguous())
+    return tuple(tensors), tuple(strides), segment.bits, shared(positions)

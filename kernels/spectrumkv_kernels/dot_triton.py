@@ -1,8 +1,11 @@
 """Products in Triton kernels: sizes of blocks, and codes as operands."""
 
+import math
+
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(math.log2(math.e))
 PACKED = tl.constexpr(not triton.knobs.runtime.interpret)
 """Bit operations on two words at a time, in assembly, which the interpreter lacks."""
 SUBNORMAL = tl.constexpr(2.0**24)

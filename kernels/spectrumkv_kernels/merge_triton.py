@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from spectrumkv_kernels.dot_triton import LOG2E
+
 
 @triton.jit
 def _sign(i, j):
@@ -59,7 +61,7 @@ def merge_kernel(
         )
     peak = tl.max(top, axis=0)
     if SINKS:
-        sink = tl.load(sinks + (bh % kv_heads) * (rows // queries) + row // queries).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks + (bh % kv_heads) * (rows // queries) + row // queries).to(tl.float32) * LOG2E
         peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.zeros([S], tl.float32)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from spectrumkv_kernels import scores as twin
+from spectrumkv_kernels.dot_triton import LOG2E
 from spectrumkv_kernels.scores import probe_rows, real_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -19,7 +20,6 @@ PROGRAMS = 1024
 SPLIT = 1024
 """The fewest keys of a split."""
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 LENGTHS = ["window", "tokens", "probes", "offset", "span", "mask_heads", "mask_batch", "mask_head", "mask_row"]
