@@ -12,13 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import HelpFormatter, add_model_arguments, check_folders, environment, load_from, passage
-from quality import cache_memory, prefill, print_table
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf import SpectrumCache
+from spectrumkv_hf.evaluation.environment import environment
+from spectrumkv_hf.evaluation.methods import cache_memory
+from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.text import passage
+from spectrumkv_hf.evaluation.transfer import prefill
 
 BASELINE = "dynamic"
 

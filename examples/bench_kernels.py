@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from models import versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from spectrumkv_hf.evaluation.environment import versions
 from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, operation
 
 SHAPES = {  # heads, KV heads, head_dim

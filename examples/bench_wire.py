@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import HelpFormatter, check_folders, versions
 from transformers import LlamaConfig
 
 from spectrumkv_hf import SpectrumCache, wire
+from spectrumkv_hf.evaluation.environment import versions
+from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders
 from spectrumkv_hf.layer import SpectrumLayer
 from spectrumkv_hf.wire_frame import digest
 

@@ -18,13 +18,17 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from models import HelpFormatter, add_model_arguments, check_folders, environment, load_from, passage
-from quality import Quality, cache_memory, measure, prefill, print_table, text_windows
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf import MemoryReport, SpectrumCache, get_policy
+from spectrumkv_hf.evaluation.environment import environment
+from spectrumkv_hf.evaluation.methods import Tiered, cache_memory
+from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.text import passage, text_windows
+from spectrumkv_hf.evaluation.transfer import Quality, measure, prefill
 
 INSTRUCTION = "Summarise the following text in four sentences, for a reader who knows nothing about the subject."
 PASSAGE_TOKENS = 650
@@ -232,7 +236,8 @@ def main() -> None:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     every: dict[str, Callable[[], Cache]] = {EXACT: lambda: DynamicCache(config=model.config)} | ours
     results = generate_all(model, inputs, every, args.repeats, max_new_tokens=args.max_new_tokens, pad_token_id=pad)
-    qualities: dict[str, Quality] = measure(model, windows, args.context, ours)
+    methods = [Tiered(name, policy) for name, policy in policies.items()]
+    qualities: dict[str, Quality] = measure(model, windows, args.context, methods)
     print_texts(tokenizer, results)
 
     rows: list[dict[str, Any]] = []

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import HelpFormatter, check_folders, environment, load_from
 from pd_disaggregation import (
     DECODE,
     PREFILL,
@@ -38,11 +37,13 @@ from pd_disaggregation import (
     receive_and_decode,
     row_of,
 )
-from quality import print_table
 from tqdm import tqdm
 
 from spectrumkv_hf import get_policy
 from spectrumkv_hf.bypass import TransferCosts
+from spectrumkv_hf.evaluation.environment import environment
+from spectrumkv_hf.evaluation.models import load_from
+from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 """Of the prefill and the decode end of the link, a network of their own."""

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import HelpFormatter, add_model_arguments, check_folders, environment, load_from, passage
-from quality import print_table
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrumkv_hf import Policy, SpectrumCache, get_policy
 from spectrumkv_hf.bypass import TransferCosts, choose_policy
+from spectrumkv_hf.evaluation.environment import environment
+from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
 
 PREFILL, DECODE = 0, 1

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import limited_link
-import models
 import pd_disaggregation
 import pytest
+
+from spectrumkv_hf.evaluation import models
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

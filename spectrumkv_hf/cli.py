@@ -1,0 +1,37 @@
+"""The command `spectrumkv`: one subcommand a module, imported when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "probe": ("spectrumkv_hf.probe.command", "find out which tiers a model tolerates, and remember it"),
+    "eval": ("spectrumkv_hf.evaluation.command", "measure methods beside each other; `eval paper` makes every table"),
+    "lm-eval": ("spectrumkv_hf.evaluation.harness", "run lm-eval's tasks over a compressed cache"),
+}
+"""Subcommand to the module that has it (`add_arguments(parser)`, `run(args)`) and a line of help."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand; problems that the user can mend end with a line on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="spectrumkv", description="KV caches with a precision for each token")
+    parser.add_argument(
+        "command", choices=COMMANDS, help="; ".join(f"{name}: {line}" for name, (_, line) in COMMANDS.items())
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; `spectrumkv COMMAND --help`")
+    chosen = parser.parse_args(argv)
+    path, line = COMMANDS[chosen.command]
+    module = importlib.import_module(path)
+    own = argparse.ArgumentParser(prog=f"spectrumkv {chosen.command}", description=line)
+    module.add_arguments(own)
+    args = own.parse_args(chosen.arguments)
+    try:
+        module.run(args)
+    except (ImportError, OSError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

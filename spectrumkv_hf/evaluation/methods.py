@@ -1,0 +1,123 @@
+"""What is compared: ways to hold a KV cache, by name."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from spectrumkv_hf.cache import SpectrumCache
+from spectrumkv_hf.memory import MemoryReport, storage_bytes
+from spectrumkv_hf.policy import POLICIES, Policy, get_policy
+
+
+def cache_memory(cache: Cache) -> MemoryReport:
+    """Bytes of a `SpectrumCache`, or of the tensors of a stock cache, whose tokens all cost 1."""
+    if isinstance(cache, SpectrumCache):
+        return cache.memory()
+    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return MemoryReport(storage_bytes(held), sum(2 * t.numel() for t in held), nominal_ratio=1.0)
+
+
+class Method:
+    """A way to hold a KV cache.
+
+    Attributes:
+        spec: What names it on a command line and in tables.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+
+    def cache(self, model: PreTrainedModel) -> Cache:
+        """An empty cache for `model`.
+
+        Raises:
+            ValueError: the model can't have one.
+            ImportError: a package is missing that it needs.
+        """
+        raise NotImplementedError
+
+    def prefilling(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """Where the prefill of its cache runs, for methods that watch the model while it does."""
+        return nullcontext()
+
+    def memory(self, cache: Cache) -> MemoryReport:
+        """Bytes of one of its caches: everything stored, over two bytes for each element of the tokens seen."""
+        return cache_memory(cache)
+
+
+class Exact(Method):
+    """`DynamicCache`: what all others are measured against."""
+
+    def cache(self, model: PreTrainedModel) -> Cache:
+        return DynamicCache(config=model.config)
+
+
+class Tiered(Method):
+    """A `SpectrumCache`.
+
+    Args:
+        policy: Of the cache.
+        codec: Of the cache.
+    """
+
+    def __init__(self, spec: str, policy: Policy, codec: str = "spectrum") -> None:
+        super().__init__(spec)
+        self.policy, self.codec = policy, codec
+
+    def cache(self, model: PreTrainedModel) -> Cache:
+        return SpectrumCache(config=model.config, policy=self.policy, codec=self.codec)
+
+
+PAPER = {"importance": "positional", "scope": "token", "recent_window": 0, "sinks": 4}
+"""Options of the paper's released code: one map for all layers and heads, ranked by position, nothing exact on top."""
+
+BASELINES: dict[str, Callable[[str, str], Method]] = {"exact": lambda spec, _: Exact(spec)}
+"""Methods other than `SpectrumCache`: name to a function of the whole spec and of what follows the name."""
+
+
+def parse_method(spec: str, recent_window: int | None = None) -> Method:
+    """The method that a spec names.
+
+    * `exact`, or another key of `BASELINES`, with what it takes after a colon;
+    * `NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]]`, a policy of `spectrumkv_hf.POLICIES`, an empty field being the
+      default;
+    * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax` and the options `PAPER`.
+
+    Args:
+        spec: As above.
+        recent_window: For every policy but the paper's; None: its default.
+
+    Raises:
+        ValueError: too many fields, an unknown name, a value out of range.
+    """
+    name, _, rest = spec.partition(":")
+    if name in BASELINES:
+        return BASELINES[name](spec, rest)
+    paper = name.removeprefix("paper_") in POLICIES and name.startswith("paper_")
+    if not paper and name not in POLICIES:
+        raise ValueError(
+            f"unknown method {name!r}: choose from {', '.join((*BASELINES, *POLICIES))}, or paper_ and a policy"
+        )
+    fields = rest.split(":") if rest else []
+    if len(fields) > (1 if paper else 4):
+        raise ValueError(f"method {spec!r} has too many fields")
+    budget, codec, importance, scope = (*fields, "", "", "", "")[:4]
+    try:
+        value = float(budget) if budget else None
+    except ValueError:
+        raise ValueError(f"method {spec!r}: budget {budget!r} is no number") from None
+    if paper:
+        name = name.removeprefix("paper_")
+        own = dict(PAPER)
+        if POLICIES[name].importance != Policy.importance:  # random and recency rank by themselves
+            del own["importance"]
+        return Tiered(spec, get_policy(name, value, **own), "absmax")
+    options: dict[str, Any] = {"importance": importance, "scope": scope}
+    options = {key: value for key, value in options.items() if value}
+    if recent_window is not None:
+        options["recent_window"] = recent_window
+    return Tiered(spec, get_policy(name, value, **options), codec or "spectrum")
