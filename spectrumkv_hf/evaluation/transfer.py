@@ -59,18 +59,25 @@ class Quality:
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> None:
-    """Put the tokens `ids`, `[batch, tokens]`, into the cache in one forward."""
+def last_logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, start: int) -> torch.Tensor:
+    """Logits `[batch, vocabulary]` after the tokens `ids`, `[batch, tokens]`, which follow `start` others.
+
+    Positions are given, because a cache that was pruned no longer knows them.
+    """
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(input_ids=ids, past_key_values=cache, use_cache=True, **last_only)
+    out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **last_only)
+    return out.logits[:, -1]
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> None:
+    """Put the tokens `ids`, `[batch, tokens]`, into an empty cache in one forward."""
+    last_logits(model, ids, cache, 0)
 
 
 @torch.inference_mode()
 def continuation_logits(model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a cache prefilled with those before.
-
-    Positions are given, because a cache that was pruned no longer knows them.
-    """
+    """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a cache prefilled with those before."""
     positions = torch.arange(context, ids.shape[1], device=ids.device)[None]
     rest = ids[:, context:]
     return model(input_ids=rest, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
