@@ -5,6 +5,7 @@ python examples/bench_decode.py --context 2048 --caches dynamic 0.5 0.3 quanto:4
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,6 +26,8 @@ from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.evaluation.transfer import prefill
 
 BASELINE = "dynamic"
+FILL_TOKENS = 4096
+"""Tokens of a chunk where caches are filled with random keys and values."""
 
 
 def cache_maker(name: str, model: PreTrainedModel) -> Callable[[], Cache]:
@@ -48,9 +51,29 @@ def cache_maker(name: str, model: PreTrainedModel) -> Callable[[], Cache]:
 
 
 @torch.inference_mode()
-def decode_times(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, steps: int) -> list[float]:
-    """Seconds of each of `steps` forwards with one token, after a prefill of `ids` and a step of warm-up."""
-    prefill(model, ids, cache)
+def fill(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> None:
+    """Put `tokens` random keys and values into every layer, in chunks, as a prefill in chunks would."""
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for start in range(0, tokens, FILL_TOKENS):
+        shape = (batch, config.num_key_value_heads, min(FILL_TOKENS, tokens - start), dim)
+        keys = torch.randn(shape, dtype=model.dtype, device=model.device)
+        for layer in range(config.num_hidden_layers):
+            cache.update(keys, keys.flip(2), layer)
+
+
+@torch.inference_mode()
+def decode_times(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, steps: int, random: bool = False
+) -> list[float]:
+    """Seconds of each of `steps` forwards with one token, after a prefill of `ids` and a step of warm-up.
+
+    With `random` the cache gets random keys and values in the place of a prefill.
+    """
+    if random:
+        fill(model, cache, *ids.shape)
+    else:
+        prefill(model, ids, cache)
     token, times = ids[:, -1:], []
     for _ in range(1 + steps):
         if ids.is_cuda:
@@ -71,6 +94,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=48, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each over all caches in turn")
     parser.add_argument("--caches", nargs="+", default=[BASELINE, "fp16", "0.5", "0.3", "quanto:4"])
+    parser.add_argument(
+        "--fill", action="store_true", help="random keys and values in the place of a prefill, for very long contexts"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     return parser.parse_args()
 
@@ -103,8 +129,11 @@ def main() -> None:
                 if ids.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
                 cache = make()
-                medians[name].append(statistics.median(decode_times(model, ids, cache, args.steps)))
-                stored[name] = cache_memory(cache).stored
+                try:
+                    medians[name].append(statistics.median(decode_times(model, ids, cache, args.steps, args.fill)))
+                except torch.OutOfMemoryError:
+                    medians[name].append(math.inf)
+                stored[name] = 0 if ":" in name else cache_memory(cache).stored
                 peaks[name] = torch.cuda.max_memory_allocated() if ids.is_cuda else 0
                 del cache
                 bar.update()
@@ -117,24 +146,34 @@ def main() -> None:
     )
     rows = {}
     for name, seconds in medians.items():
+        fits = math.isfinite(max(seconds))
         ratios = [base / own for base, own in zip(medians[BASELINE], seconds, strict=True)]
+        compared = fits and math.isfinite(max(ratios))
         rows[name] = {
-            "milliseconds": 1e3 * statistics.median(seconds),
-            "tokens_per_second": args.batch / statistics.median(seconds),
-            "speed_over_dynamic": statistics.median(ratios),
-            "lowest_and_highest": [min(ratios), max(ratios)],
-            "stored_bytes": None if ":" in name else stored[name],
+            "milliseconds": 1e3 * statistics.median(seconds) if fits else None,
+            "tokens_per_second": args.batch / statistics.median(seconds) if fits else None,
+            "speed_over_dynamic": statistics.median(ratios) if compared else None,
+            "lowest": min(ratios) if compared else None,
+            "highest": max(ratios) if compared else None,
+            "stored_bytes": stored[name] or None,
             "peak_bytes": peaks[name] or None,
         }
+
+    def shown(value: float | None, form: str, unit: float = 1) -> str:
+        return "-" if value is None else format(value / unit, form)
+
     print_table(
         ["cache", "ms/step", "tokens/s", f"x {BASELINE}", "lowest", "highest", "cache GiB", "peak GiB"],
         [
-            [name, *(f"{row[key]:.1f}" for key in ("milliseconds", "tokens_per_second"))]
-            + [f"{value:.2f}" for value in (row["speed_over_dynamic"], *row["lowest_and_highest"])]
-            + [f"{(row[key] or 0) / 2**30:.2f}" for key in ("stored_bytes", "peak_bytes")]
+            [name]
+            + [shown(row[key], ".1f") for key in ("milliseconds", "tokens_per_second")]
+            + [shown(row[key], ".2f") for key in ("speed_over_dynamic", "lowest", "highest")]
+            + [shown(row[key], ".2f", 2**30) for key in ("stored_bytes", "peak_bytes")]
             for name, row in rows.items()
         ],
     )
+    if any(row["milliseconds"] is None for row in rows.values()):
+        print("-: out of memory")
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         args.json.write_text(json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,37 @@ def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, mean:
     return packed(query, *dense(segments, 0, tokens, DTYPE, CODEC, mean, rotary, True))
 
 
+def quantized_cache(batch: int, heads: int, tokens: int, dim: int, bits: int = 4) -> tuple[Any, tuple[Any, Any]]:
+    """A layer of Transformers' `QuantizedCache` (quanto) that holds `tokens - 1` tokens, and the token to come."""
+    from transformers.cache_utils import QuantoQuantizedLayer
+
+    layer = QuantoQuantizedLayer(nbits=bits, q_group_size=64, residual_length=128)
+    keys, values = exact(batch, heads, tokens, dim)
+    layer.update(keys[:, :, :-1], values[:, :, :-1])
+    return layer, (keys[:, :, -1:], values[:, :, -1:])
+
+
+def _parts(quantized: Any) -> list[torch.Tensor]:
+    """The tensors of a quanto tensor."""
+    names, _ = quantized.__tensor_flatten__()
+    found = [getattr(quantized, name) for name in names]
+    return [part for t in found for part in (_parts(t) if hasattr(t, "__tensor_flatten__") else [t])]
+
+
+def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats: int = 10) -> Timing:
+    """Milliseconds of `update` with one token, which dequantises all others, and SDPA; started one by one."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(2 + repeats):
+        torch.cuda.synchronize()
+        start.record()
+        packed(query, *layer.update(*token))
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return Timing(*(round(float(torch.tensor(times[2:]).quantile(q)), 5) for q in (0.5, 0.2, 0.8)))
+
+
 def compress(keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], rotary: Rotary) -> None:
     """Mean of the keys, then codes of the tokens `places` of each width."""
     device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
@@ -191,6 +223,13 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                     yield row(f"compress {name}", time, whole + stored)
                     del pairs
                     torch.cuda.empty_cache()
+            if slow and find_spec("optimum"):
+                layer, token = quantized_cache(batch, kv_heads, tokens, dim)
+                time = timed_read(query, layer, token)
+                held = sum(part.nbytes for t in (layer._quantized_keys, layer._quantized_values) for part in _parts(t))
+                yield row("QuantizedCache quanto 4 bit", time, held)
+                del layer, token
+                torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from spectrumkv_kernels.attention import Segment
 from spectrumkv_kernels.codec import Codec, dims
 from spectrumkv_kernels.dot_triton import LOG2E
 from spectrumkv_kernels.hadamard import hadamard_matrix
-from spectrumkv_kernels.launch_triton import on_device, shared
+from spectrumkv_kernels.launch_triton import launch, on_device, shared
 from spectrumkv_kernels.merge_triton import merge_kernel
 from spectrumkv_kernels.prepare_triton import prepare_kernel
 from spectrumkv_kernels.quantize import Quantized
@@ -45,6 +45,8 @@ OPTIONS = {"num_warps": 2, "maxnreg": 168}
 RESIDENT = 6
 """Programs of `attend_kernel` with these options that a multiprocessor holds at once."""
 PREPARE_OPTIONS = {"num_warps": 4}
+MERGED = 32
+"""Parts that are joined at a time."""
 PREPARE_RESIDENT = 4
 
 
@@ -144,9 +146,10 @@ def tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    if None in [_room(s) for s in held]:
+    rooms = [room for s in held if (room := _room(s)) is not None]
+    if len(rooms) < len(held):
         held = [_contiguous(s) for s in held]
-    rooms = [_room(s) or 0 for s in held]
+        rooms = [s.positions.shape[-1] for s in held]
     device, query = query.device, query.contiguous()
     kv_heads = held[0].positions.shape[1]
     flat, rows = batch * kv_heads, heads // kv_heads * queries
@@ -179,33 +182,38 @@ def tiered_attention(
                 row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-length // FINE)
                 each = -(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device)))
                 scoring = row_blocks * -(-parts // each)
-            prepare_kernel[(turning + scoring,)](
+            args: tuple[Any, ...] = (
                 query, plan.signs if codec.hadamard else query, mean if centred else query, fine, coarse,
                 halves, floats, rotated_at, factor_at, rows, flat, turning, row_blocks, each, length, units,
-                D=dim, PAIRS=len(rotary.inv_freq), INTERLEAVED=rotary.interleaved, HADAMARD=codec.hadamard,
-                MEAN=centred, PEAK=QUERY_PEAK, POSITIONS=FINE, ROWS_PAD=plan.rows_pad, TURNED=TURNED, R=PREPARED,
-                **PREPARE_OPTIONS,
             )  # fmt: skip
+            constants: tuple[Any, ...] = (
+                dim, len(rotary.inv_freq), rotary.interleaved, codec.hadamard, centred, QUERY_PEAK, FINE,
+                plan.rows_pad, TURNED, PREPARED,
+            )  # fmt: skip
+            launch(prepare_kernel, (turning + scoring, 1, 1), args, constants, **PREPARE_OPTIONS)
         if mask is None:
             strides: tuple[int, ...] = (0, 0, 0, 0)
             masked, kind, lowest, columns = query, "none", 0.0, length
         else:
             masked, strides, kind, lowest, columns = _masking(mask)
-        attend_kernel[(flat * plan.row_blocks, max(counts))](
+        args = (
             query, halves, floats, tuple([_pointers(s) for s in held]),
             tuple([(2 * size + 3, 2 * room + 3) for size, room in zip(sizes, rooms, strict=True)]),
             tuple([2 * chunk + 3 for chunk in chunks]), masked, rotated_at, state_at, factor_at,
             kv_heads, rows, queries, length, splits, *strides, length - columns, lowest, window or 0, units,
-            softcap or 0.0, BITS=bits, SHARED=tuple([shared(s.positions) for s in held]), D=dim,
-            DV=value_dim, R=plan.columns, ROWS_PAD=plan.rows_pad,
-            SYMMETRIC=codec.symmetric, MEAN=centred, CAUSAL=queries > 1 and mask is None,
-            WINDOW=window is not None and mask is None, RAGGED=ragged, MASK=kind, SOFTCAP=softcap is not None,
-            TILES=plan.tiles, STAGES=STAGES, **OPTIONS,
+            float(softcap or 0),
         )  # fmt: skip
-        merge_kernel[(flat, rows)](
+        constants = (
+            bits, tuple([shared(s.positions) for s in held]), dim, value_dim, plan.columns, plan.rows_pad,
+            codec.symmetric, centred, queries > 1 and mask is None, window is not None and mask is None, ragged,
+            kind, softcap is not None, plan.tiles, STAGES,
+        )  # fmt: skip
+        launch(attend_kernel, (flat * plan.row_blocks, max(counts), 1), args, constants, **OPTIONS)
+        args = (
             floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, splits,
-            sum(counts[: len(coded)]), DV=value_dim, BLOCK=plan.block, HADAMARD=turned, SINKS=sinks is not None, S=32,
+            sum(counts[: len(coded)]),
         )  # fmt: skip
+        launch(merge_kernel, (flat, rows, 1), args, (value_dim, plan.block, turned, sinks is not None, MERGED))
     return out
 
 
