@@ -94,6 +94,7 @@ class Experiment(ABC):
     Attributes:
         name: On the command line, and of the files of results.
         title: A line that says what is measured.
+        about: What of the paper it answers to, and how to read it.
         depends: Arguments that all cells depend on; results of other values are not mixed with them. What is part of
             a cell's key does not belong here.
         reduced: Arguments of a grid that two CPU cores measure in seconds.
@@ -103,6 +104,7 @@ class Experiment(ABC):
 
     name: str
     title: str
+    about: str
     depends: ClassVar[tuple[str, ...]] = ()
     reduced: Mapping[str, Any]
     reads_text: ClassVar[bool] = True
@@ -139,7 +141,7 @@ class Experiment(ABC):
             add_text_arguments(parser)
         parser.add_argument("--output", type=Path, metavar="DIR", help=f"{self.name}.json and .png go there")
         parser.add_argument(
-            "--reduced", action=_Reduced, nargs=0, default=False, grid=self.reduced, help="the grid that CI runs"
+            "--reduced", action=Reduced, nargs=0, default=False, grid=self.reduced, help="the grid that CI runs"
         )
         self.add_arguments(parser)
         parser.set_defaults(experiment=self.name)
@@ -183,7 +185,7 @@ def model_label(name_or_path: str) -> str:
     return path.resolve().name if path.exists() else name_or_path
 
 
-class _Reduced(argparse.Action):
+class Reduced(argparse.Action):
     """`--reduced`: sets the arguments of the grid that still have their defaults."""
 
     def __init__(self, *args: Any, grid: Mapping[str, Any], **kwargs: Any) -> None:

@@ -63,6 +63,7 @@ class Perplexity(Experiment):
 
     name: str
     title: str
+    about: str
     draw: Callable[[str, list[Summary]], "Figure"]
     methods: tuple[str, ...] = ()
     families: tuple[str, ...] = ()

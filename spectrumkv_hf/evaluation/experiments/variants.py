@@ -3,7 +3,7 @@
 from spectrumkv_hf.evaluation import figures
 from spectrumkv_hf.evaluation.experiments.perplexity import Perplexity
 
-QUICK = {"dataset": "passage", "contexts": [512], "continuation": 64, "windows": 1}
+QUICK = {"dataset": "passage", "contexts": [256], "continuation": 64, "windows": 1}
 SINKS = (0, 1, 4, 16)
 DECAYS = (0.0, 0.0001, 0.001, 0.01)
 RANKINGS = ("attention", "attention_value", "kv_norm", "positional", "recency", "random")
@@ -12,6 +12,9 @@ PERPLEXITIES = (
     Perplexity(
         name="perplexity",
         title="Transfer protocol: quality over the cache",
+        about="Exact prefill, the cache as it is stored, the same continuation tokens for every method. KL is to "
+        "the exact cache; ± are standard errors over the windows; actual counts all stored bytes, and exact "
+        "tokens of a float32 model twice.",
         draw=figures.bars,
         methods=(
             "sink_protect:0.5",
@@ -47,6 +50,7 @@ PERPLEXITIES = (
     Perplexity(
         name="budget-sweep",
         title="Quality against stored bytes",
+        about="The paper's budget curves, over stored bytes where the paper has nominal budgets.",
         draw=figures.against_bytes,
         methods=("uniform_int8", "uniform_int4", "paper_uniform_int8", "paper_uniform_int4"),
         families=("sink_protect", "balanced", "random", "paper_greedy", "paper_balanced", "drop_window", "drop_scored"),
@@ -57,15 +61,18 @@ PERPLEXITIES = (
     Perplexity(
         name="context-length",
         title="Quality by length of context",
+        about="The paper's table of longer contexts.",
         draw=figures.against_context,
         methods=("sink_protect:0.5", "sink_protect:0.3", "paper_greedy:0.5", "paper_greedy:0.3", "drop_scored:0.3"),
         contexts=(512, 1024, 2048, 4096, 7168),
         windows=5,
-        reduced=QUICK | {"methods": ["sink_protect:0.3", "paper_greedy:0.3"], "contexts": [256, 512]},
+        reduced=QUICK | {"methods": ["sink_protect:0.3", "paper_greedy:0.3"], "contexts": [128, 256]},
     ),
     Perplexity(
         name="sinks",
         title="Sinks kept exact",
+        about="The paper's SinkProtect against Greedy: the first N tokens exact (0 is Greedy but for the rounding "
+        "of counts).",
         draw=figures.bars,
         methods=tuple(
             f"{name}:sinks={sinks}"
@@ -77,6 +84,7 @@ PERPLEXITIES = (
     Perplexity(
         name="ranking",
         title="What tokens are ranked by, b=.3",
+        about="The paper's ablation of importance. All rows of a codec store the same bytes.",
         draw=figures.bars,
         methods=(
             *(f"sink_protect:0.3::{ranking}" for ranking in RANKINGS),
@@ -89,6 +97,7 @@ PERPLEXITIES = (
     Perplexity(
         name="uniform",
         title="One precision for all tokens against tiers at the same nominal budget",
+        about="The paper's comparison with uniform precision. At b=.5 Greedy is uniform INT8, at b=.25 uniform INT4.",
         draw=figures.bars,
         methods=(
             *("uniform_int8", "greedy:0.5", "sink_protect:0.5", "balanced:0.5"),
@@ -101,6 +110,7 @@ PERPLEXITIES = (
     Perplexity(
         name="decay",
         title="Decay of importance with distance, b=.3",
+        about="The paper's lambda, which it measured on an unmodified model.",
         draw=figures.bars,
         methods=tuple(f"sink_protect:0.3:decay={decay:g}" for decay in DECAYS),
         reduced=QUICK | {"methods": [f"sink_protect:0.3:decay={decay:g}" for decay in (0, 0.01)]},
