@@ -1,6 +1,6 @@
 """What is compared: ways to hold a KV cache, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -79,6 +79,10 @@ BASELINES: dict[str, Callable[[str, str], Method]] = {"exact": lambda spec, _: E
 """Methods other than `SpectrumCache`: name to a function of the whole spec and of what follows the name."""
 
 
+OPTIONS: dict[str, type] = {"sinks": int, "recent_window": int, "decay": float, "seed": int}
+"""Fields of a policy that a spec sets by name."""
+
+
 def parse_method(spec: str, recent_window: int | None = None) -> Method:
     """The method that a spec names.
 
@@ -87,9 +91,11 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
       default;
     * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax` and the options `PAPER`.
 
+    Policies also take fields `OPTION=VALUE`, by the names in `OPTIONS`, after the others: `sink_protect:0.3:sinks=16`.
+
     Args:
         spec: As above.
-        recent_window: For every policy but the paper's; None: its default.
+        recent_window: For every policy but the paper's, where the spec does not say; None: its default.
 
     Raises:
         ValueError: too many fields, an unknown name, a value out of range.
@@ -103,6 +109,8 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
             f"unknown method {name!r}: choose from {', '.join((*BASELINES, *POLICIES))}, or paper_ and a policy"
         )
     fields = rest.split(":") if rest else []
+    named = [field for field in fields if "=" in field]
+    fields = [field for field in fields if "=" not in field]
     if len(fields) > (1 if paper else 4):
         raise ValueError(f"method {spec!r} has too many fields")
     budget, codec, importance, scope = (*fields, "", "", "", "")[:4]
@@ -110,14 +118,43 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
         value = float(budget) if budget else None
     except ValueError:
         raise ValueError(f"method {spec!r}: budget {budget!r} is no number") from None
+    options: dict[str, Any] = {} if recent_window is None or paper else {"recent_window": recent_window}
     if paper:
-        name = name.removeprefix("paper_")
-        own = dict(PAPER)
+        name, codec = name.removeprefix("paper_"), "absmax"
+        options |= PAPER
         if POLICIES[name].importance != Policy.importance:  # random and recency rank by themselves
-            del own["importance"]
-        return Tiered(spec, get_policy(name, value, **own), "absmax")
-    options: dict[str, Any] = {"importance": importance, "scope": scope}
-    options = {key: value for key, value in options.items() if value}
-    if recent_window is not None:
-        options["recent_window"] = recent_window
+            del options["importance"]
+    options |= {key: field for key, field in (("importance", importance), ("scope", scope)) if field}
+    options |= dict(_option(spec, field) for field in named)
     return Tiered(spec, get_policy(name, value, **options), codec or "spectrum")
+
+
+def _option(spec: str, field: str) -> tuple[str, int | float]:
+    key, _, value = field.partition("=")
+    if key not in OPTIONS:
+        raise ValueError(f"method {spec!r}: unknown option {key!r}, choose from {', '.join(OPTIONS)}")
+    try:
+        return key, OPTIONS[key](value)
+    except ValueError:
+        raise ValueError(f"method {spec!r}: {key} is a {OPTIONS[key].__name__}, got {value!r}") from None
+
+
+def at_budgets(families: Sequence[str], budgets: Sequence[float]) -> list[str]:
+    """Specs of every family at every budget; a family is a spec whose field for the budget is empty or missing."""
+    specs = []
+    for family in families:
+        name, *fields = family.split(":")
+        if fields and (not fields[0] or "=" in fields[0]):
+            fields = fields if "=" in fields[0] else fields[1:]
+        elif fields:
+            raise ValueError(f"family {family!r} has a budget of its own: leave its field empty")
+        specs += [":".join((name, f"{budget:g}", *fields)) for budget in budgets]
+    return specs
+
+
+def family_of(spec: str) -> str:
+    """A spec without its budget: what `at_budgets` made it of."""
+    name, *fields = spec.split(":")
+    named = [field for field in fields if "=" in field]
+    others = [field for field in fields if "=" not in field][1:]
+    return ":".join((name, *([""] if others else []), *others, *named))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrumkv_hf.evaluation.methods import Method
 from spectrumkv_hf.evaluation.transfer import last_logits
+from spectrumkv_hf.memory import MemoryReport
 
 HAYSTACK = (
     "The grass is green and the sky is blue.",
@@ -102,19 +103,26 @@ def needle_prompts(
     return NeedlePrompts(torch.tensor(rows), len(end), needle.answer)
 
 
+class Answers(NamedTuple):
+    """What a model said to prompts, and the bytes of the cache before the first token of the answers."""
+
+    texts: list[str]
+    memory: MemoryReport
+
+
 @torch.inference_mode()
-def retrieve(
+def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
     prompts: NeedlePrompts,
     max_new_tokens: int = 32,
     asked_before: bool = True,
-) -> list[bool]:
-    """Which of the prompts the model answers over the method's cache.
+) -> Answers:
+    """Greedy answers over the method's cache.
 
-    All tokens but the last are prefilled in exact precision and compressed, so that every token of the answer, the
-    first included, is predicted over the stored cache.
+    Tokens are prefilled in exact precision and compressed, but for the last or the question, so that every token of
+    the answer, the first included, is predicted over the stored cache.
 
     Args:
         model: In eval mode.
@@ -124,19 +132,34 @@ def retrieve(
         max_new_tokens: Decoded greedily.
         asked_before: The question is prefilled with the context, so that importance may see it; False: the context
             alone is compressed and the question comes after it.
-
-    Returns:
-        One bool for each row.
     """
     ids = prompts.ids.to(model.device)
     context = ids.shape[1] - (1 if asked_before else prompts.question)
     cache = method.cache(model)
     with method.prefilling(model):
         last_logits(model, ids[:, :context], cache, 0)
+    memory = method.memory(cache)
     token = last_logits(model, ids[:, context:], cache, context).argmax(-1, keepdim=True)
     answer = [token]
     for position in range(ids.shape[1], ids.shape[1] + max_new_tokens - 1):
         token = last_logits(model, token, cache, position).argmax(-1, keepdim=True)
         answer.append(token)
-    texts = tokenizer.batch_decode(torch.cat(answer, dim=1), skip_special_tokens=True)
-    return [prompts.answer.lower() in text.lower() for text in texts]
+    return Answers(tokenizer.batch_decode(torch.cat(answer, dim=1), skip_special_tokens=True), memory)
+
+
+def retrieve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    prompts: NeedlePrompts,
+    max_new_tokens: int = 32,
+    asked_before: bool = True,
+) -> list[bool]:
+    """Which of the prompts the model answers over the method's cache; arguments as of `ask`."""
+    texts = ask(model, tokenizer, method, prompts, max_new_tokens, asked_before).texts
+    return found(texts, prompts.answer)
+
+
+def found(texts: Sequence[str], answer: str) -> list[bool]:
+    """Which texts hold the answer, in whatever case."""
+    return [answer.lower() in text.lower() for text in texts]

@@ -18,6 +18,10 @@ class Results:
         settings: What the cells depend on, as JSON has it.
         environment: Versions and device, as JSON has them.
 
+    Attributes:
+        cells: By key.
+        table: A summary that is written beside the cells, and not read again.
+
     Raises:
         ValueError: the file holds results of other settings or of another environment, or is no such file.
     """
@@ -26,6 +30,7 @@ class Results:
         self.path = path
         self.settings, self.environment = _as_json(settings), _as_json(environment)
         self.cells: dict[str, Cell] = {}
+        self.table: dict[str, Any] | None = None
         if path is None or not path.exists():
             return
         try:
@@ -51,6 +56,8 @@ class Results:
         if self.path is None:
             return
         content = {"environment": self.environment, "settings": self.settings, "cells": self.cells}
+        if self.table is not None:
+            content["table"] = self.table
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)

@@ -1,12 +1,14 @@
 """Held-out text, and windows of its tokens."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 DATASET = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+PASSAGE = "passage"
 
 
 def passage() -> str:
@@ -18,16 +20,21 @@ def dataset_text(name: str) -> str:
     """The text of a dataset, its rows joined as they are.
 
     Args:
-        name: `PATH[:CONFIG[:SPLIT]]` for `datasets.load_dataset`, of which the column `text` is taken.
+        name: `PATH[:CONFIG[:SPLIT]]` for `datasets.load_dataset`, of which the column `text` is taken, or `passage`.
 
     Raises:
         ValueError: the dataset has no such column, or too many fields are given.
     """
-    from datasets import load_dataset
-
+    if name == PASSAGE:
+        return passage()
     path, *rest = name.split(":")
     if len(rest) > 2:
         raise ValueError(f"dataset {name!r}: write PATH[:CONFIG[:SPLIT]]")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(f"dataset {name!r} needs the package datasets; or give --text-file") from None
+
     config, split = (*rest, "", "")[:2]
     rows = load_dataset(path, config or None, split=split or "test")
     if "text" not in rows.column_names:
@@ -35,25 +42,33 @@ def dataset_text(name: str) -> str:
     return "".join(rows["text"])
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, dataset: str | None = DATASET) -> None:
-    """The arguments that `text_from` reads; `dataset` None: the passage is the default."""
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `text_from` reads."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--text-file", type=Path, help="held-out text, UTF-8")
     group.add_argument(
         "--dataset",
-        default=dataset,
+        default=DATASET,
         metavar="PATH[:CONFIG[:SPLIT]]",
-        help="of the Hugging Face Hub or a folder, column 'text'; default: the passage on tides in this package"
-        if dataset is None
-        else "of the Hugging Face Hub or a folder, column 'text'",
+        help=f"of the Hugging Face Hub or a folder, column 'text'; or {PASSAGE!r}, a text on tides in this package",
     )
 
 
 def text_from(args: argparse.Namespace) -> str:
-    """The text that the arguments of `add_text_arguments` name."""
-    if args.text_file:
-        return args.text_file.read_text(encoding="utf-8")
-    return dataset_text(args.dataset) if args.dataset else passage()
+    """The text that the arguments of `add_text_arguments` name.
+
+    Raises:
+        OSError: the file can't be read, or the dataset is not there.
+        ImportError: a dataset is named and the package `datasets` is missing.
+        ValueError: as `dataset_text`, or the file is no UTF-8.
+    """
+    return args.text_file.read_text(encoding="utf-8") if args.text_file else dataset_text(args.dataset)
+
+
+def text_label(args: argparse.Namespace, text: str) -> str:
+    """What names a text beside results: the file without its folder, or the dataset, and a digest of the contents."""
+    name = args.text_file.name if args.text_file else args.dataset
+    return f"{name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int = 1) -> list[torch.Tensor]:

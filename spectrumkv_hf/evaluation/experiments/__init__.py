@@ -1,0 +1,15 @@
+"""Every experiment of `spectrumkv eval` by name."""
+
+from spectrumkv_hf.evaluation.experiment import Experiment
+from spectrumkv_hf.evaluation.experiments.access_skew import AccessSkew
+from spectrumkv_hf.evaluation.experiments.layer_error import LayerError
+from spectrumkv_hf.evaluation.experiments.needles import Needles
+from spectrumkv_hf.evaluation.experiments.paper_perplexity import PaperPerplexity
+from spectrumkv_hf.evaluation.experiments.ttft import Ttft
+from spectrumkv_hf.evaluation.experiments.variants import PERPLEXITIES
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (*PERPLEXITIES, PaperPerplexity(), Needles(), LayerError(), AccessSkew(), Ttft())
+}
+"""In the order in which `spectrumkv eval paper` runs them."""

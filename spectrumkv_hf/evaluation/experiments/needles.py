@@ -1,0 +1,156 @@
+"""Needle retrieval by depth and budget."""
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from spectrumkv_hf.evaluation.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.methods import Method, at_budgets, family_of, parse_method
+from spectrumkv_hf.evaluation.needles import DEPTHS, NEEDLES, Needle, NeedlePrompts, ask, found, needle_prompts
+from spectrumkv_hf.evaluation.results import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FAMILIES = ("sink_protect", "paper_greedy", "paper_balanced", "paper_two_tier", "drop_window", "drop_scored")
+BUDGETS = (0.25, 0.3, 0.4, 0.5, 0.7)
+
+
+class Needles(Experiment):
+    """A cell is a method on one needle: which depths it was found at, and what was said."""
+
+    name = "needles"
+    title = "Needle in a haystack"
+    about = (
+        "The paper's retrieval table and heat map. Every token of the answer is predicted over the stored cache; the "
+        "paper's first one came from exact logits. A model that fails over the exact cache says nothing about others."
+    )
+    depends = ("tokens", "depths", "asked", "max_new_tokens", "recent_window")
+    reduced: Mapping[str, Any] = {
+        "tokens": 384,
+        "depths": [0.2, 0.8],
+        "needles": 1,
+        "families": ["sink_protect", "drop_window"],
+        "budgets": [0.3],
+        "max_new_tokens": 12,
+    }
+    reads_text = False
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--families", nargs="*", default=list(FAMILIES), metavar="SPEC", help="methods at every budget"
+        )
+        parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS), help="of the families")
+        parser.add_argument("--methods", nargs="*", default=[], metavar=SPEC, help="methods with their own budget")
+        parser.add_argument("--tokens", type=int, default=4096, help="of a prompt, the question included")
+        parser.add_argument("--depths", nargs="+", type=float, default=list(DEPTHS), help="of the needle, 0 to 1")
+        parser.add_argument("--needles", type=int, default=len(NEEDLES), help="the first so many")
+        parser.add_argument(
+            "--asked",
+            choices=("after", "before"),
+            default="after",
+            help="the question follows the compressed context, or is part of it and guides the ranking",
+        )
+        parser.add_argument("--max-new-tokens", type=int, default=32, help="decoded greedily")
+        parser.add_argument("--batch", type=int, default=len(DEPTHS), help="rows at once")
+        parser.add_argument("--recent-window", type=int, default=0, metavar="N", help="of the policies")
+
+    def check(self, args: argparse.Namespace) -> None:
+        if not 1 <= args.needles <= len(NEEDLES):
+            raise ValueError(f"--needles is 1 to {len(NEEDLES)}, got {args.needles}")
+        if args.tokens < 1 or args.batch < 1 or args.max_new_tokens < 1:
+            raise ValueError("--tokens, --batch and --max-new-tokens are 1 or more")
+        if not all(0 <= depth <= 1 for depth in args.depths):
+            raise ValueError(f"--depths are fractions from 0 to 1, got {args.depths}")
+        specs = ["exact", *args.methods, *at_budgets(args.families, args.budgets)]
+        args.methods = list(dict.fromkeys(specs))
+        methods_from(args)
+
+    def measure(self, run: Run) -> None:
+        args = run.args
+        prompts = [
+            (needle, needle_prompts(run.words, needle, args.depths, args.tokens)) for needle in NEEDLES[: args.needles]
+        ]
+        jobs = [(method, needle, each) for method in run.methods for needle, each in prompts]
+        for method, needle, each in run.bar(jobs):
+            run.cell(method.spec, needle.answer, measure=partial(self._cell, run, method, needle, each))
+
+    def _cell(self, run: Run, method: Method, needle: Needle, prompts: NeedlePrompts) -> Cell:
+        texts: list[str] = []
+        for rows in prompts.ids.split(run.args.batch):
+            answers = ask(
+                run.model,
+                run.words,
+                method,
+                prompts._replace(ids=rows),
+                run.args.max_new_tokens,
+                run.args.asked == "before",
+            )
+            texts += answers.texts
+        memory = answers.memory
+        return {
+            "found": found(texts, needle.answer),
+            "texts": texts,
+            "actual_ratio": memory.actual_ratio,
+            "nominal_ratio": memory.nominal_ratio,
+        }
+
+    def _cells(self, run: Run, spec: str) -> list[Cell]:
+        return [run.results.cells[join((spec, needle.answer))] for needle in NEEDLES[: run.args.needles]]
+
+    def accuracy(self, run: Run, spec: str) -> float:
+        """Of a method, 0 to 1, over needles and depths."""
+        return fmean(hit for cell in self._cells(run, spec) for hit in cell["found"])
+
+    def table(self, run: Run) -> Table:
+        rows = []
+        for spec in run.args.methods:
+            cells = self._cells(run, spec)
+            trials = [hit for cell in cells for hit in cell["found"]]
+            ratios = [f"{fmean(cell[key] for cell in cells):.3f}" for key in ("actual_ratio", "nominal_ratio")]
+            rows.append([spec, *ratios, f"{sum(trials)}/{len(trials)}", f"{100 * fmean(trials):.1f}"])
+        return Table(["method", "actual", "nominal", "found", "%"], rows)
+
+    def figure(self, run: Run) -> "Figure":
+        from spectrumkv_hf.evaluation.figures import heat_map, lines, new_figure
+
+        families: dict[str, list[str]] = {}
+        for spec in run.args.methods:
+            families.setdefault(family_of(spec) if spec != "exact" else spec, []).append(spec)
+        exact = families.pop("exact")
+        figure, axes = new_figure(
+            f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}", len(families) + 2, width=3.6
+        )
+        lines(
+            axes[0],
+            {
+                family: [(fmean(c["actual_ratio"] for c in self._cells(run, s)), self.accuracy(run, s)) for s in specs]
+                for family, specs in families.items()
+            },
+        )
+        axes[0].axhline(self.accuracy(run, "exact"), color="black", linestyle="--", linewidth=1, label="exact")
+        axes[0].set_xlabel("stored bytes over FP16")
+        axes[0].set_ylabel("found")
+        axes[0].set_ylim(-0.03, 1.03)
+        axes[0].legend(fontsize="small")
+        depths = [f"{depth:g}" for depth in run.args.depths]
+        for each, (family, specs) in zip(axes[1:], {"exact": exact, **families}.items(), strict=True):
+            found_at = [
+                [fmean(hits) for hits in zip(*(cell["found"] for cell in self._cells(run, spec)), strict=True)]
+                for spec in specs
+            ]
+            budgets = [_budget(spec) for spec in specs]
+            image = heat_map(each, list(zip(*found_at, strict=True)), budgets, depths)
+            each.set_title(family, fontsize="medium")
+            each.set_xlabel("budget")
+        axes[1].set_ylabel("depth")
+        figure.colorbar(image, ax=axes[1:], label="found")
+        return figure
+
+
+def _budget(spec: str) -> str:
+    """The budget of a spec's policy; of other methods the whole spec."""
+    policy = getattr(parse_method(spec), "policy", None)
+    return spec if policy is None else f"{policy.budget:g}"

@@ -1,0 +1,149 @@
+"""Quality under the transfer protocol: KL and perplexity of a continuation over each method's cache."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from spectrumkv_hf.evaluation.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.methods import Method, at_budgets
+from spectrumkv_hf.evaluation.report import shown, with_error
+from spectrumkv_hf.evaluation.results import Cell
+from spectrumkv_hf.evaluation.transfer import Quality, exact_logits, transfer_quality
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Summary(NamedTuple):
+    """A method at one length of context, over the windows.
+
+    Attributes:
+        spec: The method.
+        context: Tokens prefilled.
+        mean: Of the windows.
+        kl_error: Standard error of the mean KL over the windows, nats; None: there is one window.
+        change: Perplexity change, percent, of the mean log-likelihoods.
+        change_error: Its standard error over the windows, percentage points.
+    """
+
+    spec: str
+    context: int
+    mean: Quality
+    kl_error: float | None
+    change: float
+    change_error: float | None
+
+
+def summarise(spec: str, context: int, windows: list[Quality]) -> Summary:
+    """Means over the windows, and how far they may be off."""
+    mean = Quality.mean(windows)
+    _, kl_error = with_error([window.kl for window in windows])
+    _, loss_error = with_error([window.loss - window.exact_loss for window in windows])
+    scale = 100 + mean.perplexity_change  # the derivative of 100 (exp(x) - 1)
+    return Summary(
+        spec, context, mean, kl_error, mean.perplexity_change, None if loss_error is None else scale * loss_error
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Experiment):
+    """Methods beside each other on the same continuations; `variants` has the lists of methods.
+
+    Attributes:
+        methods: Specs compared by default, beside `families` at `budgets`.
+        contexts: Tokens prefilled.
+        continuation: Tokens scored.
+        windows: Of the text, for each context.
+        draw: Of the summaries.
+    """
+
+    name: str
+    title: str
+    about: str
+    draw: Callable[[str, list[Summary]], "Figure"]
+    methods: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = ()
+    contexts: tuple[int, ...] = (2048,)
+    continuation: int = 512
+    windows: int = 10
+    reduced: Mapping[str, Any] = field(default_factory=dict)
+
+    depends = ("continuation", "recent_window")
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--methods",
+            nargs="*",
+            default=list(self.methods),
+            metavar=SPEC,
+            help="policies of the library, paper_ and one of them, or another method with what it takes",
+        )
+        parser.add_argument(
+            "--families", nargs="*", default=list(self.families), metavar="SPEC", help="methods at every budget"
+        )
+        parser.add_argument("--budgets", nargs="*", type=float, default=list(self.budgets), help="of the families")
+        parser.add_argument(
+            "--contexts", "--context", nargs="+", type=int, default=list(self.contexts), help="tokens prefilled"
+        )
+        parser.add_argument("--continuation", type=int, default=self.continuation, help="tokens scored on the cache")
+        parser.add_argument("--windows", type=int, default=self.windows, help="non-overlapping windows of the text")
+        parser.add_argument(
+            "--recent-window",
+            type=int,
+            default=0,
+            metavar="N",
+            help="last tokens that policies keep exact outside the budget; 0: all have the same nominal budget",
+        )
+
+    def check(self, args: argparse.Namespace) -> None:
+        if min(args.contexts) < 1 or args.continuation < 2 or args.windows < 1:
+            raise ValueError("--contexts and --windows are 1 or more, --continuation is 2 or more")
+        args.methods = list(dict.fromkeys([*args.methods, *at_budgets(args.families, args.budgets)]))
+        if not methods_from(args):
+            raise ValueError("no method is given: --methods, or --families with --budgets")
+
+    def measure(self, run: Run) -> None:
+        args = run.args
+        texts = {context: run.windows(context + args.continuation) for context in args.contexts}
+
+        @lru_cache(maxsize=1)  # the methods of a window take turns, and logits are large
+        def exact(context: int, index: int) -> torch.Tensor:
+            return exact_logits(run.model, texts[context][index], context)
+
+        def quality(context: int, index: int, method: Method) -> Cell:
+            logits = exact(context, index)
+            return asdict(transfer_quality(run.model, texts[context][index], context, method, logits))
+
+        jobs = [(c, index, method) for c in args.contexts for index in range(args.windows) for method in run.methods]
+        for context, index, method in run.bar(jobs):
+            run.cell(context, index, method.spec, measure=partial(quality, context, index, method))
+
+    def summaries(self, run: Run) -> list[Summary]:
+        """Of every method at every context, in the order of the arguments."""
+        cells, windows = run.results.cells, range(run.args.windows)
+        return [
+            summarise(spec, context, [Quality(**cells[join((context, i, spec))]) for i in windows])
+            for context in run.args.contexts
+            for spec in run.args.methods
+        ]
+
+    def table(self, run: Run) -> Table:
+        rows = []
+        for context in run.args.contexts:
+            summaries = [summary for summary in self.summaries(run) if summary.context == context]
+            exact = summaries[0].mean.exact_perplexity
+            rows.append(["exact (DynamicCache)", str(context), "", "1.000", "0", "", f"{exact:.3f}", "0", ""])
+            for spec, _, mean, kl_error, change, change_error in summaries:
+                ratios = [f"{mean.actual_ratio:.3f}", f"{mean.nominal_ratio:.3f}"]
+                kl = [f"{mean.kl:.5f}", shown(kl_error, ".5f")]
+                rows.append([spec, str(context), *ratios, *kl, f"{mean.perplexity:.3f}"])
+                rows[-1] += [f"{change:+.2f}", shown(change_error, ".2f")]
+        return Table(["method", "context", "actual", "nominal", "KL (nats)", "±", "PPL", "ΔPPL %", "±"], rows)
+
+    def figure(self, run: Run) -> "Figure":
+        return self.draw(self.title, self.summaries(run))
