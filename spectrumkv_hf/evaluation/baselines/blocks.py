@@ -1,4 +1,4 @@
-"""NF4 and FP4, bitsandbytes' four-bit formats for weights, on keys and values: a codebook and an absmax for 64 elements.
+"""NF4 and FP4, the four-bit weight formats of bitsandbytes, on keys and values: codes and an absmax for 64 elements.
 
 Blocks run through `[batch, kv_heads, tokens, head_dim]` flattened: with heads of 64 channels a block is a token and
 head. The absmax is float32, as bitsandbytes stores it without its second quantisation.
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from spectrumkv_hf.evaluation.baselines.accounting import required
-from spectrumkv_hf.evaluation.baselines.coded import Coded, Codec
+from spectrumkv_hf.evaluation.baselines.coded import Codec, Coded
 from spectrumkv_hf.policy import Policy
 
 BLOCK = 64

@@ -112,10 +112,9 @@ class CodedLayer(DynamicLayer):
 
     def _encode_oldest(self, count: int) -> None:
         if count:
-            keys, values = (x[:, :, :count].contiguous() for x in self._tail)
-            self.coded.append(
-                (_Coded(self.codec.encode(keys), keys.shape), _Coded(self.codec.encode(values), values.shape))
-            )
+            old = [x[:, :, :count].contiguous() for x in self._tail]
+            keys, values = (_Coded(self.codec.encode(x), x.shape) for x in old)
+            self.coded.append((keys, values))
         self.keys, self.values = (x[:, :, count:].clone() for x in self._tail)
 
     def _held(self, side: int) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from spectrumkv_hf.evaluation.baselines.coded import Coded, Codec
+from spectrumkv_hf.evaluation.baselines.coded import Codec, Coded
 
 FORMATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 

@@ -4,7 +4,8 @@ All tokens of the prefill are quantised at once, sinks too, in groups of 64 chan
 of them are there, and then the whole cache is quantised again (fp8: every token as it comes).
 """
 
-from transformers import PreTrainedModel, QuantizedCache
+import transformers
+from transformers import PreTrainedModel, QuantizedCache, cache_utils
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.evaluation.baselines.accounting import Counted, counted_memory, required
@@ -43,6 +44,10 @@ class Quantized(Method):
             ImportError: the backend's package is missing.
         """
         if self.backend == "fp8":
+            if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+                raise ValueError(
+                    f"Transformers {transformers.__version__} has no FP8 cache, 5.23 has one; fp8_e4m3 is this package's"
+                )
             return CountedQuantizedCache("fp8", model.config)
         if self.backend == "quanto":
             required("optimum.quanto", "pip install optimum-quanto")
