@@ -99,8 +99,9 @@ BASELINES: dict[str, Callable[[str, str], Method]] = {
 def parse_method(spec: str, recent_window: int | None = None) -> Method:
     """The method that a spec names.
 
-    * `exact`; `quanto[:BITS]`, `hqq[:BITS]`, `fp8`: Transformers' `QuantizedCache`; `nf4[:SINKS[:RECENT]]` and `fp4`,
-      the same; `fp8_e4m3[:unscaled]` and `fp8_e5m2`, the same; `snapkv:BUDGET` and `expected_attention:BUDGET`;
+    * `exact`; `quanto[:BITS]`, `hqq[:BITS[:AXIS]]`, `fp8`: Transformers' `QuantizedCache`;
+      `nf4[:SINKS[:RECENT]]` and `fp4`, the same; `fp8_e4m3[:unscaled]` and `fp8_e5m2`, the same;
+      `snapkv:BUDGET` and `expected_attention:BUDGET`; see `baselines`;
     * `NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]]`, a policy of `spectrumkv_hf.POLICIES`, an empty field being the
       default;
     * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax` and the options `PAPER`.

@@ -50,10 +50,13 @@ class Counted(Cache):
     """Mixin, in front of a cache class: remembers how many tokens each layer was given.
 
     A pruned or quantised cache can't tell afterwards what it would have held in FP16.
+
+    Attributes:
+        given: Of each layer, the tokens so far and the elements of keys and values of one token in all rows and heads.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._given: dict[int, tuple[int, int]] = {}
+        self.given: dict[int, tuple[int, int]] = {}
         super().__init__(*args, **kwargs)
 
     def update(
@@ -61,18 +64,18 @@ class Counted(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As of the cache class; keys and values are `[batch, kv_heads, tokens, head_dim]`."""
         tokens = key_states.shape[2]
-        before, _ = self._given.get(layer_idx, (0, 0))
-        self._given[layer_idx] = before + tokens, (key_states.numel() + value_states.numel()) // max(tokens, 1)
+        before, _ = self.given.get(layer_idx, (0, 0))
+        self.given[layer_idx] = before + tokens, (key_states.numel() + value_states.numel()) // max(tokens, 1)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def tokens_given(self) -> int:
         """Over all layers."""
-        return sum(tokens for tokens, _ in self._given.values())
+        return sum(tokens for tokens, _ in self.given.values())
 
     def fp16_bytes(self) -> int:
         """Two bytes for each element of the tokens given; of a sliding layer, of those that a new token can see."""
         total = 0
-        for index, (tokens, elements) in self._given.items():
+        for index, (tokens, elements) in self.given.items():
             layer = self.layers[index]
             if getattr(layer, "is_sliding", False):
                 tokens = min(tokens, layer.sliding_window - 1)

@@ -1,4 +1,4 @@
-"""NF4 and FP4, the four-bit weight formats of bitsandbytes, on keys and values: codes and an absmax for 64 elements.
+"""NF4 and FP4, four-bit formats of bitsandbytes for weights, on keys and values: blocks of 64 with an absmax.
 
 Blocks run through `[batch, kv_heads, tokens, head_dim]` flattened: with heads of 64 channels a block is a token and
 head. The absmax is float32, as bitsandbytes stores it without its second quantisation.
