@@ -1,5 +1,6 @@
 """What is compared: ways to hold a KV cache, by name."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -75,7 +76,23 @@ class Tiered(Method):
 PAPER = {"importance": "positional", "scope": "token", "recent_window": 0, "sinks": 4}
 """Options of the paper's released code: one map for all layers and heads, ranked by position, nothing exact on top."""
 
-BASELINES: dict[str, Callable[[str, str], Method]] = {"exact": lambda spec, _: Exact(spec)}
+
+def _family(module: str) -> Callable[[str, str], Method]:
+    """The parser of a module of `baselines`, imported when it is called."""
+
+    def parse(spec: str, rest: str) -> Method:
+        return importlib.import_module(f"spectrumkv_hf.evaluation.baselines.{module}").parse(spec, rest)
+
+    return parse
+
+
+BASELINES: dict[str, Callable[[str, str], Method]] = {
+    "exact": lambda spec, _: Exact(spec),
+    **dict.fromkeys(("quanto", "hqq", "fp8"), _family("quantized")),
+    **dict.fromkeys(("nf4", "fp4"), _family("blocks")),
+    **dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), _family("float8")),
+    **dict.fromkeys(("snapkv", "expected_attention"), _family("presses")),
+}
 """Methods other than `SpectrumCache`: name to a function of the whole spec and of what follows the name."""
 
 
@@ -86,7 +103,9 @@ OPTIONS: dict[str, type] = {"sinks": int, "recent_window": int, "decay": float, 
 def parse_method(spec: str, recent_window: int | None = None) -> Method:
     """The method that a spec names.
 
-    * `exact`, or another key of `BASELINES`, with what it takes after a colon;
+    * `exact`; `quanto[:BITS]`, `hqq[:BITS[:AXIS]]`, `fp8`: Transformers' `QuantizedCache`;
+      `nf4[:SINKS[:RECENT]]` and `fp4`, the same; `fp8_e4m3[:unscaled]` and `fp8_e5m2`, the same;
+      `snapkv:BUDGET` and `expected_attention:BUDGET`; see `baselines`;
     * `NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]]`, a policy of `spectrumkv_hf.POLICIES`, an empty field being the
       default;
     * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax` and the options `PAPER`.

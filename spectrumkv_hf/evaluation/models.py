@@ -1,6 +1,7 @@
 """Models to measure, by hub id, path or the name of one that a package carries."""
 
 import argparse
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     """`load`, or `load_random`, which has no tokenizer, by the arguments of `add_model_arguments`.
 
     Raises:
-        ValueError: the device is unknown or not there.
+        ValueError: the device is unknown or not there, or the model has no weights for `--load-in` to quantise.
+        ImportError: bitsandbytes or accelerate is missing, which `--load-in` needs.
     """
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -118,6 +120,8 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
         raise ValueError(f"device {args.device!r}: {str(problem).splitlines()[0]}") from problem
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if args.model in RANDOM:
+        if args.load_in:
+            raise ValueError(f"--load-in quantises weights that are loaded, and {args.model} has random ones")
         return load_random(args.model, getattr(torch, dtype), device), None
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if args.load_in:
@@ -125,6 +129,8 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
             raise ValueError(
                 "--load-in quantises weights as they are loaded, which Transformers can't do with a GGUF file"
             )
+        if args.load_in == "8bit":  # it warns at every matrix product that inputs are cast to float16
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{args.load_in}": True})
         return load(args.model, dtype, device_map={"": device}, **options)
     model, tokenizer = load(args.model, dtype, **options)
