@@ -22,12 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; `spectrumkv COMMAND --help`")
     chosen = parser.parse_args(argv)
     path, line = COMMANDS[chosen.command]
-    module = importlib.import_module(path)
     own = argparse.ArgumentParser(prog=f"spectrumkv {chosen.command}", description=line)
-    module.add_arguments(own)
-    args = own.parse_args(chosen.arguments)
     try:
-        module.run(args)
+        module = importlib.import_module(path)
+        module.add_arguments(own)
+        module.run(own.parse_args(chosen.arguments))
     except (ImportError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
