@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import families
 import pytest
@@ -50,10 +51,20 @@ SPECS = [
 CONTEXT = 168
 
 
+def need(module: str) -> None:
+    """Skip without it. It is not imported: that is for the method to do, in its own way."""
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"{module} is not installed")
+
+
 def method_of(spec: str) -> Method:
     name = spec.partition(":")[0]
     if name in PACKAGES:
-        pytest.importorskip(PACKAGES[name])
+        need(PACKAGES[name])
     if name == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this Transformers has no FP8 cache")
     return parse_method(spec)
@@ -127,7 +138,7 @@ def test_rows_are_retrieved_from_as_if_alone(spec):
 
 
 def test_eight_bits_are_nearly_exact():
-    pytest.importorskip("hqq.core.quantize")
+    need("hqq.core.quantize")
     model, ids = llama(), families.prompt(CONTEXT)
     logits = {}
     for spec in ("exact", "hqq:8", "hqq:1"):
@@ -220,8 +231,7 @@ def test_sliding_layers_count_their_window():
 
 @pytest.mark.parametrize("name", ["snapkv", "expected_attention"])
 def test_presses_keep_the_budget_and_leave_no_trace(name):
-    pytest.importorskip("kvpress")
-    attention = dict(ALL_ATTENTION_FUNCTIONS.items())
+    need("kvpress")
     model, ids = llama(), families.prompt(CONTEXT + 40)
     method = parse_method(f"{name}:0.625")
     cache = prefilled(method, model, ids[:, :CONTEXT])
@@ -229,7 +239,7 @@ def test_presses_keep_the_budget_and_leave_no_trace(name):
     assert method.memory(cache).nominal_ratio == 0.625
     assert method.memory(cache).actual_ratio == 2 * 0.625  # float32
     assert transfer_quality(model, ids, CONTEXT, parse_method(f"{name}:1")).kl == 0
-    assert dict(ALL_ATTENTION_FUNCTIONS.items()) == attention
+    assert not any(f.__module__.startswith("kvpress") for f in ALL_ATTENTION_FUNCTIONS.values())
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match="(greater|more) .*than"):
         prefilled(method, model, ids[:, :4])
@@ -288,7 +298,7 @@ def test_models_that_a_method_can_not_do(spec, family, message):
 @pytest.mark.parametrize("bits, length", [(4, 101), (2, 102), (1, 100)])
 def test_hqq_refuses_what_it_could_not_read_back(bits, length):
     """Groups along axis 1 are packed by 2, 4 or 8, and what is left over would be lost."""
-    pytest.importorskip("hqq.core.quantize")
+    need("hqq.core.quantize")
     model = families.model("llama", head_dim=64, num_key_value_heads=1)
     with pytest.raises(ValueError, match=f"hqq packs {8 // bits} groups .* the {length} of .*hqq:BITS:0"):
         prefilled(parse_method(f"hqq:{bits}"), model, families.prompt(length))
