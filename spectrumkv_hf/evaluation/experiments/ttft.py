@@ -144,7 +144,9 @@ class Ttft(Experiment):
                 faster = self.costs(run, context, spec).break_even(streamed=False) / GIGABIT
                 rows.append([*row, "" if spec == "exact" else f"{faster:.1f}"])
         links = [f"{link:g} Gbit/s {way}" for link in run.args.links for way in ("whole", "streamed")]
-        return Table(["method", "context", *(f"{stage} ms" for stage in STAGES), "MiB", *links, "pays below"], rows)
+        return Table(
+            ["method", "context", *(f"{stage} ms" for stage in STAGES), "MiB", *links, "pays below Gbit/s"], rows
+        )
 
     def figure(self, run: Run) -> "Figure":
         from spectrumkv_hf.evaluation.figures import new_figure
