@@ -173,6 +173,6 @@ def test_bad_arguments_are_refused_before_the_model(no_model, arguments, message
 
 
 def test_reduced_leaves_what_was_given(folder, tmp_path, capsys):
-    main(["eval", "access-skew", "--reduced", "--tokens", "50", "--model", folder, "--output", str(tmp_path)])
+    main(["eval", "access-skew", "--tokens", "50", "--reduced", "--model", folder, "--output", str(tmp_path)])
     settings = json.loads((tmp_path / "access-skew.json").read_text())["settings"]
     assert settings["tokens"] == 50 and settings["text"].startswith("passage (sha256 ")
