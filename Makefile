@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-5.17 test-slow fuzz lint bench quality clean
+.PHONY: demo test test-5.17 test-slow fuzz lint bench eval clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,8 +41,8 @@ bench: $(BIN)/installed  ## Decode speed at 2048 tokens of context.
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt optimum-quanto
 	$(BIN)/python examples/bench_decode.py
 
-quality: $(BIN)/installed  ## KL and perplexity of several policies on the examples' passage.
-	$(BIN)/python examples/quality.py
+eval: $(BIN)/installed  ## Every experiment of the evaluation on small grids: tables and figures in evaluation/.
+	$(BIN)/spectrumkv eval paper --reduced --output evaluation
 
 clean:
 	rm -rf $(VENV) .venv-5.17

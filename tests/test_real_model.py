@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectrumkv_hf import get_policy
+from spectrumkv_hf.cli import main
 from spectrumkv_hf.evaluation import models
 from spectrumkv_hf.evaluation.methods import Tiered
 from spectrumkv_hf.evaluation.text import passage, text_windows
@@ -58,6 +59,31 @@ def test_examples_report_bad_arguments():
     assert result.returncode == 2
     assert "error: policy 'sink_protect' serves budgets from 0.25 to 1" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_reduced_evaluation(tmp_path):
+    """`make eval`: every experiment on a small grid, with the numbers that even such a grid must give."""
+    try:
+        models.smollm2_file()
+    except FileNotFoundError as problem:
+        pytest.skip(str(problem))
+    main(["eval", "paper", "--reduced", "--output", str(tmp_path)])
+    assert "Not measured" not in (tmp_path / "tables.md").read_text()
+
+    def rows(name):
+        table = json.loads((tmp_path / f"{name}.json").read_text())["table"]
+        return {row[0]: dict(zip(table["header"], row, strict=True)) for row in table["rows"]}
+
+    kl = {spec: float(row["KL (nats)"]) for spec, row in rows("perplexity").items()}
+    assert kl["sink_protect:0.5"] < 1e-4 < kl["sink_protect:0.3"] < 0.003
+    assert kl["sink_protect:0.3"] < kl["random:0.3"] < kl["paper_greedy:0.3"] < kl["drop_scored:0.3"]
+    changes = {spec: float(row["ΔPPL %"]) for spec, row in rows("paper-perplexity").items()}
+    assert abs(changes["greedy:0.5"]) < 1 < changes["greedy:0.3"]
+    assert changes["greedy:0.5"] == changes["random:0.5"]  # at b=.5 both are uniform INT8
+    errors = {spec: float(row["rel. L2 K"]) for spec, row in rows("layer-error").items()}
+    assert errors["uniform_int4"] < errors["uniform_int4::absmax"] / 2
+    needles = {spec: row["found"] for spec, row in rows("needles").items()}
+    assert needles["exact"] == needles["sink_protect:0.3"] == "2/2" != needles["drop_window:0.3"]
 
 
 @pytest.mark.slow

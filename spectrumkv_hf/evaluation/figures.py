@@ -20,7 +20,7 @@ MARKERS = "osD^vP*X<>h"
 def new_figure(title: str, columns: int = 1, width: float = 6.0, height: float = 4.5) -> "tuple[Figure, list[Axes]]":
     """A figure and its axes in a row, `width` and `height` inches each."""
     figure = Figure(figsize=(width * columns, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
@@ -81,8 +81,13 @@ def _curves(
     axes[1].set_yscale("symlog", linthresh=1)
     axes[1].axhline(0, color="grey", linewidth=0.8)
     axes[1].set_ylabel("perplexity change, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    legend_below(figure, axes[0])
     return figure
+
+
+def legend_below(figure: Figure, axes: "Axes") -> None:
+    """One legend for all axes, that of `axes`."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
 
 
 def heat_map(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def gini(values: torch.Tensor) -> torch.Tensor:
-    """Gini coefficient of the last dimension: 0 where all are equal, `1 - 1/n` where one of `n` has everything.
+    """Gini coefficient of the last dimension: 0 where all are equal (or 0), `1 - 1/n` where one of `n` has everything.
 
     Args:
         values: 0 or more, `[..., n]`.
@@ -19,7 +19,8 @@ def gini(values: torch.Tensor) -> torch.Tensor:
     n = ordered.shape[-1]
     rank = torch.arange(1, n + 1, device=values.device)
     total = ordered.sum(-1)
-    return 2 * (rank * ordered).sum(-1) / (n * total.where(total > 0, 1.0)) - (n + 1) / n
+    unequal = 2 * (rank * ordered).sum(-1) / (n * total) - (n + 1) / n
+    return unequal.where(total > 0, 0.0)
 
 
 @torch.inference_mode()

@@ -47,9 +47,7 @@ def layer_errors(cache: SpectrumCache, exact: Cache) -> list[dict[str, Any]]:
             continue
         own: dict[str, Any] = {"layer": index}
         for side in SIDES:
-            stored, wanted = getattr(layer, side), getattr(true, side)
-            tokens = min(stored.shape[2], wanted.shape[2])  # those in the window, where there is one
-            own[side] = vector_errors(stored[:, :, -tokens:], wanted[:, :, -tokens:])
+            own[side] = vector_errors(getattr(layer, side), getattr(true, side))
         errors.append(own)
     return errors
 
@@ -122,7 +120,7 @@ class LayerError(Experiment):
         return Table(header, rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import lines, new_figure
+        from spectrumkv_hf.evaluation.figures import legend_below, lines, new_figure
 
         figure, axes = new_figure(self.title, 4, width=4)
         panels = (("keys", "relative_l2"), ("values", "relative_l2"), ("keys", "cosine"), ("keys", "max_abs"))
@@ -132,5 +130,5 @@ class LayerError(Experiment):
             each.set_xlabel("layer")
             if key != "cosine":
                 each.set_yscale("log")
-        axes[0].legend(fontsize="small")
+        legend_below(figure, axes[0])
         return figure

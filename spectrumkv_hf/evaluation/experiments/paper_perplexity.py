@@ -90,7 +90,7 @@ class PaperPerplexity(Experiment):
         return Table(["policy", "nominal", "PPL", "ΔPPL %", "±"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import lines, new_figure
+        from spectrumkv_hf.evaluation.figures import legend_below, lines, new_figure
 
         exact = self._losses(run, "fp16")
         curves: dict[str, list[tuple[float, float]]] = {}
@@ -103,7 +103,7 @@ class PaperPerplexity(Experiment):
         axes[0].axhline(0, color="grey", linewidth=0.8)
         axes[0].set_xlabel("nominal budget")
         axes[0].set_ylabel("perplexity change, %")
-        figure.legend(loc="outside right upper", fontsize="small")
+        legend_below(figure, axes[0])
         return figure
 
 

@@ -128,9 +128,14 @@ class Ttft(Experiment):
             fp16_bytes=exact["bytes"],
             ratio=cell["bytes"] / exact["bytes"],
             prefill=exact["prefill"],
-            compress=max(cell["prefill"] - exact["prefill"], 0) + cell["serialize"],
+            compress=self.compress(run, context, spec) + cell["serialize"],
             layers=cell["layers"],
         )
+
+    def compress(self, run: Run, context: int, spec: str) -> float:
+        """Seconds by which a method's prefill is longer than the exact one."""
+        exact, cell = (run.results.cells[join((context, name))] for name in ("exact", spec))
+        return float(max(cell["prefill"] - exact["prefill"], 0))
 
     def table(self, run: Run) -> Table:
         rows = []
@@ -138,24 +143,32 @@ class Ttft(Experiment):
             for spec in run.args.methods:
                 cell = run.results.cells[join((context, spec))]
                 row = [spec, str(context), *(f"{1e3 * cell[stage]:.1f}" for stage in STAGES)]
+                row.insert(3, f"{1e3 * self.compress(run, context, spec):.1f}")
                 row.append(f"{cell['bytes'] / 2**20:.1f}")
                 for link in run.args.links:
                     row += [f"{1e3 * self.seconds(run, context, spec, link, way):.0f}" for way in (False, True)]
                 faster = self.costs(run, context, spec).break_even(streamed=False) / GIGABIT
                 rows.append([*row, "" if spec == "exact" else f"{faster:.1f}"])
         links = [f"{link:g} Gbit/s {way}" for link in run.args.links for way in ("whole", "streamed")]
-        return Table(["method", "context", *(f"{stage} ms" for stage in STAGES), "MiB", *links, "pays below"], rows)
+        names = ["prefill", "of it compress", *STAGES[1:]]
+        header = ["method", "context", *(f"{name} ms" for name in names), "MiB", *links, "pays below Gbit/s"]
+        return Table(header, rows)
 
     def figure(self, run: Run) -> "Figure":
         from spectrumkv_hf.evaluation.figures import new_figure
 
         contexts, specs, link = run.args.contexts, run.args.methods, min(run.args.links)
         title = f"{self.title}; transfer computed for {link:g} Gbit/s, sent whole"
-        figure, axes = new_figure(title, len(contexts), width=4.5)
+        figure, axes = new_figure(title, len(contexts), width=5)
         for each, context in zip(axes, contexts, strict=True):
             cells = [run.results.cells[join((context, spec))] for spec in specs]
             transfer = [cell["bytes"] / (link * GIGABIT) for cell in cells]
-            parts = {stage: [cell[stage] for cell in cells] for stage in STAGES[:2]}
+            compress = [self.compress(run, context, spec) for spec in specs]
+            parts = {
+                "prefill": [cell["prefill"] - more for cell, more in zip(cells, compress, strict=True)],
+                "compress": compress,
+                "serialize": [cell["serialize"] for cell in cells],
+            }
             parts |= {"transfer (computed)": transfer} | {s: [cell[s] for cell in cells] for s in STAGES[2:]}
             bottom = [0.0] * len(specs)
             for part, values in parts.items():
