@@ -105,6 +105,8 @@ class SpectrumCache(Cache):
 
     def _build_layers(self, config: PreTrainedConfig) -> list[Any]:
         types, kwargs = get_layer_types_and_kwargs(config)
+        if beyond := [layer for layer, _ in self.policy.floors if layer >= len(types)]:
+            raise ValueError(f"floors name layer {beyond[0]}, the model's layers are 0 to {len(types) - 1}")
         per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs  # one dict up to Transformers 5.17
         shares = getattr(config, "num_kv_shared_layers", None) or "reuse" in (
             getattr(config, "kv_sharing_modes", None) or ()
@@ -156,10 +158,14 @@ class SpectrumCache(Cache):
         """Which layers are tiered, and why the others are not; a line for each kind."""
         layers = self.layers if layers is None else layers
         kinds = Counter(
-            (type(layer).__name__, self._notes.get(i, f"tiered, {self.policy.name} b={self.policy.budget:g}"))
-            for i, layer in enumerate(layers)
+            (type(layer).__name__, self._notes.get(i) or self._tiering(i)) for i, layer in enumerate(layers)
         )
         return "\n".join(f"{count} x {name}: {note}" for (name, note), count in kinds.items())
+
+    def _tiering(self, index: int) -> str:
+        floor = self.policy.floor(index)
+        least = f", {floor.name} or better" if floor else ""
+        return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}"
 
     def reset(self) -> None:
         """Forget all tokens, so that the cache serves another prompt."""
