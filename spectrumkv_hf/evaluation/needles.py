@@ -110,6 +110,7 @@ def retrieve(
     prompts: NeedlePrompts,
     max_new_tokens: int = 32,
     asked_before: bool = True,
+    first_exact: bool = False,
 ) -> list[bool]:
     """Which of the prompts the model answers over the method's cache.
 
@@ -124,16 +125,20 @@ def retrieve(
         max_new_tokens: Decoded greedily.
         asked_before: The question is prefilled with the context, so that importance may see it; False: the context
             alone is compressed and the question comes after it.
+        first_exact: Prefill the last token too, whose exact logits give the first token of the answer, as the paper's
+            code does.
 
     Returns:
         One bool for each row.
     """
     ids = prompts.ids.to(model.device)
-    context = ids.shape[1] - (1 if asked_before else prompts.question)
+    context = ids.shape[1] - (prompts.question if not asked_before else 0 if first_exact else 1)
     cache = method.cache(model)
     with method.prefilling(model):
-        last_logits(model, ids[:, :context], cache, 0)
-    token = last_logits(model, ids[:, context:], cache, context).argmax(-1, keepdim=True)
+        logits = last_logits(model, ids[:, :context], cache, 0)
+    if context < ids.shape[1]:
+        logits = last_logits(model, ids[:, context:], cache, context)
+    token = logits.argmax(-1, keepdim=True)
     answer = [token]
     for position in range(ids.shape[1], ids.shape[1] + max_new_tokens - 1):
         token = last_logits(model, token, cache, position).argmax(-1, keepdim=True)
