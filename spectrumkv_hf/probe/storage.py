@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,21 @@ def fingerprint(model: PreTrainedModel) -> str:
     config = {key: value for key, value in config.items() if key not in INCIDENTAL}
     seen.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.device.type != "meta" and tensor.numel():
-                seen.update(_samples(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for name, value in model.state_dict().items():
+            for tensor in _parts(value):
+                seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                if tensor.device.type != "meta" and tensor.numel():
+                    seen.update(_samples(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[torch.Tensor]:
+    """A tensor, or those that a quantised one is made of."""
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _parts(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:
