@@ -109,13 +109,20 @@ def choose_policy(
         probe = PROBES[probe](codec=codec)
     if probe.codec != codec:
         raise ValueError(f"{probe} measures codec {probe.codec!r}, the cache has {codec!r}")
-    try:
-        verdict = probe_model(model, tokenizer, probe)
-        if isinstance(verdict, PaperVerdict) and not verdict.conclusive:
-            logger.warning("the model does not retrieve over the exact cache either: calibrating instead")
-            verdict = probe_model(model, tokenizer, CalibrationProbe(codec=codec))
-    except ProbeError as problem:
-        logger.warning("taking the default policy, the model can't be probed: %s", problem)
+    verdict: Verdict | None = None
+    for attempt in dict.fromkeys((probe, CalibrationProbe(codec=codec))):
+        try:
+            verdict = probe_model(model, tokenizer, attempt)
+        except ProbeError as problem:
+            logger.warning("the model can't be probed (%s): %s", attempt.kind, problem)
+            if attempt.kind == CalibrationProbe.kind:
+                break
+            continue
+        if not isinstance(verdict, PaperVerdict) or verdict.conclusive:
+            break
+        logger.warning("the model does not retrieve over the exact cache either: calibrating instead")
+    if verdict is None or isinstance(verdict, PaperVerdict) and not verdict.conclusive:
+        logger.warning("taking the default policy")
         return SinkProtect(budget=budget, **options)
     policy = verdict.policy(budget, **options)
     if not isinstance(verdict, PaperVerdict) and isinstance(policy, SinkProtect) and verdict.cost(policy) > budget:

@@ -51,13 +51,14 @@ class PaperProbe:
         """Ids of the prompts, `[trials, tokens]`.
 
         Raises:
-            ProbeError: there is no tokenizer, or the model or the prompts are too short.
+            ProbeError: the model or the prompts are too short.
+            TypeError: there is no tokenizer.
         """
         return torch.cat([prompts.ids for prompts in self._prompts(model, tokenizer)])
 
     def _prompts(self, model: PreTrainedModel, tokenizer: Any) -> list[NeedlePrompts]:
         if tokenizer is None:
-            raise ProbeError("the paper's probe asks questions: give a tokenizer")
+            raise TypeError("the paper's probe asks questions: give a tokenizer")
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or self.tokens
         if self.tokens > longest:
             raise ProbeError(f"the model takes {longest} tokens, the prompts of the probe have {self.tokens}")

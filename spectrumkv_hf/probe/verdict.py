@@ -1,8 +1,8 @@
 """What a probe has found, and the policy that follows from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Any, get_args, get_origin
 
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
 
@@ -55,8 +55,8 @@ class CalibrationVerdict:
         context: Tokens whose cache was coded.
         continuation: Tokens predicted over it.
         text: `passage`, or `random tokens` where no tokenizer was given.
-        control: KL where all tokens went through the FP16 tier, on the same path. 0, but for a device that does not
-            repeat its results.
+        control: KL where all tokens went through the FP16 tier, on the same path: 0, or what rounding leaves where the
+            device does not repeat its results or few tokens are predicted, which read the tier by other kernels.
         tiered: Layers that were tiered.
         int8: The INT8 tier.
         int4: The INT4 tier.
@@ -200,14 +200,6 @@ class PaperVerdict:
 
 Verdict = CalibrationVerdict | PaperVerdict
 
-# asdict() would do for writing; reading needs the types, so both are kept beside each other.
-_NESTED = {
-    "int8": TierReport,
-    "int4": TierReport,
-    "layers": LayerError,
-    "trials": Trial,
-}
-
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
@@ -215,7 +207,7 @@ def _plain(value: Any) -> Any:
     return {name: _plain(item) for name, item in vars(value).items()} if hasattr(value, "__dict__") else value
 
 
-def _built(cls: type, data: Any) -> Any:
+def _built(cls: Any, data: Any) -> Any:
     """An instance of a dataclass of this module from JSON, every field checked by its annotation."""
     names: Mapping[str, type] = cls.__annotations__
     if not isinstance(data, dict) or data.keys() != names.keys():
@@ -224,12 +216,12 @@ def _built(cls: type, data: Any) -> Any:
 
 
 def _value(name: str, kind: Any, data: Any) -> Any:
-    if kind in (int, str, bool, float):
-        if type(data) is not kind:
-            raise ValueError(f"{name} is {str(data)[:80]}, no {kind.__name__}")
-        return data
-    if name in _NESTED and not isinstance(data, list):
-        return _built(_NESTED[name], data)
-    if not isinstance(data, list):
-        raise ValueError(f"{name} is {str(data)[:80]}, no list")
-    return tuple(_built(_NESTED[name], item) if name in _NESTED else _value(name, int, item) for item in data)
+    if is_dataclass(kind):
+        return _built(kind, data)
+    if get_origin(kind) is tuple and isinstance(data, list):
+        return tuple(_value(name, get_args(kind)[0], item) for item in data)
+    if kind is float and type(data) is int:
+        return float(data)
+    if type(data) is not kind:
+        raise ValueError(f"{name} is {str(data)[:80]}, no {kind}")
+    return data

@@ -25,8 +25,8 @@ def healthy(layers=3):
 def with_outliers(m, layer):
     """The same function with these constants `SCALE` times as large in a layer, and queries as much smaller there.
 
-    Both channels of a rotary pair are scaled alike, so the factors commute with the rotation and cancel in every product
-    of a query and a key.
+    Both channels of a rotary pair are scaled alike, so the factors commute with the rotation and cancel in every
+    product of a query and a key.
     """
     m = copy.deepcopy(m)
     attention = m.model.layers[layer].self_attn

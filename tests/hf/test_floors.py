@@ -128,7 +128,9 @@ def test_bytes_without_floors_are_as_before():
     assert "recent_window" in metadata["policy"] and "floors" not in metadata["policy"]
 
 
-@pytest.mark.parametrize("floors", [[[1, "int4"]], [[1, "int8"], [1, "int8"]], [1], [[-1, "int8"]], {"1": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "floors", [[[1, "int4"]], [[1, "int8"], [1, "int8"]], [1], [[-1, "int8"]], {"1": "int8"}], ids=str
+)
 def test_forged_floors(floors):
     _, cache = filled(prompt(20))
     frame = split(bytes(cache.serialize().numpy()))[0]

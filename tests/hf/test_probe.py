@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from spectrumkv_hf import SpectrumCache
 from spectrumkv_hf.evaluation.transfer import mean_kl
 from spectrumkv_hf.layer import SpectrumLayer
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
-from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, probe_model
+from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, paper, probe_model
 from spectrumkv_hf.probe.calibration import LADDER, Coding, _Measurement
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
 
@@ -29,6 +30,16 @@ def own_storage(tmp_path, monkeypatch):
 
 def calibrated(m, **settings):
     return probe_model(m, None, CalibrationProbe(**{**SHORT, **settings}))
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    chat_template = None
+
+    def __call__(self, text, return_tensors=None, **_):
+        ids = [ord(character) % 90 + 3 for character in text]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if return_tensors else ids)
 
 
 def verdict(int8_unsafe=(), int4_unsafe=(), plain_budget=0.25, tiered=(0, 1, 2, 3)):
@@ -80,22 +91,21 @@ class TestOutliers:
         m = with_outliers(healthy(), layer=1)
         found = calibrated(m, codec="absmax")
         ids = CalibrationProbe(**SHORT).inputs(m, None)
-        kls = []
-        for policy in (found.cheapest, SinkProtect(budget=0.25)):
-            logits = []
-            for chosen in (policy, "fp16"):
-                options = {"recent_window": 0} if chosen is not policy else {}
-                if chosen is policy:
-                    chosen = SinkProtect(budget=policy.budget, floors=policy.floors, recent_window=0)
-                    options = {}
-                cache = SpectrumCache(m.config, chosen, codec="absmax", **options)
-                with torch.no_grad():
-                    m(ids[:, :200], past_key_values=cache)
-                    logits.append(m(ids[:, 200:], past_key_values=cache).logits[0])
-            kls.append(mean_kl(logits[1], logits[0]))
-        assert kls[0] < found.loss < kls[1]
-        assert kls[1] == pytest.approx(found.int4.kl, rel=1e-3)
-        assert kls[0] == pytest.approx(found.int4.kl_floored, rel=1e-3)
+
+        def logits(policy):
+            cache = SpectrumCache(m.config, policy, codec="absmax")
+            with torch.no_grad():
+                m(ids[:, :200], past_key_values=cache)
+                return m(ids[:, 200:], past_key_values=cache).logits[0]
+
+        exact = logits("fp16")
+        floored, plain = (
+            mean_kl(exact, logits(SinkProtect(budget=0.25, floors=floors, recent_window=0)))
+            for floors in (found.cheapest.floors, ())
+        )
+        assert floored < found.loss < plain
+        assert plain == pytest.approx(found.int4.kl, rel=1e-3)
+        assert floored == pytest.approx(found.int4.kl_floored, rel=1e-3)
 
     def test_from_model_takes_what_the_verdict_names(self, caplog):
         m = with_outliers(healthy(), layer=1)
@@ -294,7 +304,7 @@ class TestFromModel:
     def test_models_that_can_not_be_probed(self, caplog):
         m = model("deepseek_v3")
         assert SpectrumCache.from_model(m, budget=0.3, sinks=2).policy == SinkProtect(budget=0.3, sinks=2)
-        assert "can't be probed: no layer of the model is tiered" in caplog.text
+        assert "can't be probed (calibration): no layer of the model is tiered" in caplog.text
         m = model("llama", "sdpa", max_position_embeddings=512)
         assert SpectrumCache.from_model(m, budget=0.3).policy == SinkProtect(budget=0.3)
         assert "the model takes 512 tokens" in caplog.text
@@ -308,25 +318,32 @@ class TestFromModel:
         with pytest.raises(ProbeError, match="encoder-decoder"):
             probe_model(m)
 
-    def test_the_papers_probe(self, monkeypatch, caplog):
-        """Its verdict gives `adaptive`; where the exact cache fails too, calibration takes its place."""
-        found = []
-        monkeypatch.setattr("spectrumkv_hf.probe.paper.retrieve", lambda *args, **kwargs: [found.pop(0)])
-        monkeypatch.setattr(PaperProbe, "_prompts", lambda self, m, t: [type("P", (), {"ids": prompt(8, seed=len(found))})] * 3)
-        m = healthy()
-        for pattern, expected in (
-            ([1, 1, 1, 1, 1, 0], Adaptive(budget=0.3, probe_passed=True)),
-            ([1, 1, 1, 0, 1, 0], Adaptive(budget=0.3, probe_passed=False)),
-            ([1, 0, 0, 0, 0, 0], SinkProtect(budget=0.3)),
-        ):
-            found[:] = [bool(p) for p in pattern]
-            monkeypatch.setattr(auto, "_remembered", {})
-            for file in auto.storage.folder().glob("*"):
-                file.unlink()
-            assert SpectrumCache.from_model(m, "tokenizer", budget=0.3, probe="paper").policy == expected if expected.name == "adaptive" else True
-            if expected.name != "adaptive":
-                assert SpectrumCache.from_model(m, None, budget=0.3, probe="paper").policy == expected
-        assert "can't be probed" not in caplog.text
+    @pytest.mark.parametrize(
+        ("exact", "tiered", "expected"),
+        [
+            ("yyy", "yyn", Adaptive(budget=0.3, probe_passed=True)),
+            ("yyy", "nny", Adaptive(budget=0.3, probe_passed=False)),
+            ("yyn", "ynn", Adaptive(budget=0.3, probe_passed=False)),
+            ("ynn", "nnn", SinkProtect(budget=0.3)),  # calibration takes its place
+        ],
+    )
+    def test_the_papers_probe(self, exact, tiered, expected, monkeypatch, caplog):
+        """Its verdict gives `adaptive`, but for a model that fails over the exact cache too."""
+        answers = {"exact": list(exact), "paper_greedy": list(tiered)}
+        monkeypatch.setattr(paper, "retrieve", lambda m, t, method, *_, **__: [answers[method.spec].pop(0) == "y"])
+        probe = PaperProbe(codec="spectrum", tokens=400)
+        cache = SpectrumCache.from_model(healthy(), Characters(), budget=0.3, probe=probe)
+        assert cache.policy == expected
+        assert ("calibrating instead" in caplog.text) == (expected.name != "adaptive")
+
+    def test_prompts_that_are_too_long_for_the_model(self, caplog):
+        cache = SpectrumCache.from_model(healthy(), Characters(), budget=0.3, probe="paper")
+        assert cache.policy == SinkProtect(budget=0.3)
+        assert "the model takes 1024 tokens, the prompts of the probe have 4096" in caplog.text
+
+    def test_the_papers_probe_asks_questions(self):
+        with pytest.raises(TypeError, match="give a tokenizer"):
+            SpectrumCache.from_model(healthy(), probe="paper")
 
 
 class TestState:
