@@ -127,7 +127,7 @@ def choose_policy(
     policy = verdict.policy(budget, **options)
     if not isinstance(verdict, PaperVerdict) and isinstance(policy, SinkProtect) and verdict.cost(policy) > budget:
         logger.warning(
-            "b=%g would cost this model more than %g nats: taking %s, a nominal cost of %.3f",
-            budget, verdict.loss, policy, verdict.cost(policy),
+            "b=%g would cost this model more than %g nats: taking b=%g with floors %s, a nominal cost of %.3f",
+            budget, verdict.loss, policy.budget, dict(policy.floors), verdict.cost(policy),
         )  # fmt: skip
     return policy

@@ -6,6 +6,7 @@ from typing import Any
 
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import print_table
+from spectrumkv_hf.policy import TIERS, Adaptive, Policy
 from spectrumkv_hf.probe import storage
 from spectrumkv_hf.probe.auto import PROBES, Probe, key_of, probe_model
 from spectrumkv_hf.probe.calibration import CalibrationProbe
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         _show_paper(verdict)
     for budget in budgets:
-        print(f"policy at b={budget:g}: {verdict.policy(budget)}")
+        print(f"policy at b={budget:g}: {_named(verdict.policy(budget))}")
     print(f"stored in {path}")
 
 
@@ -82,6 +83,17 @@ def _described(verdict: Verdict, budgets: list[float]) -> dict[str, Any]:
     return more | {"verdict": verdict.to_json()}
 
 
+def _named(policy: Policy) -> str:
+    """A policy by what the probe decides of it."""
+    name = f"{policy.name} b={policy.budget:g}"
+    if isinstance(policy, Adaptive):
+        name += ", three tiers" if policy.probe_passed else ", two tiers"
+    for tier in TIERS:
+        if layers := [str(layer) for layer, least in policy.floors if least == tier.name]:
+            name += f", {tier.name} or better in layers {', '.join(layers)}"
+    return name
+
+
 def _show_calibration(verdict: CalibrationVerdict) -> None:
     print(
         f"codec {verdict.codec}, {verdict.continuation} tokens over the cache of {verdict.context} ({verdict.text}), "
@@ -93,18 +105,23 @@ def _show_calibration(verdict: CalibrationVerdict) -> None:
             max(((getattr(error, side), error.layer) for error in report.layers), default=None)
             for side in ("keys", "values")
         ]
-        layers = ", ".join(map(str, report.unsafe))
         rows.append(
             [
                 report.tier,
                 *(f"{kl:.5f}" for kl in (report.kl, report.kl_keys, report.kl_values)),
                 *(f"{at[0]:.4f} (layer {at[1]})" if at else "" for at in worst),
-                f"not in {layers}: {report.kl_floored:.5f} without" if layers else "yes",
+                "but for some layers" if report.unsafe else "yes",
             ]
         )
     print_table(("tier", "KL", "keys only", "values only", "worst key error", "worst value error", "safe"), rows)
+    for report in (verdict.int8, verdict.int4):
+        if report.unsafe:
+            layers = ", ".join(map(str, report.unsafe))
+            print(
+                f"{report.tier} is not safe in layers {layers}; with more precise ones there KL {report.kl_floored:.5f}"
+            )
     cheapest = verdict.cheapest
-    print(f"cheapest policy: {cheapest}, nominal cost {verdict.cost(cheapest):.3f}")
+    print(f"cheapest policy: {_named(cheapest)}, nominal cost {verdict.cost(cheapest):.3f}")
     print(f"without floors: sink_protect from b={verdict.plain_budget:g} on, KL {verdict.plain_kl:.5f}")
 
 

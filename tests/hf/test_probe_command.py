@@ -47,8 +47,12 @@ def test_json(capsys, probed, monkeypatch):
 
 def test_tables(capsys):
     said = run(capsys, *SHORT, "--codec", "absmax", "--budget", "0.3")
-    assert "3 layers tiered" in said and "fp16 (control)" in said and "not in 1:" in said
-    assert "cheapest policy: SinkProtect(budget=0.25" in said and "policy at b=0.3" in said and "stored in" in said
+    assert "3 layers tiered" in said and "fp16 (control)" in said and "int4 is not safe in layers 1;" in said
+    assert (
+        "cheapest policy: sink_protect b=0.25, fp16 or better in layers 1, nominal cost 0.500" in said
+        and "policy at b=0.3: sink_protect b=0.3, fp16" in said
+        and "stored in" in said
+    )
     assert "yes" in run(capsys, *SHORT).split("int4")[1]
 
 
