@@ -60,6 +60,7 @@ class TestKey:
         for change in (
             lambda m: m.model.layers[0].mlp.up_proj.weight[17].mul_(1.01),
             lambda m: m.model.layers[0].mlp.up_proj.weight[:, 5].mul_(1.01),
+            lambda m: m.model.layers[0].mlp.down_proj.weight[:, 32].mul_(1.01),  # in no sample of a row
             lambda m: m.model.layers[0].input_layernorm.weight[33].add_(0.01),
             lambda m: m.model.layers[1].self_attn.k_proj.bias[3].add_(0.01),
         ):
