@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
@@ -19,6 +19,9 @@ from spectrumkv_hf.policy import Policy, get_policy
 from spectrumkv_hf.rope import rotary_of
 from spectrumkv_hf.store import TAIL_STEP
 from spectrumkv_kernels import CODECS
+
+if TYPE_CHECKING:
+    from spectrumkv_hf.probe.auto import Probe
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +79,50 @@ class SpectrumCache(Cache):
 
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, tokenizer: Any = None, budget: float = 0.5, **options: Any
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        budget: float | None = None,
+        policy: str | Policy | None = None,
+        codec: str = "spectrum",
+        probe: "str | Probe | None" = "calibration",
+        **policy_options: Any,
     ) -> "SpectrumCache":
-        """A cache for `model` at `budget`, by the default policy, `sink_protect`.
+        """A cache for `model` by the policy that a probe names at `budget`.
+
+        The model is probed when this process, and the disk, hold no verdict on it (`spectrumkv_hf.probe`); that takes
+        a few forwards of 640 tokens. The policy is `sink_protect`, with a floor for layers or at a higher budget where
+        it would otherwise cost more than the probe's loss; a warning says so. Without a verdict, for a model that
+        can't be probed, it is `sink_protect` as it is, with a warning.
 
         Args:
-            model: The model that will use the cache.
-            tokenizer: Its tokenizer; nothing here reads it yet.
-            budget: As of the class.
-            options: As of the class.
+            model: The model that will use the cache, with its weights.
+            tokenizer: Its tokenizer, for the text that the probe reads; None: it reads random tokens.
+            budget: As of the class; None: .5, or that of `policy`.
+            policy: As of the class; given, nothing is probed. None: by the probe.
+            codec: As of the class.
+            probe: `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `CalibrationProbe` or
+                `PaperProbe` of the cache's codec; None for no probe.
+            policy_options: Further fields of the policy.
+
+        Raises:
+            ValueError: as of the class; an unknown probe, or one of another codec.
+            TypeError: as of the class.
         """
-        return cls(model.config, budget=budget, **options)
+        if policy is None:
+            budget = 0.5 if budget is None else budget
+            if probe is not None and "floors" in policy_options:
+                raise TypeError("floors come from the probe: give a policy too, or probe=None")
+            least = "two_tier" if getattr(probe, "kind", probe) == "paper" else "sink_protect"
+            cls(model.config, least, budget, codec, **policy_options)  # complains before anything is measured
+            if probe is None:
+                policy = "sink_protect"
+            else:
+                from spectrumkv_hf.probe.auto import choose_policy
+
+                policy, policy_options = choose_policy(model, tokenizer, probe, codec, budget, policy_options), {}
+                budget = None
+        return cls(model.config, policy, budget, codec, **policy_options)
 
     @classmethod
     def for_encoder_decoder(cls, config: PreTrainedConfig, **options: Any) -> EncoderDecoderCache:
@@ -105,6 +141,8 @@ class SpectrumCache(Cache):
 
     def _build_layers(self, config: PreTrainedConfig) -> list[Any]:
         types, kwargs = get_layer_types_and_kwargs(config)
+        if beyond := [layer for layer, _ in self.policy.floors if layer >= len(types)]:
+            raise ValueError(f"floors name layer {beyond[0]}, the model's layers are 0 to {len(types) - 1}")
         per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs  # one dict up to Transformers 5.17
         shares = getattr(config, "num_kv_shared_layers", None) or "reuse" in (
             getattr(config, "kv_sharing_modes", None) or ()
@@ -156,10 +194,14 @@ class SpectrumCache(Cache):
         """Which layers are tiered, and why the others are not; a line for each kind."""
         layers = self.layers if layers is None else layers
         kinds = Counter(
-            (type(layer).__name__, self._notes.get(i, f"tiered, {self.policy.name} b={self.policy.budget:g}"))
-            for i, layer in enumerate(layers)
+            (type(layer).__name__, self._notes.get(i) or self._tiering(i)) for i, layer in enumerate(layers)
         )
         return "\n".join(f"{count} x {name}: {note}" for (name, note), count in kinds.items())
+
+    def _tiering(self, index: int) -> str:
+        floor = self.policy.floor(index)
+        least = f", {floor.name} or better" if floor else ""
+        return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}"
 
     def reset(self) -> None:
         """Forget all tokens, so that the cache serves another prompt."""

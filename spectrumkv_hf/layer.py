@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -30,6 +30,17 @@ def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+class Attention(NamedTuple):
+    """An attention over a layer's last update, as `spectrumkv_kernels.tiered_attention` takes it."""
+
+    layer: "SpectrumLayer"
+    query: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
 class SharedRanking:
@@ -61,8 +72,7 @@ class SharedRanking:
         for layer, score in offers:
             start = layer.store.tail_start
             shared = total[:, None, start : start + score.shape[-1]].to(score.device).expand_as(score)
-            layer.store.compress(score.shape[-1], layer.policy, shared)
-            layer._announce()
+            layer._compress(score.shape[-1], shared)
 
 
 class SpectrumLayer(CacheLayerMixin):
@@ -99,6 +109,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
         self.on_update: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+        self.on_attention: Callable[[Attention], None] | None = None
         self.on_final: Callable[[int], None] | None = None
         self.reset()
 
@@ -115,7 +126,8 @@ class SpectrumLayer(CacheLayerMixin):
             self.shared.offers.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "on_update": None, "on_final": None}  # who listens to a layer does not to its copies
+        silent = dict.fromkeys(("on_update", "on_attention", "on_final"))
+        return {**vars(self), **silent}  # who listens to a layer does not to its copies
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.policy.name}, tokens={self.get_seq_length()})"
@@ -316,6 +328,8 @@ class SpectrumLayer(CacheLayerMixin):
                 without attention.
             mask, scale, softcap, sinks: As in `spectrumkv_kernels.attention_scores`.
         """
+        if self.on_attention is not None:
+            self.on_attention(Attention(self, query, mask, scale, softcap, sinks))
         if self._attended:  # by another layer that shares these keys and values
             return
         self._attended = True
@@ -373,8 +387,11 @@ class SpectrumLayer(CacheLayerMixin):
         if self.shared is not None:
             self.shared.offer(self, score)
         else:
-            store.compress(tokens, self.policy, score)
-            self._announce()
+            self._compress(tokens, score)
+
+    def _compress(self, tokens: int, score: torch.Tensor) -> None:
+        self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx))
+        self._announce()
 
     def _announce(self) -> None:
         """Say that the layer holds what it will hold until the next update; once an update."""

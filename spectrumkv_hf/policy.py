@@ -1,6 +1,7 @@
 """Policies: how many tokens each precision tier takes at a byte budget, and by what they are ranked."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import ClassVar, NamedTuple
@@ -44,6 +45,9 @@ class Policy:
         decay: lambda of `I_j = A_j exp(-lambda (n - j))`, per token.
         scope: Rank per `head`, per `layer`, or once for all layers and heads (`token`, as in the paper).
         seed: Of the random ranking.
+        floors: The least precise tier that tokens of a layer are stored in, `fp16` or `int8`, by index of the layer:
+            pairs, or a mapping, held as pairs in the order of layers. Tokens to which `counts` gives less take that
+            tier; those that are dropped stay dropped. What it costs comes on top of the budget.
 
     Raises:
         ValueError: a field is out of its range.
@@ -61,6 +65,7 @@ class Policy:
     decay: float = 0.0
     scope: str = "head"
     seed: int = 0
+    floors: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         finite = isinstance(self.budget, int | float) and math.isfinite(self.budget)
@@ -79,6 +84,7 @@ class Policy:
                 raise ValueError(f"{field} is a number of tokens, 0 or more, got {value!r}")
         if not self.decay >= 0:
             raise ValueError(f"decay is 0 or more, got {self.decay!r}")
+        object.__setattr__(self, "floors", _checked_floors(self.floors))
 
     @property
     def exact_budget(self) -> Fraction:
@@ -86,8 +92,36 @@ class Policy:
         return Fraction(str(self.budget))
 
     def counts(self, tokens: int) -> Counts:
-        """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`."""
+        """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`. `floors` are not in them."""
         raise NotImplementedError
+
+    def floor(self, layer: int) -> Tier | None:
+        """The least precise tier for tokens of a layer that are stored; None: any."""
+        name = dict(self.floors).get(layer)
+        return next((tier for tier in TIERS if tier.name == name), None)
+
+
+def _checked_floors(given: Mapping[int, str] | Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+    accepted = ValueError(
+        f"floors are pairs of a layer, 0 or more and each once, and {FP16.name!r} or {INT8.name!r}, got {given!r}"
+    )
+    try:
+        pairs = [(layer, tier) for layer, tier in (given.items() if isinstance(given, Mapping) else given)]
+    except (TypeError, ValueError):
+        raise accepted from None
+    sound = all(type(layer) is int and layer >= 0 and tier in (FP16.name, INT8.name) for layer, tier in pairs)
+    if not sound or len({layer for layer, _ in pairs}) < len(pairs):
+        raise accepted
+    return tuple(sorted(pairs))
+
+
+def lifted(counts: Counts, floor: Tier | None) -> Counts:
+    """The counts with the tokens of stored tiers that are less precise than `floor` moved into it."""
+    if floor is None:
+        return counts
+    low = [tier for tier in counts if tier != DROPPED and tier.bits < floor.bits]
+    kept = {tier: n for tier, n in counts.items() if tier not in low}
+    return kept | {floor: kept.get(floor, 0) + sum(counts[tier] for tier in low)}
 
 
 def _fill(tokens: int, shares: dict[Tier, Fraction], rest: Tier) -> Counts:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Policy, Tier, increments
+from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Policy, Tier, increments, lifted
 from spectrumkv_kernels import Codec, Quantized, Rotary, Segment, operation, take
 
 TAIL_STEP = 64
@@ -188,7 +188,7 @@ class TieredStore:
             mean = torch.where(begins[:, None, None], mean, self.mean)
         self.mean = mean
 
-    def compress(self, tokens: int, policy: Policy, score: torch.Tensor) -> None:
+    def compress(self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None = None) -> None:
         """Give the oldest `tokens` of the tail their tiers, by rank of `score`.
 
         Args:
@@ -196,10 +196,11 @@ class TieredStore:
             policy: Says how many go into each tier.
             score: float32 `[batch, kv_heads, tokens]`, higher ranks first. Padding ranks last, and fills up the
                 arenas of rows that have fewer real tokens than others.
+            floor: The policy's for this layer.
         """
         self.settle_mean(policy.sinks)
         keys, values = (t[:, :, :tokens] for t in self.tail)
-        tier_of, sizes = self._assign(tokens, policy, score)
+        tier_of, sizes = self._assign(tokens, policy, score, floor)
         order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
         for tier, chosen in zip(TIERS, order.split(sizes, dim=-1), strict=True):
             if not chosen.shape[-1]:
@@ -219,7 +220,9 @@ class TieredStore:
         self._resize(left, left, skip=tokens)
         self.tail_start += tokens
 
-    def _assign(self, tokens: int, policy: Policy, score: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    def _assign(
+        self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None
+    ) -> tuple[torch.Tensor, list[int]]:
         """Index into `TIERS` of each token, int64 `[batch, kv_heads, tokens]`, and how many a row has of each.
 
         The real tokens of each row take the documented counts for their number. The longest row sizes the arenas, and
@@ -232,7 +235,7 @@ class TieredStore:
         else:
             before = place[:, 0].clamp(min=0).tolist()
             now = (place >= 0).sum(-1).tolist()
-        rows = [increments(policy, had, new) for had, new in zip(before, now, strict=True)]
+        rows = [lifted(increments(policy, had, new), floor) for had, new in zip(before, now, strict=True)]
         own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
         sizes = own.amax(0)
         last = int(sizes.nonzero().max()) if int(sizes.sum()) else len(TIERS) - 1

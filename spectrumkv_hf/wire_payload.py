@@ -206,6 +206,9 @@ class Fields:
     def __init__(self, values: dict[str, Any]) -> None:
         self._left = dict(values)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
     def take(self, name: str, *types: type) -> Any:
         """A field of one of `types`, exactly."""
         if name not in self._left:

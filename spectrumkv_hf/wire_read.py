@@ -176,7 +176,11 @@ def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
     if codec not in CODECS:
         raise WireError(f"unknown codec {codec[:80]!r}")
     batch, length = metadata.integer("batch", 0, MAX_BATCH), metadata.integer("length", 0, MAX_LENGTH)
-    cache = SpectrumCache(config, policy=_policy(metadata.take("policy", dict)), codec=codec)
+    policy = _policy(metadata.take("policy", dict))
+    try:
+        cache = SpectrumCache(config, policy=policy, codec=codec)
+    except ValueError as error:  # the policy names layers that the config does not have
+        raise WireError(str(error)[:400]) from None
     kinds, own = metadata.take("layers", list), [kind_of(layer) for layer in cache.layers]
     if len(kinds) != len(own):
         raise WireError(f"{len(kinds)} layers, where the config has {len(own)}")
@@ -195,6 +199,7 @@ POLICY_TYPES: dict[str, tuple[type, ...]] = {
     "decay": (float, int),
     "scope": (str,),
     "seed": (int,),
+    "floors": (list,),
     "probe_passed": (bool, type(None)),
 }
 
@@ -204,7 +209,8 @@ def _policy(values: dict[str, Any]) -> Policy:
     name = given.take("name", str)
     if name not in POLICIES:
         raise WireError(f"unknown policy {name[:80]!r}")
-    options = {f.name: given.take(f.name, *POLICY_TYPES[f.name]) for f in fields(POLICIES[name])}
+    wanted = [f.name for f in fields(POLICIES[name]) if f.name != "floors" or f.name in given]
+    options = {name: given.take(name, *POLICY_TYPES[name]) for name in wanted}
     given.done()
     try:
         return POLICIES[name](**options)

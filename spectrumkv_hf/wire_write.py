@@ -183,9 +183,12 @@ class FrameWriter:
         policy, (batch, length) = self.cache.policy, self.extent
         if POLICIES.get(policy.name) is not type(policy):
             raise WireError(f"{policy!r} can't be serialised: a receiver knows {', '.join(POLICIES)}")
+        settings = {f.name: getattr(policy, f.name) for f in fields(policy)}
+        if not settings["floors"]:  # readers that came before them refuse the field
+            del settings["floors"]
         return Payload(
             {
-                "policy": {"name": policy.name, **{f.name: getattr(policy, f.name) for f in fields(policy)}},
+                "policy": {"name": policy.name, **settings},
                 "codec": self.cache.codec.name,
                 "batch": batch,
                 "length": length,

@@ -16,6 +16,8 @@ from spectrumkv_hf.evaluation import models
 from spectrumkv_hf.evaluation.methods import Tiered
 from spectrumkv_hf.evaluation.text import passage, text_windows
 from spectrumkv_hf.evaluation.transfer import measure
+from spectrumkv_hf.policy import SinkProtect
+from spectrumkv_hf.probe import CalibrationProbe, probe_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,11 +31,12 @@ def smollm2():
     return models.load("smollm2", torch.float32)
 
 
-def test_readme_snippet(smollm2, monkeypatch, capsys):
+def test_readme_snippet(smollm2, tmp_path, monkeypatch, capsys):
     """The first Python block of the README, with the hub replaced by the embedded model."""
     model, tokenizer = smollm2
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where from_model keeps what its probe finds
     snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len(snippet.strip().splitlines()) <= 12
     exec(snippet, {})
@@ -84,6 +87,17 @@ def test_reduced_evaluation(tmp_path):
     assert errors["uniform_int4"] < errors["uniform_int4::absmax"] / 2
     needles = {spec: row["found"] for spec, row in rows("needles").items()}
     assert needles["exact"] == needles["sink_protect:0.3"] == "2/2" != needles["drop_window:0.3"]
+
+
+@pytest.mark.slow
+def test_probe(smollm2, tmp_path, monkeypatch):
+    """INT4 is safe with our codec, and not with the paper's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours, papers = (probe_model(*smollm2, CalibrationProbe(codec=codec)) for codec in ("spectrum", "absmax"))
+    assert ours.control == papers.control == 0
+    assert ours.safe == ("fp16", "int8", "int4") and ours.cheapest == SinkProtect(budget=0.25)
+    assert papers.safe == ("fp16", "int8") and papers.int4.kl_keys > 10 * papers.int4.kl_values
+    assert papers.int4.kl > 5 * ours.int4.kl
 
 
 @pytest.mark.slow

@@ -23,12 +23,15 @@ class Codec:
         center: Subtract `R(t) mean` from keys, the mean being taken in the frame before RoPE.
         hadamard: Rotate keys and values by the orthonormal Hadamard matrix.
         symmetric: Round without a zero point.
+        version: Raised when the name comes to stand for other codes, so that what was measured before is not taken
+            for theirs.
     """
 
     name: str
     center: bool
     hadamard: bool
     symmetric: bool
+    version: int = 1
 
 
 CODECS = {

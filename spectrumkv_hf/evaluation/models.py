@@ -93,10 +93,10 @@ def load_random(name: str, dtype: torch.dtype, device: torch.device) -> PreTrain
         return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=dtype).eval()
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `load_from` reads."""
+def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """The arguments that `load_from` reads; `positional`: the model without an option's name, and required."""
     parser.add_argument(
-        "--model",
+        "model" if positional else "--model",
         default=SMOLLM2,
         help=f"{SMOLLM2!r} (package {SMOLLM2_PACKAGE}), hub id, path, or {', '.join(RANDOM)}",
     )

@@ -118,6 +118,7 @@ def ask(
     prompts: NeedlePrompts,
     max_new_tokens: int = 32,
     asked_before: bool = True,
+    first_exact: bool = False,
 ) -> Answers:
     """Greedy answers over the method's cache.
 
@@ -132,14 +133,18 @@ def ask(
         max_new_tokens: Decoded greedily.
         asked_before: The question is prefilled with the context, so that importance may see it; False: the context
             alone is compressed and the question comes after it.
+        first_exact: Prefill the last token too, whose exact logits give the first token of the answer, as the paper's
+            code does.
     """
     ids = prompts.ids.to(model.device)
-    context = ids.shape[1] - (1 if asked_before else prompts.question)
+    context = ids.shape[1] - (prompts.question if not asked_before else 0 if first_exact else 1)
     cache = method.cache(model)
     with method.prefilling(model):
-        last_logits(model, ids[:, :context], cache, 0)
+        logits = last_logits(model, ids[:, :context], cache, 0)
     memory = method.memory(cache)
-    token = last_logits(model, ids[:, context:], cache, context).argmax(-1, keepdim=True)
+    if context < ids.shape[1]:
+        logits = last_logits(model, ids[:, context:], cache, context)
+    token = logits.argmax(-1, keepdim=True)
     answer = [token]
     for position in range(ids.shape[1], ids.shape[1] + max_new_tokens - 1):
         token = last_logits(model, token, cache, position).argmax(-1, keepdim=True)
@@ -154,9 +159,10 @@ def retrieve(
     prompts: NeedlePrompts,
     max_new_tokens: int = 32,
     asked_before: bool = True,
+    first_exact: bool = False,
 ) -> list[bool]:
     """Which of the prompts the model answers over the method's cache; arguments as of `ask`."""
-    texts = ask(model, tokenizer, method, prompts, max_new_tokens, asked_before).texts
+    texts = ask(model, tokenizer, method, prompts, max_new_tokens, asked_before, first_exact).texts
     return found(texts, prompts.answer)
 
 

@@ -105,9 +105,9 @@ def test_keys_can_be_read_but_not_assigned():
         cache.layers[0].keys = torch.zeros(1)
 
 
-def test_from_model_takes_the_default_policy():
+def test_from_model_without_a_probe_takes_the_default_policy():
     m = model("llama", "sdpa")
-    cache = SpectrumCache.from_model(m, tokenizer=None, budget=0.3)
+    cache = SpectrumCache.from_model(m, tokenizer=None, budget=0.3, probe=None)
     assert (cache.policy.name, cache.policy.budget) == ("sink_protect", 0.3)
 
 

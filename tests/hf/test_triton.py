@@ -5,6 +5,7 @@ import torch
 from families import model, prompt
 
 from spectrumkv_hf import SpectrumCache
+from spectrumkv_hf.probe import CalibrationProbe
 from spectrumkv_kernels.dispatch import VARIABLE
 
 pytest.importorskip("triton")
@@ -45,3 +46,21 @@ def test_padded_batch(monkeypatch):
     expected, _ = logits(monkeypatch, "torch", m, ids, mask, budget=0.3)
     out, _ = logits(monkeypatch, "triton", m, ids, mask, budget=0.3)
     assert close(out, expected)
+
+
+@pytest.mark.gpu  # on a GPU whether slow or not
+@pytest.mark.slow  # minutes in the interpreter
+def test_the_probe_measures_the_same(monkeypatch):
+    m = model("gemma3", "sdpa", sliding_window=200).to(DEVICE)
+    probe = CalibrationProbe(context=200, continuation=40)
+    ids, found = probe.inputs(m, None), {}
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv(VARIABLE, kernels)
+        with torch.no_grad():
+            found[kernels] = probe.measure(m, None, ids)
+    expected, got = found["torch"], found["triton"]
+    assert got.control == pytest.approx(0, abs=1e-6)
+    for a, b in ((got.int8, expected.int8), (got.int4, expected.int4)):
+        assert (a.kl, a.kl_keys, a.kl_values) == pytest.approx((b.kl, b.kl_keys, b.kl_values), rel=0.05, abs=1e-7)
+        for x, y in zip(a.layers, b.layers, strict=True):
+            assert (x.keys, x.values) == pytest.approx((y.keys, y.values), rel=0.05, abs=2e-3)

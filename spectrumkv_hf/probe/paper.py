@@ -1,0 +1,86 @@
+"""The paper's probe: three needles over three-tier greedy at b=.3, passed with two of them found.
+
+The paper (section on the adaptive policy) states neither needles nor depths, and its script is not released: those here
+are ours. As in its retrieval code, the first token of an answer comes from the prefill, which is exact.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spectrumkv_hf.evaluation.methods import PAPER, Exact, Method, Tiered
+from spectrumkv_hf.evaluation.needles import NEEDLES, NeedlePrompts, needle_prompts, retrieve
+from spectrumkv_hf.policy import get_policy
+from spectrumkv_hf.probe.calibration import ProbeError
+from spectrumkv_hf.probe.verdict import PaperVerdict, Trial
+from spectrumkv_kernels import CODECS
+
+BUDGET = 0.3
+TRIALS = tuple(zip(NEEDLES[:3], (0.25, 0.5, 0.75), strict=True))
+"""Needles and their relative depths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperProbe:
+    """Whether a model retrieves over three tiers.
+
+    Attributes:
+        codec: Of the cache; `absmax` is the paper's.
+        tokens: Of each prompt; 4096 in the paper's retrieval.
+
+    Raises:
+        ValueError: an unknown codec.
+    """
+
+    codec: str = "absmax"
+    tokens: int = 4096
+
+    kind = "paper"
+    parse = staticmethod(PaperVerdict.from_json)
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise ValueError(f"unknown codec {self.codec!r}: choose from {', '.join(CODECS)}")
+        if type(self.tokens) is not int or self.tokens < 1:
+            raise ValueError(f"tokens is a number of tokens, 1 or more, got {self.tokens!r}")
+
+    def inputs(self, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
+        """Ids of the prompts, `[trials, tokens]`.
+
+        Raises:
+            ProbeError: the model or the prompts are too short.
+            TypeError: there is no tokenizer.
+        """
+        return torch.cat([prompts.ids for prompts in self._prompts(model, tokenizer)])
+
+    def _prompts(self, model: PreTrainedModel, tokenizer: Any) -> list[NeedlePrompts]:
+        if tokenizer is None:
+            raise TypeError("the paper's probe asks questions: give a tokenizer")
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or self.tokens
+        if self.tokens > longest:
+            raise ProbeError(f"the model takes {longest} tokens, the prompts of the probe have {self.tokens}")
+        try:
+            return [needle_prompts(tokenizer, needle, [depth], self.tokens) for needle, depth in TRIALS]
+        except ValueError as problem:
+            raise ProbeError(str(problem)) from None
+
+    def measure(self, model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor) -> PaperVerdict:
+        """Probe a model in eval mode; `ids` are those of `inputs`."""
+        began = time.perf_counter()
+        greedy = Tiered("paper_greedy", get_policy("greedy", BUDGET, **PAPER), self.codec)
+
+        def found(method: Method, prompts: NeedlePrompts) -> bool:
+            return retrieve(model, tokenizer, method, prompts, first_exact=True)[0]
+
+        trials = [
+            Trial(
+                answer=needle.answer, depth=depth, exact=found(Exact("exact"), prompts), tiered=found(greedy, prompts)
+            )
+            for (needle, depth), prompts in zip(TRIALS, self._prompts(model, tokenizer), strict=True)
+        ]
+        return PaperVerdict(
+            codec=self.codec, tokens=self.tokens, trials=tuple(trials), seconds=time.perf_counter() - began
+        )
