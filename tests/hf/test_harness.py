@@ -332,7 +332,7 @@ def test_command_errors(saved, folder, capsys, monkeypatch, tmp_path):
 def test_own_command_line_of_lm_eval(saved, folder, tmp_path):
     """Reads the whole collection of tasks, which takes its time; an unknown task is reported by our command too."""
     arguments = [sys.executable, "-m", "spectrumkv_hf.evaluation.lm_eval_model", "run", "--model", "spectrumkv"]
-    arguments += ["--model_args", f"pretrained={saved},policy=sink_protect:0.3,recent_window=0,device=cpu"]
+    arguments += ["--model_args", f"pretrained={saved},policy=sink_protect:0.3,recent_window=0", "--device", "cpu"]
     arguments += ["--tasks", "choice", "--include_path", folder, "--limit", "1", "--output_path", tmp_path]
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
