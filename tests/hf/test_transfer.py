@@ -20,6 +20,7 @@ from families import prompt
 from spectrumkv_hf import SpectrumCache, wire
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, TransferError, recv_cache, send_cache
 from spectrumkv_hf.transfer_link import FrameSender
+from spectrumkv_hf.transport import RankTransport
 
 FRAMES = wire.frames
 TOKENS = 300
@@ -273,7 +274,7 @@ def test_layers_are_received_during_prefill(pair, tmp_path):
 def send_counting(in_flight):
     """The most frames written and not acknowledged."""
     cache = new_cache_filled()
-    sender = FrameSender(1, None, PATIENCE, in_flight)
+    sender = FrameSender(RankTransport(1), PATIENCE, in_flight)
     most = []
 
     def counted(*args, **kwargs):
