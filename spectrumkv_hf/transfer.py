@@ -1,6 +1,6 @@
 """Caches from a prefill to a decode process, whole or layer by layer while prefill runs.
 
-They go between ranks of `torch.distributed`, or over any other `Transport`: see `spectrumkv_hf.engines`. The sender
+They go between ranks of `torch.distributed`, or over another `Transport`: see `spectrumkv_hf.engines`. The sender
 sends the frames of `spectrumkv_hf.wire`. The receiver checks a frame's header before it makes room for the payload, and
 acknowledges or refuses every frame; the sender never has more than `in_flight` frames unacknowledged.
 """
@@ -35,7 +35,7 @@ from spectrumkv_hf.transfer_link import (
     located,
     pack_reply,
 )
-from spectrumkv_hf.transport import HEAD_BYTES, RankTransport, Transport, TransportError
+from spectrumkv_hf.transport import HEAD_BYTES, RankTransport, ReceivingTransport, SendingTransport, TransportError
 from spectrumkv_hf.wire import FrameHeader, WireError
 from spectrumkv_hf.wire_frame import host_bytes
 
@@ -46,7 +46,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 def send_cache(
     cache: SpectrumCache,
-    dst: int | Transport,
+    dst: int | SendingTransport,
     group: dist.ProcessGroup | None = None,
     timeout: float = 60.0,
     in_flight: int = 2,
@@ -65,13 +65,13 @@ def send_cache(
         TransferError: the peer died, was too slow, or refused a frame.
         WireError: the cache can't be written.
     """
-    sender = FrameSender(transport_to(dst, group), timeout, in_flight)
+    sender = FrameSender(sending_to(dst, group), timeout, in_flight)
     sender.send(cache)
     return sender.report
 
 
 def recv_cache(
-    src: int | Transport,
+    src: int | ReceivingTransport,
     config: PreTrainedConfig,
     group: dist.ProcessGroup | None = None,
     timeout: float = 60.0,
@@ -115,14 +115,14 @@ class CacheSender:
     def __init__(
         self,
         cache: SpectrumCache,
-        dst: int | Transport,
+        dst: int | SendingTransport,
         group: dist.ProcessGroup | None = None,
         timeout: float = 60.0,
         in_flight: int = 2,
         tokens: int | None = None,
     ) -> None:
         self._cache, self._tokens = cache, tokens
-        transport = transport_to(dst, group)
+        transport = sending_to(dst, group)
         self._sender = FrameSender(transport, timeout, in_flight)
         self._final: queue.SimpleQueue[int] = queue.SimpleQueue()  # frames that may be written
         self._frames_due = 0
@@ -202,7 +202,7 @@ class CacheReceiver:
 
     def __init__(
         self,
-        src: int | Transport,
+        src: int | ReceivingTransport,
         config: PreTrainedConfig,
         group: dist.ProcessGroup | None = None,
         timeout: float = 60.0,
@@ -210,7 +210,7 @@ class CacheReceiver:
         device: torch.device | str | None = None,
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
-        self._transport = transport_to(src, group)
+        self._transport = receiving_from(src, group)
         self._timeout = check_timeout("timeout", timeout)
         self._first_timeout = check_timeout("first_timeout", timeout if first_timeout is None else first_timeout)
         self._device = torch.device(device or "cpu")
@@ -289,12 +289,24 @@ class CacheReceiver:
         return refusal or TransferError(f"{transport.peer} gave up before {expected}: {text}", layer, True)
 
 
-def transport_to(peer: int | Transport, group: dist.ProcessGroup | None) -> Transport:
-    """The peer's transport, or that of its rank."""
-    if isinstance(peer, int):
-        return RankTransport(peer, group)
-    if not hasattr(peer, "receive_head"):
-        raise TypeError(f"a peer is a rank or a Transport, got {type(peer).__name__}")
+def sending_to(dst: int | SendingTransport, group: dist.ProcessGroup | None) -> SendingTransport:
+    """The transport, or that of a rank."""
+    if isinstance(dst, int):
+        return RankTransport(dst, group)
+    check_transport(dst, "send", group)
+    return dst
+
+
+def receiving_from(src: int | ReceivingTransport, group: dist.ProcessGroup | None) -> ReceivingTransport:
+    """The transport, or that of a rank."""
+    if isinstance(src, int):
+        return RankTransport(src, group)
+    check_transport(src, "receive_head", group)
+    return src
+
+
+def check_transport(transport: object, method: str, group: dist.ProcessGroup | None) -> None:
+    if not hasattr(transport, method):
+        raise TypeError(f"the peer is a rank, or a transport that can {method}, got {type(transport).__name__}")
     if group is not None:
         raise ValueError("a group is that of a rank, but a transport was given")
-    return peer

@@ -12,7 +12,7 @@ import torch
 
 from spectrumkv_hf import wire
 from spectrumkv_hf.cache import SpectrumCache
-from spectrumkv_hf.transport import Transport, TransportError
+from spectrumkv_hf.transport import SendingTransport, TransportError
 from spectrumkv_hf.wire import Kind, WireError
 
 REASON_BYTES = 501
@@ -101,7 +101,7 @@ def check_timeout(name: str, timeout: float) -> float:
 class FrameSender:
     """Sends frames, of which it keeps a bounded number."""
 
-    def __init__(self, transport: Transport, timeout: float, in_flight: int) -> None:
+    def __init__(self, transport: SendingTransport, timeout: float, in_flight: int) -> None:
         if in_flight < 1:
             raise ValueError(f"in_flight is a number of frames, 1 or more, got {in_flight!r}")
         self._transport = transport
@@ -139,8 +139,12 @@ class FrameSender:
             raise
 
     def _push(self, frame: torch.Tensor, name: str, layer: int) -> None:
-        with located(name, layer):
-            self._transport.send(frame, self._timeout)
+        try:
+            with located(name, layer):
+                self._transport.send(frame, self._timeout)
+        except TransferError:
+            self._settle(0)  # what was said of earlier frames, or where it broke, says more
+            raise
         self._pending.append(_Pending(name, layer, frame))
 
     def _settle(self, left: int) -> None:

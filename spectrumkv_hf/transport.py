@@ -1,4 +1,4 @@
-"""What carries frames between processes: the protocol, and `torch.distributed`; others are in `spectrumkv_hf.engines`."""
+"""What carries frames between processes: the protocol, and `torch.distributed`. Others: `spectrumkv_hf.engines`."""
 
 from collections import deque
 from contextlib import suppress
@@ -35,14 +35,27 @@ class Transport(Protocol):
 
     peer: str
 
+    def close(self) -> None:
+        """End the connection: the peer's next wait fails at once. Never raises, and may be called twice."""
+
+
+class SendingTransport(Transport, Protocol):
+    """The end that sends frames."""
+
     def send(self, frame: torch.Tensor, timeout: float) -> None:
         """Hand over a frame, uint8 `[64 + payload]` on any device, which must not change until its reply."""
 
     def receive_reply(self, timeout: float) -> bytes:
         """The reply, 512 bytes, to the oldest frame that has none."""
+        ...
+
+
+class ReceivingTransport(Transport, Protocol):
+    """The end that receives them."""
 
     def receive_head(self, timeout: float) -> bytes:
-        """The next frame's head; `receive_payload` must follow."""
+        """The next frame's head; `receive_payload` must follow, unless the connection is closed."""
+        ...
 
     def receive_payload(self, size: int, device: torch.device, timeout: float) -> torch.Tensor:
         """The payload behind the head, uint8 `[size]`, its memory aligned to 64 bytes, on the device or the CPU.
@@ -50,16 +63,14 @@ class Transport(Protocol):
         Raises:
             WireError: the payload has another length, as far as the transport can tell. The frame is consumed.
         """
+        ...
 
     def reply(self, reply: bytes, timeout: float) -> None:
         """Answer the frame that was received, in 512 bytes."""
 
-    def close(self) -> None:
-        """End the connection: the peer's next wait fails at once. Never raises, and may be called twice."""
-
 
 class RankTransport:
-    """Another rank of a `torch.distributed` process group.
+    """Both ends of a connection to another rank of a `torch.distributed` process group.
 
     Heads and replies are CPU tensors. Payloads are CPU tensors too, unless the group's backend for CUDA is NCCL
     (`init_process_group("cpu:gloo,cuda:nccl")`); then they go from device to device, and both caches must lie on CUDA

@@ -16,7 +16,7 @@ from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import ClassVar, Self
 
 import torch
 
@@ -27,36 +27,20 @@ POLL = 0.002
 """Seconds between two looks for a file."""
 
 
-class DirectoryTransport:
-    """One end of a connection through a directory; a `spectrumkv_hf.transport.Transport`.
+class _End:
+    """What both ends have: the directory, a lock of their own and a look at the peer's."""
 
-    Args:
-        path: A directory of its own for each connection, which may serve many transfers one after another; made if
-            missing. Who can write into it can disturb the connection, but damage is found.
-        role: Which end this is.
+    role: ClassVar[str]
+    other: ClassVar[str]
 
-    Raises:
-        ValueError: the directory has or had a process of this role.
-        OSError: it can't be written.
-
-    Example:
-        ```python
-        with DirectoryTransport("/mnt/shared/request-17", "sender") as transport:
-            send_cache(cache, transport)
-        ```
-    """
-
-    def __init__(self, path: str | os.PathLike[str], role: Literal["sender", "receiver"]) -> None:
-        roles = ("sender", "receiver")
-        if role not in roles:
-            raise ValueError(f"role is {' or '.join(roles)}, got {role!r}")
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.peer = f"the {self.other}"
         self._path = Path(path)
         self._path.mkdir(parents=True, exist_ok=True)
-        self.peer = f"the {roles[role == 'sender']}"
-        self._peer_lock = self._path / f"{roles[role == 'sender']}.lock"
+        self._peer_lock = self._path / f"{self.other}.lock"
+        self._closed_by = f"lost {self.peer}: this side closed the connection"
         self._next_frame = self._next_reply = 0
-        self._open: BufferedReader | None = None  # of the frame whose head was read
-        self._lock: int | None = self._hold(self._path / f"{role}.lock")
+        self._lock: int | None = self._hold(self._path / f"{self.role}.lock")
 
     def _hold(self, name: Path) -> int:
         """A file of this name, with a lock that the peer never sees missing."""
@@ -74,51 +58,13 @@ class DirectoryTransport:
             os.unlink(temporary)
         return handle
 
-    def send(self, frame: torch.Tensor, timeout: float) -> None:
-        self._write(f"frame-{self._next_frame}", frame.cpu().numpy().data)
-        self._next_frame += 1
-
-    def receive_reply(self, timeout: float) -> bytes:
-        with self._arrived(f"reply-{self._next_reply}", timeout) as file:
-            reply = file.read(REPLY_BYTES + 1)
-        self._next_reply += 1
-        if len(reply) != REPLY_BYTES:
-            raise self._failed(f"{self.peer}'s reply has {len(reply)} bytes instead of {REPLY_BYTES}")
-        return reply
-
-    def receive_head(self, timeout: float) -> bytes:
-        self._open = self._arrived(f"frame-{self._next_frame}", timeout)
-        self._next_frame += 1
-        head = self._open.read(HEAD_BYTES)
-        if len(head) < HEAD_BYTES:
-            raise self._failed(f"truncated: {self.peer}'s frame has {len(head)} bytes, its head alone {HEAD_BYTES}")
-        return head
-
-    def receive_payload(self, size: int, device: torch.device, timeout: float) -> torch.Tensor:
-        if self._open is None:
-            raise self._failed("the connection is closed")
-        with self._open as file:
-            left = os.fstat(file.fileno()).st_size - HEAD_BYTES
-            if left != size:
-                raise WireError(f"the payload has {left} bytes, its header says {size}")
-            payload = torch.empty(size, dtype=torch.uint8)
-            got = file.readinto(payload.numpy().data)
-        if got != size:
-            raise WireError(f"the payload was cut to {got} bytes, its header says {size}")
-        return payload
-
-    def reply(self, reply: bytes, timeout: float) -> None:
-        self._write(f"reply-{self._next_reply}", reply)
-        self._next_reply += 1
-
     def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
+        """End the connection; see `Transport.close`. The directory stays."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> "DirectoryTransport":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -126,7 +72,7 @@ class DirectoryTransport:
 
     def _write(self, name: str, data: bytes | memoryview) -> None:
         """A file that appears when all of it is there."""
-        self._check_peer(name)
+        self._check_open()
         temporary = self._path / f".{name}"
         try:
             temporary.write_bytes(data)
@@ -141,6 +87,7 @@ class DirectoryTransport:
         until = time.monotonic() + timeout
         path = self._path / name
         while True:
+            self._check_open()
             alive = self._peer_lives()  # looked at before the file, so that a file of a peer that is gone counts
             try:
                 if not stat.S_ISREG(path.lstat().st_mode):
@@ -152,16 +99,15 @@ class DirectoryTransport:
                 pass
             except OSError as problem:
                 raise self._failed(f"can't read {name}: {problem}") from problem
-            self._check_peer(name, alive)
+            if not alive:
+                raise self._failed(f"lost {self.peer}: it died or closed the connection before {name}")
             if time.monotonic() > until:
                 raise self._failed(stalled(self.peer, timeout))
             time.sleep(POLL)
 
-    def _check_peer(self, name: str, alive: bool | None = None) -> None:
+    def _check_open(self) -> None:
         if self._lock is None:
-            raise TransportError(f"lost {self.peer}: the connection is closed")
-        if not (self._peer_lives() if alive is None else alive):
-            raise self._failed(f"lost {self.peer}: it died or closed the connection before {name}")
+            raise TransportError(self._closed_by)
 
     def _peer_lives(self) -> bool:
         """Whether the peer holds its lock, or has yet to come."""
@@ -178,4 +124,83 @@ class DirectoryTransport:
 
     def _failed(self, message: str) -> TransportError:
         self.close()
+        self._closed_by = message
         return TransportError(message)
+
+
+class DirectorySender(_End):
+    """The sending end; a `spectrumkv_hf.transport.SendingTransport`.
+
+    Args:
+        path: A directory of its own for each connection, which may serve many transfers one after another; made if
+            missing. Who can write into it can disturb the connection, but damage is found.
+
+    Raises:
+        ValueError: the directory has or had a sender.
+        OSError: it can't be written.
+
+    Example:
+        ```python
+        with DirectorySender("/mnt/shared/request-17") as transport:
+            send_cache(cache, transport)
+        ```
+    """
+
+    role, other = "sender", "receiver"
+
+    def send(self, frame: torch.Tensor, timeout: float) -> None:
+        self._write(f"frame-{self._next_frame}", frame.cpu().numpy().data)
+        self._next_frame += 1
+
+    def receive_reply(self, timeout: float) -> bytes:
+        with self._arrived(f"reply-{self._next_reply}", timeout) as file:
+            reply = file.read(REPLY_BYTES + 1)
+        self._next_reply += 1
+        if len(reply) != REPLY_BYTES:
+            raise self._failed(f"{self.peer}'s reply has {len(reply)} bytes instead of {REPLY_BYTES}")
+        return reply
+
+
+class DirectoryReceiver(_End):
+    """The receiving end; a `spectrumkv_hf.transport.ReceivingTransport`.
+
+    Args, Raises: As of `DirectorySender`.
+    """
+
+    role, other = "receiver", "sender"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._file: BufferedReader | None = None  # of the frame whose head was read
+
+    def receive_head(self, timeout: float) -> bytes:
+        self._file = self._arrived(f"frame-{self._next_frame}", timeout)
+        self._next_frame += 1
+        head = self._file.read(HEAD_BYTES)
+        if len(head) < HEAD_BYTES:
+            raise self._failed(f"truncated: {self.peer}'s frame has {len(head)} bytes, its head alone {HEAD_BYTES}")
+        return head
+
+    def receive_payload(self, size: int, device: torch.device, timeout: float) -> torch.Tensor:
+        self._check_open()
+        assert self._file is not None
+        with self._file as file:
+            left = os.fstat(file.fileno()).st_size - HEAD_BYTES
+            if left != size:
+                raise WireError(f"the payload has {left} bytes, its header says {size}")
+            payload = torch.empty(size, dtype=torch.uint8)
+            got = file.readinto(payload.numpy().data)
+        if got != size:
+            raise WireError(f"the payload was cut to {got} bytes, its header says {size}")
+        return payload
+
+    def reply(self, reply: bytes, timeout: float) -> None:
+        if not self._peer_lives():
+            raise self._failed(f"lost {self.peer}: it died or closed the connection")
+        self._write(f"reply-{self._next_reply}", reply)
+        self._next_reply += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
