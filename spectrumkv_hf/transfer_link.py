@@ -139,13 +139,13 @@ class FrameSender:
             raise
 
     def _push(self, frame: torch.Tensor, name: str, layer: int) -> None:
+        self._pending.append(_Pending(name, layer, frame))
         try:
             with located(name, layer):
                 self._transport.send(frame, self._timeout)
         except TransferError:
-            self._settle(0)  # what was said of earlier frames, or where it broke, says more
+            self._settle(0)  # what the receiver said before the end says more
             raise
-        self._pending.append(_Pending(name, layer, frame))
 
     def _settle(self, left: int) -> None:
         """Wait for replies until `left` frames have none."""

@@ -108,6 +108,8 @@ class RankTransport:
         self._tensors.append((head, payload))
 
     def receive_reply(self, timeout: float) -> bytes:
+        if not self._sent:
+            raise TransportError(f"lost {self.peer}: the frame could not be sent")
         works, reply, replied = self._sent[0]
         self._wait(replied, timeout)
         with suppress(TransportError):  # the reply says more

@@ -7,10 +7,12 @@ cache, and gives slots back over a TCP connection of our own, on which the ends 
 die. No pickle is involved. Whoever reaches the port can send; use networks that you trust.
 """
 
+import select
 import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -119,6 +121,7 @@ class NixlReceiver(End):
         self._tell(REPLY, reply, timeout)
 
     def _tell(self, kind: int, data: bytes, timeout: float) -> None:
+        self._hear_nothing(0)  # a sender that is gone must not seem to hear
         connection = self._connection()
         with self._watched():
             try:
@@ -129,7 +132,7 @@ class NixlReceiver(End):
 
     def _wait_for_part(self, timeout: float) -> None:
         """Until a part of the next frame is there."""
-        until, noise = time.monotonic() + timeout, bytearray()
+        until = time.monotonic() + timeout
         while not self._parts.get(self._next):
             self._connection()
             with self._watched():
@@ -138,10 +141,15 @@ class NixlReceiver(End):
                 self._note(note)
             if notes:
                 continue
-            self._heard(noise, POLL)  # only now: what a peer sent before it died counts
-            if noise:
-                raise self._failed(f"{self.peer} sent {len(noise)} bytes on a connection on which it says nothing")
+            self._hear_nothing(POLL)  # only now: what a peer sent before it died counts
             self._check_time(until, timeout)
+
+    def _hear_nothing(self, pause: float) -> None:
+        """Notice within `pause` seconds that the sender is gone."""
+        noise = bytearray()
+        self._heard(noise, pause)
+        if noise:
+            raise self._failed(f"{self.peer} sent {len(noise)} bytes on a connection on which it says nothing")
 
     def _note(self, note: bytes) -> None:
         """Keep a notification, once it is sound."""
@@ -212,7 +220,7 @@ class NixlSender(End):
 
     def receive_reply(self, timeout: float) -> bytes:
         until = time.monotonic() + timeout
-        while not self._replies:
+        while not self._replies:  # those that came before the connection ended count
             self._listen()
             self._check_time(until, timeout)
         return self._replies.popleft()
@@ -240,12 +248,9 @@ class NixlSender(End):
 
     def _listen(self) -> None:
         """Take in what the receiver says, and drive NIXL."""
-        self._connection()
         self._done(list(self._transfers))
         self._heard(self._said, POLL)
-        while len(self._said) >= MESSAGE.size:
-            kind, data = MESSAGE.unpack(self._said[: MESSAGE.size])
-            del self._said[: MESSAGE.size]
+        for kind, data in self._messages():
             if kind == REPLY:
                 self._replies.append(data)
                 continue
@@ -258,6 +263,21 @@ class NixlSender(End):
             with self._watched():
                 self._transfers.pop(slot).release()
             self._free.append(slot)
+
+    def _messages(self) -> Iterator[tuple[int, bytes]]:
+        while len(self._said) >= MESSAGE.size:
+            yield MESSAGE.unpack(self._said[: MESSAGE.size])
+            del self._said[: MESSAGE.size]
+
+    def _failed(self, message: str) -> TransportError:
+        with suppress(OSError):  # the receiver may have said why, where NIXL only knows that it is gone
+            while self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+                data = self._socket.recv(1 << 16)
+                self._said += data
+                if not data:
+                    break
+        self._replies += [data for kind, data in self._messages() if kind == REPLY]
+        return super()._failed(message)
 
     def _release(self) -> None:
         for transfer in self._transfers.values():

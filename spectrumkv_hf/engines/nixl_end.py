@@ -17,7 +17,7 @@ from spectrumkv_hf.transport import TransportError, stalled
 from spectrumkv_hf.wire import WireError
 
 HELLO = struct.Struct("<8sHIQQI")
-"""What the receiver says first: magic, version, slots, bytes of a slot, address, bytes of its metadata, which follow."""
+"""What the receiver says first: magic, version, slots, bytes of a slot, address, bytes of the metadata behind it."""
 HELLO_MAGIC = b"SPKVNIXL"
 VERSION = 1
 MAX_METADATA = 1 << 20

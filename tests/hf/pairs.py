@@ -9,6 +9,7 @@ import time
 import traceback
 from datetime import timedelta
 
+import families
 import pytest
 import torch
 import torch.distributed as dist
@@ -81,6 +82,7 @@ def serve(connection):
     """A process that runs the tasks it is sent: function, transport, rank, rendezvous file, arguments."""
     global _peer
     torch.set_num_threads(1)
+    families.model("llama")  # so that short timeouts don't meet it half made
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(UCX_TLS="tcp,self", UCX_NET_DEVICES="lo", NIXL_LOG_LEVEL="ERROR")
     while True:
@@ -116,6 +118,7 @@ class Worker:
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
+            self.process.join()
             return None, 0.0
 
 

@@ -233,6 +233,14 @@ def damaged_end(frames):
     return frames
 
 
+def truncated(frames):
+    return [*frames[:2], frames[2][:-128], frames[3]]
+
+
+def extended(frames):
+    return [*frames[:2], torch.cat((frames[2], frames[2][:64])), frames[3]]
+
+
 def of_another_stream(frames):
     other = list(FRAMES(new_cache_filled(), stream=1))
     return [*frames[:2], other[2], frames[3]]
@@ -306,6 +314,17 @@ def test_refused_frames(pair, alter, layer, message):
         assert torch.equal(logits, expected("llama", "greedy", 0.5))
         assert re.search(message, text), text
     assert received[1] == layer
+
+
+@pytest.mark.parametrize("alter", [truncated, extended])
+def test_payload_of_another_length(pair, kind, alter):
+    if kind == "gloo":
+        pytest.skip("gloo does not tell the length")
+    sent, received, took = pair(functools.partial(send_altered, alter, True), functools.partial(receive_altered, True))
+    for text, _, usable, logits in (sent, received):
+        assert usable
+        assert torch.equal(logits, expected("llama", "greedy", 0.5))
+        assert re.search(r"layer 1: the payload has \d+ bytes, its header says \d+", text), text
 
 
 @pytest.mark.parametrize(("alter", "message"), [(damaged_header, "CRC-32"), (huge, "more than the limit")])
@@ -395,7 +414,7 @@ def send_with_fault(streamed, happens):
 def receive_with_fault(happens):
     fault = before_layer_1(happens, sending=False) if happens else contextlib.nullcontext()
     with fault, pytest.raises(TransferError) as caught:
-        recv_cache(peer(), model("llama").config, timeout=TIMEOUT)
+        recv_cache(peer(), model("llama").config, timeout=TIMEOUT, first_timeout=PATIENCE)
     return str(caught.value), caught.value.layer, caught.value.group_usable, None
 
 
