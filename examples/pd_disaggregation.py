@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
@@ -316,16 +316,16 @@ def work(rank: int, args: argparse.Namespace, address: str) -> None:
     dist.destroy_process_group()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, transports: Iterable[str] = ("gloo", "nccl")) -> None:
     """Those that `limited_link.py` has too."""
     add_model_arguments(parser)
+    parser.add_argument("--transport", choices=transports, default="gloo", help="how caches travel; file: a folder")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that any message may take")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--transport", choices=TRANSPORTS, default="gloo", help="how caches travel; file: a folder")
+    add_arguments(parser, TRANSPORTS)
     parser.add_argument("--host", default="127.0.0.1", help="address at which the decode side waits, for nixl")
     parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
     parser.add_argument("--budget", type=float, help="fraction of the FP16 bytes; default: the policy's own")
