@@ -2,15 +2,20 @@
 
 python examples/pd_disaggregation.py --budget 0.3
 torchrun --nproc-per-node 2 examples/pd_disaggregation.py --budget 0.3
+python examples/pd_disaggregation.py --budget 0.3 --transport nixl  # with the extra of that name
 """
 
 import argparse
+import atexit
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
@@ -22,15 +27,18 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from spectrumkv_hf import Policy, SpectrumCache, get_policy
 from spectrumkv_hf.bypass import TransferCosts, choose_policy
+from spectrumkv_hf.engines.directory import DirectoryReceiver, DirectorySender
 from spectrumkv_hf.evaluation.environment import environment
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
+from spectrumkv_hf.transport import ReceivingTransport, SendingTransport
 
 PREFILL, DECODE = 0, 1
 """Ranks."""
-TRANSPORTS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+TRANSPORTS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl", "file": "gloo", "nixl": "gloo"}
+"""Transports of caches, and the backends of the process group, over which everything else goes."""
 
 
 @dataclass
@@ -119,20 +127,27 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, cache: SpectrumCache, to
     return output[0, ids.shape[1] :].tolist()
 
 
-def prefill_and_send(model: PreTrainedModel, ids: torch.Tensor, policy: Policy, streamed: bool, timeout: float) -> Sent:
+def prefill_and_send(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    policy: Policy,
+    streamed: bool,
+    timeout: float,
+    to: int | SendingTransport = DECODE,
+) -> Sent:
     """Prefill `ids`, `[1, tokens]`, send the cache to the decode rank, and then the first token with the times."""
     cache = SpectrumCache(model.config, policy=policy)
     sent = Sent(tokens=ids.shape[1], started=time.monotonic())
     with timed_compression(cache) as compressing:
         if streamed:
-            with CacheSender(cache, DECODE, timeout=timeout) as sender:
+            with CacheSender(cache, to, timeout=timeout) as sender:
                 (sent.first_token,) = generate(model, ids, cache, 1, Clock())
                 sent.prefilled = time.monotonic()
             report = sender.report
         else:
             (sent.first_token,) = generate(model, ids, cache, 1, Clock())
             sent.prefilled = time.monotonic()
-            report = send_cache(cache, DECODE, timeout=timeout)
+            report = send_cache(cache, to, timeout=timeout)
     sent.finished = time.monotonic()
     sent.compressing, sent.sending, sent.sent_bytes = compressing(), report.seconds, report.bytes
     sent.fp16_bytes = cache.memory().fp16
@@ -141,10 +156,15 @@ def prefill_and_send(model: PreTrainedModel, ids: torch.Tensor, policy: Policy, 
 
 
 def receive_and_decode(
-    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, timeout: float, prefill_timeout: float
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    new_tokens: int,
+    timeout: float,
+    prefill_timeout: float,
+    source: int | ReceivingTransport = PREFILL,
 ) -> tuple[Sent, Received]:
     """Receive the cache of `ids`, `[1, tokens]`, and generate the rest of the answer over it."""
-    receiver = CacheReceiver(PREFILL, model.config, timeout=timeout, first_timeout=prefill_timeout, device=model.device)
+    receiver = CacheReceiver(source, model.config, timeout=timeout, first_timeout=prefill_timeout, device=model.device)
     cache = receiver.receive()
     complete = time.monotonic()
     numbers = torch.empty(len(fields(Sent)), dtype=torch.float64)
@@ -188,12 +208,53 @@ def join(args: argparse.Namespace, rank: int, address: str) -> None:
     dist.init_process_group(TRANSPORTS[args.transport], init_method=address, rank=rank, world_size=2, timeout=limit)
 
 
+def sender_of(args: argparse.Namespace) -> int | SendingTransport:
+    """What leads to the decode rank, which says where it waits."""
+    if args.transport == "file":
+        return DirectorySender(receive_text())
+    if args.transport == "nixl":
+        from spectrumkv_hf.engines.nixl import NixlSender
+
+        host, port = receive_text().split()
+        return NixlSender(host, int(port), args.timeout)
+    return DECODE
+
+
+def receiver_of(args: argparse.Namespace) -> int | ReceivingTransport:
+    """What leads to the prefill rank, once that knows where to send."""
+    if args.transport == "file":
+        folder = tempfile.mkdtemp(prefix="spectrumkv-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        send_text(folder)
+        return DirectoryReceiver(folder)
+    if args.transport == "nixl":
+        from spectrumkv_hf.engines.nixl import NixlListener
+
+        with NixlListener(args.host) as listener:
+            send_text(f"{listener.address[0]} {listener.address[1]}")
+            return listener.accept(args.timeout)
+    return PREFILL
+
+
+def send_text(text: str) -> None:
+    """To the prefill rank, in 256 bytes."""
+    dist.send(torch.tensor(list(text.encode().ljust(256, b"\0")), dtype=torch.uint8), PREFILL)
+
+
+def receive_text() -> str:
+    """From the decode rank."""
+    data = torch.empty(256, dtype=torch.uint8)
+    dist.recv(data, DECODE)
+    return bytes(data.tolist()).rstrip(b"\0").decode()
+
+
 def run_prefill(args: argparse.Namespace) -> None:
     model, tokenizer = load_from(args)
+    to = sender_of(args)
     policy = get_policy(args.policy, args.budget)
     for index, ids in enumerate(prompts(tokenizer, [args.tokens[0], *args.tokens])):
         dist.barrier()
-        sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout)
+        sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout, to)
         if index == 0 and args.bandwidth and not policy.lossless:  # the warm-up tells what compressing costs
             costs = TransferCosts(
                 fp16_bytes=int(sent.fp16_bytes),
@@ -210,12 +271,12 @@ def run_prefill(args: argparse.Namespace) -> None:
 
 def run_decode(args: argparse.Namespace) -> None:
     model, tokenizer = load_from(args)
-    about = environment(model)
+    about, source = environment(model), receiver_of(args)
     answers, policies, rows, every = [], [], [], prompts(tokenizer, [args.tokens[0], *args.tokens])
     for ids in every:
         dist.barrier()
         sent, received = receive_and_decode(
-            model, ids.to(model.device), args.max_new_tokens, args.timeout, args.timeout
+            model, ids.to(model.device), args.max_new_tokens, args.timeout, args.timeout, source
         )
         answers.append(received.answer)
         policies.append(received.policy)
@@ -255,16 +316,17 @@ def work(rank: int, args: argparse.Namespace, address: str) -> None:
     dist.destroy_process_group()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, transports: Iterable[str] = ("gloo", "nccl")) -> None:
     """Those that `limited_link.py` has too."""
     add_model_arguments(parser)
-    parser.add_argument("--transport", choices=TRANSPORTS, default="gloo")
+    parser.add_argument("--transport", choices=transports, default="gloo", help="how caches travel; file: a folder")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that any message may take")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, TRANSPORTS)
+    parser.add_argument("--host", default="127.0.0.1", help="address at which the decode side waits, for nixl")
     parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
     parser.add_argument("--budget", type=float, help="fraction of the FP16 bytes; default: the policy's own")
     parser.add_argument("--bandwidth", type=float, help="of the link, Mbit/s: send exact where compressing doesn't pay")
@@ -286,6 +348,8 @@ def main() -> None:
             raise ValueError("--tokens are 1 or more, --max-new-tokens 2 or more, --timeout is positive")
         if args.transport == "nccl" and torch.cuda.device_count() < 2:
             raise ValueError("--transport nccl needs two CUDA devices")
+        if args.transport == "nixl" and not any(map(importlib.util.find_spec, ("nixl", "nixl_cu12", "nixl_cu13"))):
+            raise ValueError("--transport nixl needs NIXL: pip install 'spectrumkv-hf[nixl]'")
     except (OSError, TypeError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,13 +1,8 @@
-"""Caches from a prefill to a decode process over `torch.distributed`, whole or layer by layer while prefill runs.
+"""Caches from a prefill to a decode process, whole or layer by layer while prefill runs.
 
-The sender sends each frame of `spectrumkv_hf.wire` as two messages: its header of fixed size, which the receiver checks
-before it makes room for the second, the payload at its exact size. (gloo aborts the process when a buffer is too small,
-and says nothing when it is too large.) The receiver acknowledges or refuses every frame, and the sender never has more
-than `in_flight` frames unacknowledged.
-
-Headers and acknowledgements are CPU tensors. Payloads are CPU tensors too, unless the group's backend for CUDA is NCCL
-(`init_process_group("cpu:gloo,cuda:nccl")`); then they go from device to device, and both caches must lie on CUDA
-devices. That path has not been tested.
+They go between ranks of `torch.distributed`, or over another `Transport`: see `spectrumkv_hf.engines`. The sender
+sends the frames of `spectrumkv_hf.wire`. The receiver checks a frame's header before it makes room for the payload, and
+acknowledges or refuses every frame; the sender never has more than `in_flight` frames unacknowledged.
 """
 
 import queue
@@ -25,26 +20,24 @@ from spectrumkv_hf import wire
 from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.transfer_link import (
     ACCEPTED,
-    HEADER_TAG,
     LOST,
-    PAYLOAD_TAG,
-    REASON_BYTES,
     REFUSED,
-    REPLY_TAG,
     STOP,
     STOP_MAGIC,
     FrameSender,
     GivenUp,
-    Link,
     TransferError,
     TransferReport,
-    bytes_of,
+    check_timeout,
     describe,
     frame_name,
     layer_in,
-    reply_tensor,
+    located,
+    pack_reply,
 )
+from spectrumkv_hf.transport import HEAD_BYTES, RankTransport, ReceivingTransport, SendingTransport, TransportError
 from spectrumkv_hf.wire import FrameHeader, WireError
+from spectrumkv_hf.wire_frame import host_bytes
 
 __all__ = ["CacheReceiver", "CacheSender", "TransferError", "TransferReport", "recv_cache", "send_cache"]
 
@@ -53,7 +46,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 def send_cache(
     cache: SpectrumCache,
-    dst: int,
+    dst: int | SendingTransport,
     group: dist.ProcessGroup | None = None,
     timeout: float = 60.0,
     in_flight: int = 2,
@@ -62,9 +55,9 @@ def send_cache(
 
     Args:
         cache: Any; it may be used further.
-        dst: Global rank.
-        group: Process group with a backend for CPU tensors; None: the default group. One transfer at a time between
-            two of its ranks.
+        dst: Global rank, or a transport that leads to the receiver.
+        group: Of the rank: process group with a backend for CPU tensors; None: the default group. One transfer at a
+            time between two of its ranks.
         timeout: Seconds that a message may take; on a slow link, more than a layer's frame needs.
         in_flight: Frames sent and not yet acknowledged, 1 or more; each is a copy of one layer.
 
@@ -72,13 +65,13 @@ def send_cache(
         TransferError: the peer died, was too slow, or refused a frame.
         WireError: the cache can't be written.
     """
-    sender = FrameSender(dst, group, timeout, in_flight)
+    sender = FrameSender(sending_to(dst, group), timeout, in_flight)
     sender.send(cache)
     return sender.report
 
 
 def recv_cache(
-    src: int,
+    src: int | ReceivingTransport,
     config: PreTrainedConfig,
     group: dist.ProcessGroup | None = None,
     timeout: float = 60.0,
@@ -87,7 +80,7 @@ def recv_cache(
     """Receive the cache that rank `src` sends by `send_cache` or a `CacheSender`.
 
     Args:
-        src: Global rank.
+        src: Global rank, or a transport that leads to the sender.
         config: Of the model that will use the cache.
         group, timeout: As of `send_cache`.
         options: Further ones of `CacheReceiver`.
@@ -122,19 +115,20 @@ class CacheSender:
     def __init__(
         self,
         cache: SpectrumCache,
-        dst: int,
+        dst: int | SendingTransport,
         group: dist.ProcessGroup | None = None,
         timeout: float = 60.0,
         in_flight: int = 2,
         tokens: int | None = None,
     ) -> None:
         self._cache, self._tokens = cache, tokens
-        self._sender = FrameSender(dst, group, timeout, in_flight)
+        transport = sending_to(dst, group)
+        self._sender = FrameSender(transport, timeout, in_flight)
         self._final: queue.SimpleQueue[int] = queue.SimpleQueue()  # frames that may be written
         self._frames_due = 0
         self._given_up: GivenUp | None = None
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"cache to rank {dst}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"cache to {transport.peer}", daemon=True)
         self._detach = cache.on_layer(self._on_layer)
         self._thread.start()
 
@@ -208,7 +202,7 @@ class CacheReceiver:
 
     def __init__(
         self,
-        src: int,
+        src: int | ReceivingTransport,
         config: PreTrainedConfig,
         group: dist.ProcessGroup | None = None,
         timeout: float = 60.0,
@@ -216,10 +210,9 @@ class CacheReceiver:
         device: torch.device | str | None = None,
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
-        self._link = Link(src, group, timeout)
-        if first_timeout is not None and not first_timeout > 0:
-            raise ValueError(f"first_timeout is a positive number of seconds, got {first_timeout!r}")
-        self._first_timeout = timeout if first_timeout is None else first_timeout
+        self._transport = receiving_from(src, group)
+        self._timeout = check_timeout("timeout", timeout)
+        self._first_timeout = check_timeout("first_timeout", timeout if first_timeout is None else first_timeout)
         self._device = torch.device(device or "cpu")
         self._limit = max_frame_bytes
         self._assembler = wire.Assembler(config, self._device)
@@ -231,7 +224,7 @@ class CacheReceiver:
         Raises:
             TransferError: the peer died, was too slow, gave up, or sent damage.
         """
-        link, report = self._link, self.report
+        transport, report = self._transport, self.report
         refusal: TransferError | None = None
         while True:
             try:
@@ -242,20 +235,21 @@ class CacheReceiver:
                 refusal.group_usable = False
                 raise refusal from problem
             name, layer = frame_name(header.layer, header.kind), header.layer
-            payload = torch.empty(header.padded, dtype=torch.uint8, device=self._device if link.on_device else "cpu")
-            link.receive(payload, PAYLOAD_TAG, name, layer)
             cache, began = None, time.monotonic()
-            if refusal is None:
-                try:
-                    cache = self._assembler.add(header, payload)
-                except Exception as problem:  # even what is no WireError: the sender is to know, and not to wait
-                    where = "" if isinstance(problem, WireError) else f"{name}: "
-                    refusal = TransferError(f"from rank {link.peer}: {where}{describe(problem)}", layer, True)
-                    refusal.__cause__ = problem
+            try:
+                with located(name, layer):
+                    payload = transport.receive_payload(header.padded, self._device, self._timeout)
+                began = time.monotonic()
+                cache = self._assembler.add(header, payload) if refusal is None else None
+            except TransferError:
+                raise
+            except Exception as problem:  # even what is no WireError: the sender is to know, and not to wait
+                where = "" if isinstance(problem, WireError) and name in str(problem) else f"{name}: "
+                refusal = refusal or TransferError(f"from {transport.peer}: {where}{describe(problem)}", layer, True)
+                refusal.__cause__ = refusal.__cause__ or problem
             report.packing += time.monotonic() - began
-            link.send(
-                reply_tensor(ACCEPTED if refusal is None else REFUSED, str(refusal or "")), REPLY_TAG, name, layer
-            )
+            with located(name, layer):
+                transport.reply(pack_reply(REFUSED if refusal else ACCEPTED, str(refusal or "")), self._timeout)
             report.frames, report.bytes = report.frames + 1, report.bytes + FrameHeader.SIZE + header.padded
             report.finished = time.monotonic()
             if cache is not None:
@@ -263,24 +257,56 @@ class CacheReceiver:
 
     def _header(self, refusal: TransferError | None) -> FrameHeader:
         """The next frame's header; or an error, where the sender stops or something else arrives."""
-        link, expected = self._link, self._assembler.expected
-        head = torch.empty(FrameHeader.SIZE, dtype=torch.uint8)
+        transport, expected = self._transport, self._assembler.expected
         layer = layer_in(expected)
-        link.receive(head, HEADER_TAG, expected, layer, None if self.report.frames else self._first_timeout)
+        with located(expected, layer):
+            head = transport.receive_head(self._timeout if self.report.frames else self._first_timeout)
         if not self.report.frames:
             self.report.started = time.monotonic()
-        magic, size = STOP.unpack(bytes_of(head))
-        if magic == STOP_MAGIC and size <= REASON_BYTES:
-            reason = torch.empty(size, dtype=torch.uint8)
-            if size:
-                link.receive(reason, PAYLOAD_TAG, "the sender's reason to stop", layer)
-            text = bytes_of(reason).decode(errors="replace")
-            raise refusal or TransferError(f"rank {link.peer} gave up before {expected}: {text}", layer, True)
+        if head.startswith(STOP_MAGIC):
+            raise self._stopped(head, refusal, expected, layer)
         try:
             return FrameHeader.parse(head, self._limit)
         except WireError as problem:
-            message = f"from rank {link.peer}: {expected}: {problem}"
-            with suppress(TransferError):
-                link.send(reply_tensor(LOST, message), REPLY_TAG, expected, layer)
-            link.close()
+            message = f"from {transport.peer}: {expected}: {problem}"
+            with suppress(TransportError):
+                transport.reply(pack_reply(LOST, message), self._timeout)
+            transport.close()
             raise TransferError(message, layer) from problem
+
+    def _stopped(self, head: bytes, refusal: TransferError | None, expected: str, layer: int) -> TransferError:
+        """Hear out a sender that stops; the error that results."""
+        transport = self._transport
+        try:
+            with located(expected, layer):
+                rest = transport.receive_payload(STOP.size - HEAD_BYTES, torch.device("cpu"), self._timeout)
+                transport.reply(pack_reply(ACCEPTED, ""), self._timeout)
+        except WireError as problem:
+            transport.close()
+            return TransferError(f"from {transport.peer}: {expected}: {problem}", layer)
+        _, size, reason = STOP.unpack(head + host_bytes(rest))
+        text = reason[:size].decode(errors="replace")
+        return refusal or TransferError(f"{transport.peer} gave up before {expected}: {text}", layer, True)
+
+
+def sending_to(dst: int | SendingTransport, group: dist.ProcessGroup | None) -> SendingTransport:
+    """The transport, or that of a rank."""
+    if isinstance(dst, int):
+        return RankTransport(dst, group)
+    check_transport(dst, "send", group)
+    return dst
+
+
+def receiving_from(src: int | ReceivingTransport, group: dist.ProcessGroup | None) -> ReceivingTransport:
+    """The transport, or that of a rank."""
+    if isinstance(src, int):
+        return RankTransport(src, group)
+    check_transport(src, "receive_head", group)
+    return src
+
+
+def check_transport(transport: object, method: str, group: dist.ProcessGroup | None) -> None:
+    if not hasattr(transport, method):
+        raise TypeError(f"the peer is a rank, or a transport that can {method}, got {type(transport).__name__}")
+    if group is not None:
+        raise ValueError("a group is that of a rank, but a transport was given")

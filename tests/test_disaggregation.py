@@ -15,13 +15,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["--streamed", "--whole"])
+@pytest.mark.parametrize("how", ["--streamed", "--whole", "--transport=file", "--transport=nixl"])
 def test_two_processes_answer_as_one(how, tmp_path):
     """The example compares the answers itself, and fails where they differ."""
     try:
         models.smollm2_file()
     except FileNotFoundError as problem:
         pytest.skip(str(problem))
+    if how.endswith("nixl"):
+        pytest.importorskip("nixl_cu12")
     report = tmp_path / "report.json"
     command = [sys.executable, EXAMPLES / "pd_disaggregation.py", "--tokens", "300", "500", "--json", report, how]
     command += ["--dtype", "bfloat16", "--budget", "0.3"]

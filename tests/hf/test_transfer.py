@@ -1,109 +1,26 @@
-"""Transfers between two processes over gloo: whole and streamed, and every way in which they fail."""
+"""Transfers between two processes over every transport: whole and streamed, and every way in which they fail."""
 
 import contextlib
 import functools
-import itertools
-import multiprocessing
 import os
 import re
 import signal
 import time
-import traceback
-from datetime import timedelta
 
 import families
 import pytest
 import torch
-import torch.distributed as dist
 from families import prompt
+from pairs import PATIENCE, names, peer
 
 from spectrumkv_hf import SpectrumCache, wire
-from spectrumkv_hf.transfer import CacheReceiver, CacheSender, TransferError, recv_cache, send_cache
+from spectrumkv_hf.transfer import CacheReceiver, CacheSender, TransferError, recv_cache, send_cache, sending_to
 from spectrumkv_hf.transfer_link import FrameSender
 
 FRAMES = wire.frames
 TOKENS = 300
-PATIENCE = 60.0
-"""Seconds after which a test gives up; nothing here takes long, but processes start slowly on a busy machine."""
 TIMEOUT = 1.0
 """Of transfers that are to fail."""
-
-
-# -- two processes ----------------------------------------------------------------------------------------------------
-
-
-def _serve(connection):
-    """A process that runs the tasks it is sent: function, rank, rendezvous file, arguments."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    while True:
-        function, rank, store, arguments = connection.recv()
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
-        )
-        try:
-            dist.barrier()
-            began = time.monotonic()
-            outcome = function(*arguments)
-        except BaseException:  # whatever it is, the test shall see it
-            outcome = AssertionError(traceback.format_exc())
-        seconds = time.monotonic() - began
-        dist.destroy_process_group()
-        connection.send((outcome, seconds))
-
-
-class Worker:
-    def __init__(self):
-        self.connection, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-
-    def result(self):
-        """What the task returned or raised, and its seconds; None of a process that died."""
-        if not self.connection.poll(2 * PATIENCE):
-            return AssertionError("a process hangs"), 0.0
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            return None, 0.0
-
-
-@pytest.fixture(scope="module")
-def start_pair():
-    workers = []
-
-    def start():
-        while len(workers) < 2 or not all(worker.process.is_alive() for worker in workers):
-            workers[:] = [worker for worker in workers if worker.process.is_alive()]
-            workers.append(Worker())
-        return workers
-
-    yield start
-    for worker in workers:
-        worker.process.kill()
-        worker.process.join()
-
-
-@pytest.fixture
-def pair(start_pair, tmp_path):
-    """Runs a sender's and a receiver's function at once, gives what they return and the longer of their times."""
-    counter = itertools.count()
-
-    def run(send, receive):
-        workers = start_pair()
-        store = tmp_path / f"store{next(counter)}"
-        for rank, (worker, task) in enumerate(zip(workers, (send, receive), strict=True)):
-            function, arguments = (task.func, task.args) if isinstance(task, functools.partial) else (task, ())
-            worker.connection.send((function, rank, str(store), arguments))
-        outcomes = [worker.result() for worker in workers]
-        for outcome, _ in outcomes:
-            if isinstance(outcome, AssertionError):
-                raise outcome
-        (sent, took), (received, took_too) = outcomes
-        return sent, received, max(took, took_too)
-
-    return run
 
 
 # -- what they run ----------------------------------------------------------------------------------------------------
@@ -140,21 +57,21 @@ def expected(family, policy, budget):
 def send_whole(family, policy, budget, timeout=PATIENCE):
     cache = new_cache(family, policy, budget)
     prefill(family, cache)
-    report = send_cache(cache, 1, timeout=timeout)
+    report = send_cache(cache, peer(), timeout=timeout)
     assert report.frames == len(cache.layers) + 2
     return cache.serialize().clone(), report.bytes, decode(family, cache)
 
 
 def send_streamed(family, policy, budget):
     cache = new_cache(family, policy, budget)
-    with CacheSender(cache, 1, timeout=PATIENCE) as sender:
+    with CacheSender(cache, peer(), timeout=PATIENCE) as sender:
         prefill(family, cache)
     assert all(getattr(layer, "on_final", None) is None for layer in cache.layers)
     return cache.serialize().clone(), sender.report.bytes, decode(family, cache)
 
 
 def receive(family, timeout=PATIENCE):
-    receiver = CacheReceiver(0, model(family).config, timeout=timeout)
+    receiver = CacheReceiver(peer(), model(family).config, timeout=timeout)
     cache = receiver.receive()
     return cache.serialize().clone(), receiver.report.bytes, decode(family, cache)
 
@@ -194,17 +111,17 @@ def send_from_gpu(streamed):
     cache = new_cache("llama", "greedy", 0.5)
     with on_gpu("llama"):
         if streamed:
-            with CacheSender(cache, 1, timeout=PATIENCE):
+            with CacheSender(cache, peer(), timeout=PATIENCE):
                 prefill("llama", cache)
         else:
             prefill("llama", cache)
-            send_cache(cache, 1, timeout=PATIENCE)
+            send_cache(cache, peer(), timeout=PATIENCE)
         return cache.serialize().cpu(), decode("llama", cache).cpu()
 
 
 def receive_on_gpu():
     with on_gpu("llama"):
-        cache = recv_cache(0, model("llama").config, timeout=PATIENCE, device="cuda")
+        cache = recv_cache(peer(), model("llama").config, timeout=PATIENCE, device="cuda")
         assert cache.layers[0].device.type == "cuda"
         return cache.serialize().cpu(), decode("llama", cache).cpu()
 
@@ -220,7 +137,7 @@ def test_round_trip_between_gpus(pair, streamed):
 
 def send_chunks():
     cache = new_cache("llama", "greedy", 0.3)
-    with CacheSender(cache, 1, timeout=PATIENCE, tokens=TOKENS), torch.no_grad():
+    with CacheSender(cache, peer(), timeout=PATIENCE, tokens=TOKENS), torch.no_grad():
         for chunk in prompt(TOKENS).split(110, dim=1):
             model("llama")(chunk, past_key_values=cache)
     return decode("llama", cache)
@@ -241,7 +158,7 @@ def send_and_watch(path):
             time.sleep(0.01)
 
     hook = model("llama").model.layers[1].register_forward_pre_hook(wait_for_layer_0)
-    with CacheSender(cache, 1, timeout=PATIENCE):
+    with CacheSender(cache, peer(), timeout=PATIENCE):
         prefill("llama", cache)
     hook.remove()
     return path.exists()
@@ -273,7 +190,7 @@ def test_layers_are_received_during_prefill(pair, tmp_path):
 def send_counting(in_flight):
     """The most frames written and not acknowledged."""
     cache = new_cache_filled()
-    sender = FrameSender(1, None, PATIENCE, in_flight)
+    sender = FrameSender(sending_to(peer(), None), PATIENCE, in_flight)
     most = []
 
     def counted(*args, **kwargs):
@@ -316,6 +233,14 @@ def damaged_end(frames):
     return frames
 
 
+def truncated(frames):
+    return [*frames[:2], frames[2][:-128], frames[3]]
+
+
+def extended(frames):
+    return [*frames[:2], torch.cat((frames[2], frames[2][:64])), frames[3]]
+
+
 def of_another_stream(frames):
     other = list(FRAMES(new_cache_filled(), stream=1))
     return [*frames[:2], other[2], frames[3]]
@@ -343,12 +268,12 @@ def send_altered(alter, usable):
     """What sending altered frames raises, and whether the cache works after it, and the group."""
     cache = new_cache_filled()
     with altered_frames(alter), pytest.raises(TransferError) as caught:
-        send_cache(cache, 1, timeout=TIMEOUT)
+        send_cache(cache, peer(), timeout=TIMEOUT)
     if usable:
-        send_cache(cache, 1, timeout=PATIENCE)
+        send_cache(cache, peer(), timeout=PATIENCE)
     else:
-        with pytest.raises(TransferError, match="lost rank 1"):
-            send_cache(cache, 1, timeout=TIMEOUT)
+        with pytest.raises(TransferError, match="the header frame: (lost|.* lost the stream)"):
+            send_cache(cache, peer(), timeout=TIMEOUT)
     return str(caught.value), caught.value.layer, caught.value.group_usable, decode("llama", cache)
 
 
@@ -364,10 +289,10 @@ def altered_frames(alter):
 
 def receive_altered(usable):
     with pytest.raises(TransferError) as caught:
-        recv_cache(0, model("llama").config, timeout=TIMEOUT)
+        recv_cache(peer(), model("llama").config, timeout=TIMEOUT)
     logits = None
     if usable:
-        logits = decode("llama", recv_cache(0, model("llama").config, timeout=PATIENCE))
+        logits = decode("llama", recv_cache(peer(), model("llama").config, timeout=PATIENCE))
     return str(caught.value), caught.value.layer, caught.value.group_usable, logits
 
 
@@ -391,6 +316,17 @@ def test_refused_frames(pair, alter, layer, message):
     assert received[1] == layer
 
 
+@pytest.mark.parametrize("alter", [truncated, extended])
+def test_payload_of_another_length(pair, kind, alter):
+    if kind == "gloo":
+        pytest.skip("gloo does not tell the length")
+    sent, received, took = pair(functools.partial(send_altered, alter, True), functools.partial(receive_altered, True))
+    for text, _, usable, logits in (sent, received):
+        assert usable
+        assert torch.equal(logits, expected("llama", "greedy", 0.5))
+        assert re.search(r"layer 1: the payload has \d+ bytes, its header says \d+", text), text
+
+
 @pytest.mark.parametrize(("alter", "message"), [(damaged_header, "CRC-32"), (huge, "more than the limit")])
 def test_unreadable_headers(pair, alter, message):
     """Nothing is received by a header that is not sound: both sides say so, and the connection is closed."""
@@ -407,14 +343,14 @@ def test_unreadable_headers(pair, alter, message):
 
 def send_to_another_model():
     cache = new_cache_filled()
-    with pytest.raises(TransferError, match="the header frame: rank 1 refused it.*another model") as caught:
-        send_cache(cache, 1, timeout=PATIENCE)
+    with pytest.raises(TransferError, match="the header frame: .* refused it.*another model") as caught:
+        send_cache(cache, peer(), timeout=PATIENCE)
     return caught.value.group_usable
 
 
 def receive_another_model():
     with pytest.raises(TransferError, match="another model"):
-        recv_cache(0, model("qwen3").config, timeout=PATIENCE)
+        recv_cache(peer(), model("qwen3").config, timeout=PATIENCE)
 
 
 def test_another_model(pair):
@@ -464,21 +400,21 @@ def send_with_fault(streamed, happens):
     cache = new_cache("llama", "greedy", 0.5)
     with before_layer_1(happens, sending=True) if happens else contextlib.nullcontext():
         if streamed:
-            sender = CacheSender(cache, 1, timeout=TIMEOUT)
+            sender = CacheSender(cache, peer(), timeout=TIMEOUT)
             prefill("llama", cache)
             with pytest.raises(TransferError) as caught:
                 sender.finish()
         else:
             prefill("llama", cache)
             with pytest.raises(TransferError) as caught:
-                send_cache(cache, 1, timeout=TIMEOUT)
+                send_cache(cache, peer(), timeout=TIMEOUT)
     return str(caught.value), caught.value.layer, caught.value.group_usable, decode("llama", cache)
 
 
 def receive_with_fault(happens):
     fault = before_layer_1(happens, sending=False) if happens else contextlib.nullcontext()
     with fault, pytest.raises(TransferError) as caught:
-        recv_cache(0, model("llama").config, timeout=TIMEOUT)
+        recv_cache(peer(), model("llama").config, timeout=TIMEOUT, first_timeout=PATIENCE)
     return str(caught.value), caught.value.layer, caught.value.group_usable, None
 
 
@@ -490,27 +426,27 @@ def check_fault(outcome, message):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize(("happens", "message"), [(kill, "lost rank 1"), (stall, "rank 1 is stalled or slow")])
-def test_receiver_fails(pair, streamed, happens, message):
+@pytest.mark.parametrize(("happens", "message"), [(kill, "lost {1}"), (stall, "{1} is stalled or slow")])
+def test_receiver_fails(pair, kind, streamed, happens, message):
     """The sender says at which layer, in time, and its cache works on."""
     sent, received, took = pair(
         functools.partial(send_with_fault, streamed, None), functools.partial(receive_with_fault, happens)
     )
-    check_fault(sent, f"layer 1: {message}")
+    check_fault(sent, f"layer 1: {message.format(*names(kind))}")
     assert torch.equal(sent[3], expected("llama", "greedy", 0.5))
     if happens is stall:  # it woke up, to find the connection closed
-        check_fault(received, "layer 1: lost rank 0")
+        check_fault(received, f"layer 1: lost {names(kind)[0]}")
     assert took < 5 * TIMEOUT
 
 
-@pytest.mark.parametrize(("happens", "message"), [(kill, "lost rank 0"), (stall, "rank 0 is stalled or slow")])
-def test_sender_fails(pair, happens, message):
+@pytest.mark.parametrize(("happens", "message"), [(kill, "lost {0}"), (stall, "{0} is stalled or slow")])
+def test_sender_fails(pair, kind, happens, message):
     sent, received, took = pair(
         functools.partial(send_with_fault, False, happens), functools.partial(receive_with_fault, None)
     )
-    check_fault(received, f"layer 1: {message}")
+    check_fault(received, f"layer 1: {message.format(*names(kind))}")
     if happens is stall:
-        check_fault(sent, "layer 1: lost rank 1")
+        check_fault(sent, f"layer 1: lost {names(kind)[1]}")
         assert torch.equal(sent[3], expected("llama", "greedy", 0.5))
     assert took < 5 * TIMEOUT
 
@@ -523,17 +459,17 @@ def send_half_a_prefill():
         raise ArithmeticError("no more")
 
     hook = model("llama").model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(ArithmeticError), CacheSender(cache, 1, timeout=PATIENCE):
+    with pytest.raises(ArithmeticError), CacheSender(cache, peer(), timeout=PATIENCE):
         prefill("llama", cache)
     hook.remove()
     return send_whole("llama", "greedy", 0.5)[2]
 
 
 def receive_after_half():
-    with pytest.raises(TransferError, match="rank 0 gave up before .*: ArithmeticError: no more") as caught:
-        recv_cache(0, model("llama").config, timeout=PATIENCE)
+    with pytest.raises(TransferError, match="gave up before .*: ArithmeticError: no more") as caught:
+        recv_cache(peer(), model("llama").config, timeout=PATIENCE)
     assert caught.value.group_usable
-    return decode("llama", recv_cache(0, model("llama").config, timeout=PATIENCE))
+    return decode("llama", recv_cache(peer(), model("llama").config, timeout=PATIENCE))
 
 
 def test_prefill_fails(pair):
@@ -544,11 +480,19 @@ def test_prefill_fails(pair):
 def wrong_arguments():
     cache = new_cache_filled()
     with pytest.raises(ValueError, match="timeout is a positive number"):
-        send_cache(cache, 1, timeout=0)
+        send_cache(cache, peer(), timeout=0)
     with pytest.raises(ValueError, match="in_flight is a number of frames, 1 or more"):
-        send_cache(cache, 1, in_flight=0)
-    with pytest.raises(ValueError, match="rank 0 is this process"):
-        send_cache(cache, 0)
+        send_cache(cache, peer(), in_flight=0)
+    if isinstance(peer(), int):
+        with pytest.raises(ValueError, match="rank 0 is this process"):
+            send_cache(cache, 0)
+    else:
+        with pytest.raises(ValueError, match="a group is that of a rank"):
+            send_cache(cache, peer(), object())
+        with pytest.raises(TypeError, match="a transport that can receive_head, got (Directory|Nixl)Sender"):
+            recv_cache(peer(), model("llama").config)
+    with pytest.raises(TypeError, match="the peer is a rank, or a transport that can send, got str"):
+        send_cache(cache, "rank 1")
 
 
 def nothing():

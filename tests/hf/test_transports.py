@@ -1,0 +1,278 @@
+"""What only one transport can suffer: files of a directory, notifications and greetings of NIXL."""
+
+import ast
+import os
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import missing
+
+import spectrumkv_hf
+from spectrumkv_hf.engines.directory import DirectoryReceiver, DirectorySender
+from spectrumkv_hf.transport import TransportError
+from spectrumkv_hf.wire import WireError
+
+CPU = torch.device("cpu")
+FRAME = torch.randint(256, (64 + 5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+REPLY = bytes(range(256)) * 2
+QUICK = 0.2
+"""Seconds of waits that are to fail."""
+
+
+def test_core_imports_no_engine():
+    package = Path(spectrumkv_hf.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.parent != package / "engines":
+            names = [
+                name
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            ]
+            assert not [name for name in names if "engines" in name or "nixl" in name], path
+
+
+# -- directory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends(tmp_path):
+    with DirectorySender(tmp_path) as sender, DirectoryReceiver(tmp_path) as receiver:
+        yield sender, receiver
+
+
+def test_directory_leaves_no_frame(ends, tmp_path):
+    sender, receiver = ends
+    for _ in range(3):
+        sender.send(FRAME, 1)
+        assert receiver.receive_head(1) == FRAME[:64].numpy().tobytes()
+        assert torch.equal(receiver.receive_payload(5000, CPU, 1), FRAME[64:])
+        receiver.reply(REPLY, 1)
+        assert sender.receive_reply(1) == REPLY
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["receiver.lock", "sender.lock"]
+
+
+def test_directory_serves_one_connection(ends, tmp_path):
+    for end in (DirectorySender, DirectoryReceiver):
+        with pytest.raises(ValueError, match="exists: a directory serves one sender and one receiver"):
+            end(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 40])
+def test_directory_frame_without_head(ends, tmp_path, size):
+    (tmp_path / "frame-0").write_bytes(bytes(size))
+    with pytest.raises(TransportError, match=f"truncated: the sender's frame has {size} bytes"):
+        ends[1].receive_head(1)
+    with pytest.raises(TransportError, match="lost the receiver"):
+        ends[0].receive_reply(1)
+
+
+def test_directory_bad_reply(ends, tmp_path):
+    (tmp_path / "reply-0").write_bytes(b"yes")
+    with pytest.raises(TransportError, match="the receiver's reply has 3 bytes instead of 512"):
+        ends[0].receive_reply(1)
+
+
+def test_directory_does_not_follow_links(ends, tmp_path):
+    (tmp_path / "frame-0").symlink_to(sys.executable)
+    with pytest.raises(TransportError, match="frame-0 is no file"):
+        ends[1].receive_head(1)
+
+
+def test_directory_that_vanishes(ends, tmp_path):
+    for path in tmp_path.iterdir():
+        path.unlink()
+    tmp_path.rmdir()
+    with pytest.raises(TransportError, match="can't write frame-0"):
+        ends[0].send(FRAME, 1)
+    with pytest.raises(TransportError, match="the sender is stalled or slow, nothing came in 0.2 s"):
+        ends[1].receive_head(QUICK)
+
+
+def test_directory_waits_for_a_peer_yet_to_come(tmp_path):
+    with DirectoryReceiver(tmp_path) as receiver, pytest.raises(TransportError, match="the sender is stalled or slow"):
+        receiver.receive_head(QUICK)
+
+
+# -- NIXL -------------------------------------------------------------------------------------------------------------
+
+needs_nixl = pytest.mark.skipif(missing("nixl"), reason="nixl is not installed")
+
+
+@pytest.fixture(scope="module")
+def nixl():
+    from spectrumkv_hf.engines import nixl
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo", "NIXL_LOG_LEVEL": "ERROR"}.items():
+            patch.setenv(name, value)
+        yield nixl
+
+
+@pytest.fixture
+def nixl_ends(nixl):
+    senders = []
+    with nixl.NixlListener() as listener:
+        thread = threading.Thread(target=lambda: senders.append(nixl.NixlSender(*listener.address, 20)))
+        thread.start()
+        receiver = listener.accept(20, slots=4, slot_bytes=1000)
+        thread.join()
+    with receiver, senders[0]:
+        yield senders[0], receiver
+
+
+def send_and_reply(sender, receiver, frames):
+    """Send frames from another thread; what was received of them."""
+    replies, received = [], []
+
+    def send():
+        for frame in frames:
+            sender.send(frame, 20)
+        replies.extend(sender.receive_reply(20) for _ in frames)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    for frame in frames:
+        head = torch.frombuffer(bytearray(receiver.receive_head(20)), dtype=torch.uint8)
+        received.append(torch.cat((head, receiver.receive_payload(len(frame) - 64, CPU, 20))))
+        receiver.reply(REPLY, 20)
+    thread.join()
+    assert replies == [REPLY] * len(frames)
+    return received
+
+
+@needs_nixl
+def test_nixl_notifications_in_any_order(nixl_ends, monkeypatch):
+    """Frames of many parts, their notifications held back and shuffled across frames."""
+    sender, receiver = nixl_ends
+    get, held, shuffle, empty = receiver._agent.get_new_notifs, [], random.Random(0).shuffle, 0
+
+    def shuffled():
+        nonlocal empty
+        held.extend(note for notes in get().values() for note in notes)
+        empty += 1
+        if len(held) < 3 and empty < 40:  # wait for more to shuffle, but not for ever
+            return {}
+        notes, empty = held[:], 0
+        shuffle(notes)
+        orders.append(notes != held)
+        held.clear()
+        return {"sender": notes} if notes else {}
+
+    orders = []
+    monkeypatch.setattr(receiver._agent, "get_new_notifs", shuffled)
+    frames = [FRAME.roll(shift)[: 64 + size] for shift, size in enumerate((5000, 1, 999, 1000, 1001, 300, 4000))]
+    received = send_and_reply(sender, receiver, frames)
+    assert any(orders)
+    for frame, got in zip(frames, received, strict=True):
+        assert torch.equal(frame, got)
+
+
+@needs_nixl
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: b"SPKVNONE"}, "announces no part"),
+        ({1: 9}, "frame 9 in slot .*: impossible"),
+        ({2: 4}, "slot 4: impossible"),
+        ({3: 1001}, "announced 1001 bytes"),
+        ({3: 0}, "announced 0 bytes"),
+        ({4: 4001}, "don't fit together"),
+    ],
+)
+def test_nixl_notifications_that_lie(nixl, nixl_ends, monkeypatch, change, message):
+    """What a part says of itself is checked before anything is done with it, and both ends hear of the end."""
+    sender, receiver = nixl_ends
+    get = receiver._agent.get_new_notifs
+
+    def lying(note):
+        fields = list(nixl.PART.unpack(note))
+        for index, value in change.items():
+            fields[index] = value
+        return nixl.PART.pack(*fields)
+
+    monkeypatch.setattr(
+        receiver._agent,
+        "get_new_notifs",
+        lambda: {name: [lying(note) for note in notes] for name, notes in get().items()},
+    )
+    sender.send(FRAME[:864], 20)  # of one part
+    with pytest.raises(TransportError, match=message):
+        receiver.receive_head(20)
+        receiver.receive_payload(800, CPU, 20)
+    with pytest.raises(TransportError, match="lost the receiver"):
+        sender.receive_reply(20)
+    with pytest.raises(TransportError, match=message):
+        receiver.receive_head(20)
+
+
+@needs_nixl
+def test_nixl_slots_bound_what_is_on_the_way(nixl_ends):
+    """A frame of more parts than slots waits for the receiver, and no longer than it may."""
+    sender, receiver = nixl_ends
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="the receiver is stalled or slow, nothing came in 0.2 s"):
+        sender.send(FRAME, QUICK)
+    assert time.monotonic() - began < 10 * QUICK
+    receiver.receive_head(20)
+    with pytest.raises(TransportError, match="lost the sender"):
+        receiver.receive_payload(5000, CPU, 20)
+
+
+@needs_nixl
+def test_nixl_length_that_differs_leaves_the_connection(nixl_ends):
+    sender, receiver = nixl_ends
+    sender.send(FRAME[:2064], 20)
+    receiver.receive_head(20)
+    with pytest.raises(WireError, match="the payload has 2000 bytes, its header says 2001"):
+        receiver.receive_payload(2001, CPU, 20)
+    receiver.reply(REPLY, 20)
+    assert sender.receive_reply(20) == REPLY
+    assert torch.equal(send_and_reply(sender, receiver, [FRAME])[0], FRAME)
+
+
+@pytest.mark.parametrize(
+    ("hello", "message"),
+    [
+        (b"", "did not say how to send: it closed the connection"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64), "begins with b'HTTP/1.1'"),
+        (struct.pack("<8sHIQQI", b"SPKVNIXL", 2, 1, 1, 0, 0), "version 2; expected"),
+        (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1 << 31, 1 << 40, 0, 9), "offers 2147483648 slots"),
+        (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 1 << 30), "1073741824 of metadata"),
+        (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 99) + b"short", "it closed the connection"),
+        (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 64) + os.urandom(64), "lost the receiver|NIXL is not"),
+    ],
+)
+def test_nixl_greeting_of_something_else(nixl, hello, message):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet():
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(hello)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1)  # until the sender hangs up
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises((TransportError, ImportError), match=message):
+            nixl.NixlSender(*server.getsockname(), 20)
+        thread.join()
+
+
+def test_nixl_nobody_there(nixl):
+    with nixl.NixlListener() as listener:
+        address = listener.address
+        with pytest.raises(TransportError, match="no sender came"):
+            listener.accept(QUICK)
+        with pytest.raises(ValueError, match="slots and slot_bytes are 1 or more"):
+            listener.accept(QUICK, slots=0)
+    with pytest.raises(TransportError, match=f"can't reach the receiver at 127.0.0.1:{address[1]}"):
+        nixl.NixlSender(*address, QUICK)
