@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-5.17 test-slow fuzz lint bench quality clean
+.PHONY: demo test test-5.17 test-slow test-engines fuzz lint bench quality clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,14 @@ test-5.17: pyproject.toml constraints.txt  ## The same tests on the oldest Trans
 test-slow: $(BIN)/installed  ## Tests on the real model.
 	$(BIN)/python -m pytest -m slow
 
+LMCACHE := .venv-lmcache
+test-engines: pyproject.toml constraints.txt  ## LMCache's own storage manager over our serde (0.5 GB, an environment of its own).
+	$(PYTHON) -m venv $(LMCACHE)
+	grep -v '^numpy==' constraints.txt > $(LMCACHE)/constraints.txt
+	$(LMCACHE)/bin/python $(PIP_INSTALL) -c $(LMCACHE)/constraints.txt -r examples/engines/requirements-lmcache.txt -e . pytest
+	$(LMCACHE)/bin/python $(PIP_INSTALL) --no-deps lmcache==0.5.6
+	$(LMCACHE)/bin/python -m pytest tests/engines
+
 FUZZ_SECONDS ?= 120
 fuzz: $(BIN)/installed  ## Coverage-guided fuzzing of the wire format (atheris; wheels for CPython 3.11 to 3.13 on Linux).
 	$(BIN)/python $(PIP_INSTALL) atheris
@@ -45,4 +53,4 @@ quality: $(BIN)/installed  ## KL and perplexity of several policies on the examp
 	$(BIN)/python examples/quality.py
 
 clean:
-	rm -rf $(VENV) .venv-5.17
+	rm -rf $(VENV) .venv-5.17 $(LMCACHE)

@@ -128,7 +128,7 @@ class TestContents:
             assert torch.equal(v[layer], v1[0])
 
     def test_centring_follows_the_rotation(self):
-        """Keys that are one vector, rotated: with the rotation nothing is left to round, with the plain mean much is."""
+        """Keys that are one vector, rotated: with the rotation nothing is left to round."""
         rotary = LLAMA.rotaries[0]
         keys = rotary.rotate(torch.full((1, 1, 64, 16), 5.0), torch.arange(64)).contiguous()
         part = keys, torch.randn(1, 1, 64, 16)

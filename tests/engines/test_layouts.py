@@ -5,7 +5,7 @@ import torch
 
 from spectrumkv_hf.engines.layouts import PER_TOKEN, VLLM_CPU, ChunkLayout, merge_blocks, split_blocks
 
-# Two blocks of two tokens, one KV head, head_dim 2. Token t has the key (10t + 1, 10t + 2) and the value (-10t - 1, ...).
+# Two blocks of two tokens, one KV head, head_dim 2. Token t: key (10t + 1, 10t + 2), value the negative.
 KEYS = torch.tensor([[[1.0, 2], [11, 12], [21, 22], [31, 32]]])
 VALUES = -KEYS
 ON_GPU = [[1.0, 2, -1, -2], [11, 12, -11, -12], [21, 22, -21, -22], [31, 32, -31, -32]]
