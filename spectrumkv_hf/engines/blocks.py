@@ -109,6 +109,11 @@ class BlockCodec:
                 f"a blob may be any part of a sequence: recent_window is 0 here, got {self.policy.recent_window}"
             )
 
+    @functools.cached_property
+    def settings(self) -> str:
+        """A hash of all of them."""
+        return short_hash([repr(self.policy), self.codec.name, repr(self.rotaries), self.identity])
+
     def size(self, specs: Sequence[Spec]) -> int:
         """Bytes of the blob of such parts, exactly."""
         tensors = {
@@ -197,11 +202,7 @@ class BlockCodec:
             else [spec.layers, spec.kv_heads, spec.tokens, spec.head_dim, str(spec.dtype).removeprefix("torch.")]
             for spec in specs
         ]
-        return {"settings": self._settings, "key": short_hash(key), "parts": described}
-
-    @functools.cached_property
-    def _settings(self) -> str:
-        return short_hash([repr(self.policy), self.codec.name, repr(self.rotaries), self.identity])
+        return {"settings": self.settings, "key": short_hash(key), "parts": described}
 
     def _stacks(self, spec: KVSpec) -> Iterator[tuple[int, Rotary, slice]]:
         """Neighbouring layers with one rotation: their number, it, and where they are."""
@@ -209,6 +210,8 @@ class BlockCodec:
         if len(set(rotaries)) == 1:
             rotaries = rotaries[:1] * spec.layers
         elif len(rotaries) != spec.layers:
+            rotaries = (Rotary(),) * spec.layers
+        if any(2 * len(rotary.inv_freq) > spec.head_dim for rotary in rotaries):  # no keys of this model
             rotaries = (Rotary(),) * spec.layers
         starts = [i for i in range(spec.layers) if i == 0 or rotaries[i] != rotaries[i - 1]]
         for number, (start, stop) in enumerate(zip(starts, [*starts[1:], spec.layers], strict=True)):

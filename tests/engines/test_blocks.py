@@ -153,6 +153,18 @@ class TestContents:
             errors.append(float((k - keys).norm()))
         assert errors[1] == pytest.approx(errors[0], rel=0.2)
 
+    @pytest.mark.parametrize(
+        ("rotaries", "shape"), [((Rotary((1.0, 0.5)),) * 2, (2, 1, 9, 2)), ((Rotary((1.0,)), Rotary((2.0,))), SHAPE)]
+    )
+    def test_rotations_that_do_not_fit(self, rotaries, shape):
+        """Of too many channels, or of another number of layers: the plain mean."""
+        part = kv(shape)
+        restored = [
+            ours.restore(ours.compress([part]), [spec_of(part)])[0]
+            for ours in (replace(codec(), rotaries=rotaries), replace(codec(), rotaries=(Rotary(),)))
+        ]
+        assert torch.equal(restored[0][0], restored[1][0])
+
     @pytest.mark.parametrize("tokens", [1, 3, 4, 5])
     def test_few_tokens(self, tokens):
         part = kv((2, 2, tokens, 16))
