@@ -7,11 +7,13 @@ import torch
 from families import config
 
 from spectrumkv_hf import POLICIES, get_policy
+from spectrumkv_hf.engines import blocks
 from spectrumkv_hf.engines.blocks import BlockCodec, KVSpec, RawSpec, spec_of
 from spectrumkv_hf.engines.settings import block_codec, model_shape
 from spectrumkv_hf.importance import kv_norm
 from spectrumkv_hf.policy import FP16, INT4, INT8
 from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire_layer import pack_map
 from spectrumkv_kernels import CODECS, Rotary, dequantize, encode, hadamard, key_mean, quantize
 
 SHAPE = (3, 2, 37, 16)  # layers, kv_heads, tokens, head_dim
@@ -291,6 +293,20 @@ class TestRefusals:
     def test_settings(self, options, message):
         with pytest.raises(ValueError, match=message):
             codec(**options)
+
+    @pytest.mark.parametrize(
+        ("forge", "message"),
+        [
+            (lambda packed: packed ^ 1, "other counts than its policy"),
+            (lambda packed: packed | 192, "bits after the tier map's last token"),
+        ],
+        ids=["counts", "padding"],
+    )
+    def test_forged_map(self, monkeypatch, forge, message):
+        """Under a right checksum."""
+        monkeypatch.setattr(blocks, "pack_map", lambda codes: forge(pack_map(codes)))
+        with pytest.raises(WireError, match=message):
+            codec().restore(codec().compress([kv()]), self.specs)
 
     def test_unfit_parts(self):
         keys, values = kv()
