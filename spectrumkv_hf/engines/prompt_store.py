@@ -1,0 +1,105 @@
+"""Compressed caches of whole prompts in a folder: a blob for each layer, visible once all of them are there.
+
+The folder is what vLLM's producers and consumers share in `vllm_connector`; nothing here needs vLLM.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spectrumkv_hf.engines.blocks import BlockCodec, KVSpec, short_hash
+from spectrumkv_hf.engines.layouts import check_layout, merge_blocks, split_blocks
+from spectrumkv_hf.wire_frame import as_tensor
+
+
+class PromptStore:
+    """Blocks of an engine's cache, by prompt and layer.
+
+    Args:
+        folder: Made where it is missing.
+        blocks: Compresses; the rotation of layer `i` is its `i`-th.
+        layout: Of the engine's blocks, one of `layouts.LAYOUTS`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], blocks: BlockCodec, layout: str) -> None:
+        check_layout(layout)
+        self.folder, self.blocks, self.layout = Path(folder), blocks, layout
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._staged: dict[str, Path] = {}
+
+    def name(self, tokens: Sequence[int], *context: str) -> str:
+        """Of a prompt under these settings, so that nobody finds what another model or policy stored.
+
+        Args:
+            tokens: Ids of the tokens that the blocks hold.
+            context: What else they depend on: adapters, images, the tenant's salt.
+        """
+        state = hashlib.blake2b(short_hash([self.blocks.settings, *context]).encode(), digest_size=24)
+        state.update(torch.tensor(tokens, dtype=torch.int64).numpy().tobytes())
+        return state.hexdigest()
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / name).is_dir()
+
+    def save(self, name: str, layer: int, blocks: torch.Tensor) -> int:
+        """Compress a layer's blocks, `[blocks, kv_heads, tokens in a block, 2 * head_dim]`. Returns the blob's bytes.
+
+        Raises:
+            ValueError: as of `BlockCodec.compress`.
+        """
+        keys, values = split_blocks(blocks, self.layout)
+        blob = self._codec(layer).compress([(keys[None], values[None])], self._key(name, layer)).cpu()
+        if name not in self._staged:
+            self._staged[name] = self.folder / f".{name}.{secrets.token_hex(8)}"
+            self._staged[name].mkdir()
+        (self._staged[name] / _file(layer)).write_bytes(blob.numpy().data)
+        return len(blob)
+
+    def commit(self, name: str) -> None:
+        """Show the layers of a prompt to others, all at once."""
+        staged = self._staged.pop(name)
+        try:
+            staged.rename(self.folder / name)
+        except OSError:  # another has stored the same prompt meanwhile
+            shutil.rmtree(staged)
+
+    def discard(self, name: str) -> None:
+        """Forget a prompt: what of it is staged, and what others see."""
+        for folder in (self._staged.pop(name, None), self.folder / name):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def load(self, name: str, layer: int, like: torch.Tensor, blocks: int) -> torch.Tensor:
+        """The blocks that `save` got, `[blocks, kv_heads, tokens in a block, 2 * head_dim]`.
+
+        Args:
+            name, layer: As of `save`.
+            like: The engine's cache of that layer, `[any, kv_heads, tokens in a block, 2 * head_dim]`.
+            blocks: How many it was.
+
+        Raises:
+            WireError: damage, or blobs of another kind.
+            OSError: there is no such file, or it can't be read.
+        """
+        _, heads, size, both = like.shape
+        data = as_tensor(bytearray((self.folder / name / _file(layer)).read_bytes()))
+        spec = KVSpec(1, heads, blocks * size, both // 2, like.dtype)
+        part = self._codec(layer).restore(data.to(like.device), [spec], self._key(name, layer))[0]
+        return merge_blocks(part[0][0], part[1][0], size, self.layout)
+
+    def _codec(self, layer: int) -> BlockCodec:
+        rotaries = self.blocks.rotaries
+        return self.blocks if len(rotaries) == 1 else replace(self.blocks, rotaries=rotaries[layer : layer + 1])
+
+    def _key(self, name: str, layer: int) -> str:
+        return f"{name}/{layer}"
+
+
+def _file(layer: int) -> str:
+    return f"layer-{layer:04}.spkv"
