@@ -19,7 +19,10 @@ using Int = int64_t;
 
 constexpr Int BLOCK = 32;   // tokens converted at a time
 constexpr Int SHARE = 256;  // tokens of one unit of work, at least
+constexpr Int LANES = 16;   // vectors are filled up with zeros to a multiple of this
 constexpr float HIDDEN = -INFINITY;
+
+constexpr Int padded(Int count) { return (count + LANES - 1) / LANES * LANES; }
 
 enum Kind : Int { FLOAT32, BFLOAT16, FLOAT16, BOOL, NONE };
 
@@ -64,10 +67,12 @@ struct Problem {
         return all;
     }
     Int rows() const { return group * queries; }
-    Int turns() const { return mean ? 2 * pairs : 0; }  // channels of a query that meet the mean
+    Int turns() const { return mean ? 2 * pairs : 0; }         // channels of a query that meet the mean
+    Int width() const { return padded(key_dim + turns()); }  // floats of a key or query, with them
+    Int depth() const { return padded(value_dim); }          // floats of a value
     Int share() const { return std::max(SHARE, 4 * rows()); }  // so that far less is kept of a share than was read
     Int shares() const { return (tokens() + share() - 1) / share(); }
-    Int kept() const { return rows() * (value_dim + 2); }  // weighted values, maxima and sums of a share
+    Int kept() const { return padded(rows() * (depth() + 2)); }  // weighted values, maxima and sums of a share
     Int team() const { return std::max<Int>(1, std::min(threads, batch * kv_heads * shares())); }
     bool hides() const { return mask_kind != NONE || window || queries > 1 || ragged; }
 };
@@ -77,25 +82,26 @@ struct Scratch {
     Int used = 0;
     float *base;
     float *plain, *turned, *cosines, *scores, *constant;  // for each query row
-    float *keys, *values;                                 // for each token of a block
+    float *keys, *values, *affine;                        // for each token of a block
     float *bias, *other;
 
     explicit Scratch(const Problem &p, float *base = nullptr) : base(base) {
-        Int rows = p.rows(), width = p.key_dim + p.turns();
-        plain = take(rows * p.key_dim);
-        turned = take(rows * width);
+        Int rows = p.rows();
+        plain = take(rows * p.width());
+        turned = take(rows * p.width());
         cosines = take(rows * p.turns());
         scores = take(rows * BLOCK);
         constant = take(rows);
-        keys = take(BLOCK * width);
-        values = take(BLOCK * p.value_dim);
+        keys = take(BLOCK * p.width());
+        values = take(BLOCK * p.depth());
+        affine = take(BLOCK * 2);
         bias = take(BLOCK);
         other = take(std::max(p.key_dim, p.value_dim));
     }
 
     float *take(Int count) {
         Int start = used;
-        used += (count + 15) / 16 * 16;  // each begins on a cache line
+        used += padded(count);  // each begins on a cache line
         return base ? base + start : nullptr;
     }
 };
@@ -154,36 +160,40 @@ void hadamard(float *x, Int n, float *other) {
     }
 }
 
+void halves(const uint16_t *__restrict from, Int n, float *__restrict to) {
+#pragma omp simd
+    for (Int d = 0; d < n; ++d) to[d] = from_float16(from[d]);
+}
+
 void copy(Int kind, const View &view, Int i, Int j, Int k, Int n, float *__restrict to) {
     if (kind == FLOAT32) {
         std::memcpy(to, view.at<float>(i, j, k), n * sizeof(float));
         return;
     }
     const uint16_t *from = view.at<uint16_t>(i, j, k);
-    if (kind == BFLOAT16) {
+    if (kind == FLOAT16) return halves(from, n, to);
 #pragma omp simd
-        for (Int d = 0; d < n; ++d) to[d] = from_bfloat16(from[d]);
-    } else {
-#pragma omp simd
-        for (Int d = 0; d < n; ++d) to[d] = from_float16(from[d]);
-    }
+    for (Int d = 0; d < n; ++d) to[d] = from_bfloat16(from[d]);
 }
 
 // A vector of n channels from its codes. Zeros are added here, not to sums, where they would nearly cancel.
-void unpack(const uint8_t *__restrict codes, Int bits, Int n, float scale, float zero, float *__restrict to) {
-    Int bytes = n * bits / 8, mask = (1 << bits) - 1;
-    for (Int part = 0; part < 8 / bits; ++part, to += bytes) {
-        int shift = int(part * bits);
+template <int bits>
+inline void unpack(const uint8_t *__restrict codes, Int n, float scale, float zero, float *__restrict to) {
+    const Int bytes = n * bits / 8, whole = bytes & -LANES;
+    const int mask = (1 << bits) - 1;
+    for (int shift = 0; shift < 8; shift += bits, to += bytes) {
 #pragma omp simd
-        for (Int i = 0; i < bytes; ++i) to[i] = float((codes[i] >> shift) & int(mask)) * scale + zero;
+        for (Int i = 0; i < whole; ++i) to[i] = float((codes[i] >> shift) & mask) * scale + zero;
+        for (Int i = whole; i < bytes; ++i) to[i] = float((codes[i] >> shift) & mask) * scale + zero;
     }
 }
 
-// scores[t] = a . b[t] for each of `count` rows of b, four at a time.
-void products(const float *__restrict a, const float *__restrict b, Int n, Int count, float *__restrict scores) {
+// scores[t] = a . b[t] for `count` rows of b, `stride` apart, four at a time. n: a multiple of LANES.
+void products(const float *__restrict a, const float *__restrict b, Int stride, Int n, Int count, float *scores) {
+    n &= -LANES;  // says to the compiler that nothing is left over
     Int t = 0;
     for (; t + 4 <= count; t += 4) {
-        const float *b0 = b + t * n, *b1 = b0 + n, *b2 = b1 + n, *b3 = b2 + n;
+        const float *b0 = b + t * stride, *b1 = b0 + stride, *b2 = b1 + stride, *b3 = b2 + stride;
         float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
         for (Int d = 0; d < n; ++d) {
@@ -197,13 +207,14 @@ void products(const float *__restrict a, const float *__restrict b, Int n, Int c
     for (; t < count; ++t) {
         float s = 0;
 #pragma omp simd reduction(+ : s)
-        for (Int d = 0; d < n; ++d) s += a[d] * b[t * n + d];
+        for (Int d = 0; d < n; ++d) s += a[d] * b[t * stride + d];
         scores[t] = s;
     }
 }
 
-// sums += sum_t weights[t] * b[t], four rows at a time.
+// sums += sum_t weights[t] * b[t] over `count` rows of b, four at a time. n: a multiple of LANES.
 void accumulate(const float *weights, const float *__restrict b, Int n, Int count, float *__restrict sums) {
+    n &= -LANES;
     Int t = 0;
     for (; t + 4 <= count; t += 4) {
         const float *b0 = b + t * n, *b1 = b0 + n, *b2 = b1 + n, *b3 = b2 + n;
@@ -221,20 +232,22 @@ void accumulate(const float *weights, const float *__restrict b, Int n, Int coun
 struct Kept {
     float *sums, *maximum, *weight;
 
-    Kept(const Problem &p, float *base) : sums(base), maximum(base + p.rows() * p.value_dim), weight(maximum + p.rows()) {}
+    Kept(const Problem &p, float *base) : sums(base), maximum(base + p.rows() * p.depth()), weight(maximum + p.rows()) {}
 };
 
 // Reads the tokens of one row and KV head.
 class Reader {
   public:
     Reader(const Problem &p, float scale, float softcap, float lowest, float *scratch)
-        : p(p), s(p, scratch), scale(scale), softcap(softcap), lowest(lowest) {}
+        : p(p), s(p, scratch), scale(scale), softcap(softcap), lowest(lowest) {
+        std::fill_n(scratch, s.used, 0.0f);
+    }
 
     // Tokens from `start` to `end`, counted over all segments.
     void read(Int row_, Int head_, Int start, Int end, Kept into) {
         row = row_, head = head_, kept = into;
         prepare();
-        std::fill_n(kept.sums, p.rows() * p.value_dim, 0.0f);
+        std::fill_n(kept.sums, p.rows() * p.depth(), 0.0f);
         std::fill_n(kept.weight, p.rows(), 0.0f);
         std::fill_n(kept.maximum, p.rows(), HIDDEN);
         bool in_codes = true;
@@ -256,11 +269,11 @@ class Reader {
     Kept kept{p, nullptr};
 
     void prepare() {
-        Int dim = p.key_dim, width = dim + p.turns();
+        Int dim = p.key_dim;
         const float *mean = p.mean ? p.mean + (row * p.kv_heads + head) * dim : nullptr;
         run = -1;
         for (Int r = 0; r < p.rows(); ++r) {
-            float *q = s.plain + r * dim, *turned = s.turned + r * width;
+            float *q = s.plain + r * p.width(), *turned = s.turned + r * p.width();
             copy(p.query_kind, p.query, row, head * p.group + r / p.queries, r % p.queries, dim, q);
             for (Int d = 0; d < dim; ++d) q[d] *= scale;
             std::memcpy(turned, q, dim * sizeof(float));
@@ -285,7 +298,7 @@ class Reader {
         const float *cos = p.angles + (p.fine + run) * 2 * p.pairs, *sin = cos + p.pairs;
         for (Int r = 0; r < p.rows(); ++r) {
             const float *cosines = s.cosines + r * p.turns(), *sines = cosines + p.pairs;
-            float *on_cos = s.turned + r * (p.key_dim + p.turns()) + p.key_dim, *on_sin = on_cos + p.pairs;
+            float *on_cos = s.turned + r * p.width() + p.key_dim, *on_sin = on_cos + p.pairs;
 #pragma omp simd
             for (Int i = 0; i < p.pairs; ++i) {
                 on_cos[i] = cosines[i] * cos[i] + sines[i] * sin[i];
@@ -299,26 +312,26 @@ class Reader {
     // Reads tokens from `t` on, and says how many.
     Int block(const Segment &segment, Int t, Int stop) {
         const int32_t *positions = segment.positions.at<int32_t>(row, head, t);
-        Int count = std::min(BLOCK, stop - t), width = p.key_dim;
+        Int count = std::min(BLOCK, stop - t), width = p.width();
         bool coded = segment.bits < 16;
         if (coded && p.turns()) {
             Int to = place(positions[0]) / p.fine, same = 1;
             while (same < count && place(positions[same]) / p.fine == to) ++same;
             count = same;
-            width += p.turns();
             if (to != run) turn(to);
         }
         if (coded) {
-            convert_codes(segment, t, count, width, positions);
+            convert_codes(segment, t, count, positions);
         } else {
             for (Int k = 0; k < count; ++k) {
-                copy(segment.kind, segment.keys, row, head, t + k, p.key_dim, s.keys + k * p.key_dim);
-                copy(segment.kind, segment.values, row, head, t + k, p.value_dim, s.values + k * p.value_dim);
+                copy(segment.kind, segment.keys, row, head, t + k, p.key_dim, s.keys + k * width);
+                copy(segment.kind, segment.values, row, head, t + k, p.value_dim, s.values + k * p.depth());
             }
         }
         for (Int r = 0; r < p.rows(); ++r) {
             float *scores = s.scores + r * BLOCK;
-            products((coded ? s.turned : s.plain) + r * width, s.keys, width, count, scores);
+            const float *query = (coded ? s.turned : s.plain) + r * width;
+            products(query, s.keys, width, coded ? width : padded(p.key_dim), count, scores);
             if (coded) {
                 for (Int k = 0; k < count; ++k) scores[k] += s.constant[r];
             }
@@ -329,22 +342,37 @@ class Reader {
         return count;
     }
 
-    void vector(const View &codes, const View &affine, Int bits, Int t, Int dim, float *to) const {
-        const uint16_t *pair = affine.at<uint16_t>(row, head, t);
-        float scale = from_float16(pair[0]);
-        float zero = p.symmetric ? -scale * float(1 << (bits - 1)) : from_float16(pair[1]);
-        unpack(codes.at<uint8_t>(row, head, t), bits, dim, scale, zero, to);
+    template <int bits>
+    void unpack_side(const View &codes, const View &affine, Int t, Int count, Int dim, Int stride, float *to) const {
+        Int each = p.symmetric ? 1 : 2;
+        if (affine.strides[2] == each) {
+            halves(affine.at<uint16_t>(row, head, t), count * each, s.affine);
+        } else {
+            for (Int k = 0; k < count; ++k) halves(affine.at<uint16_t>(row, head, t + k), each, s.affine + k * each);
+        }
+        for (Int k = 0; k < count; ++k) {
+            float scale = s.affine[k * each];
+            float zero = p.symmetric ? -scale * float(1 << (bits - 1)) : s.affine[k * each + 1];
+            unpack<bits>(codes.at<uint8_t>(row, head, t + k), dim, scale, zero, to + k * stride);
+        }
     }
 
-    void convert_codes(const Segment &segment, Int t, Int count, Int width, const int32_t *positions) {
-        for (Int k = 0; k < count; ++k) {
-            float *key = s.keys + k * width;
-            vector(segment.keys, segment.key_affine, segment.bits, t + k, p.key_dim, key);
-            vector(segment.values, segment.value_affine, segment.bits, t + k, p.value_dim, s.values + k * p.value_dim);
-            if (width > p.key_dim) {
-                const float *angles = p.angles + place(positions[k]) % p.fine * 2 * p.pairs;
-                std::memcpy(key + p.key_dim, angles, 2 * p.pairs * sizeof(float));
-            }
+    template <int bits>
+    void unpack_tokens(const Segment &segment, Int t, Int count) const {
+        unpack_side<bits>(segment.keys, segment.key_affine, t, count, p.key_dim, p.width(), s.keys);
+        unpack_side<bits>(segment.values, segment.value_affine, t, count, p.value_dim, p.depth(), s.values);
+    }
+
+    void convert_codes(const Segment &segment, Int t, Int count, const int32_t *positions) {
+        if (segment.bits == 8) unpack_tokens<8>(segment, t, count);
+        if (segment.bits == 4) unpack_tokens<4>(segment, t, count);
+        if (segment.bits == 2) unpack_tokens<2>(segment, t, count);
+        Int turns = p.turns(), width = p.width();
+        for (Int k = 0; turns && k < count; ++k) {
+            const float *angles = p.angles + (place(positions[k]) - run * p.fine) * turns;
+            float *to = s.keys + k * width + p.key_dim;
+#pragma omp simd
+            for (Int d = 0; d < turns; ++d) to[d] = angles[d];
         }
     }
 
@@ -396,12 +424,12 @@ class Reader {
 
     // Takes the block's values into the sums of row `r`.
     void weigh(Int r, Int count) {
-        float *scores = s.scores + r * BLOCK, *sums = kept.sums + r * p.value_dim, top = kept.maximum[r];
+        float *scores = s.scores + r * BLOCK, *sums = kept.sums + r * p.depth(), top = kept.maximum[r];
 #pragma omp simd reduction(max : top)
         for (Int k = 0; k < count; ++k) top = scores[k] > top ? scores[k] : top;
         if (top > kept.maximum[r]) {
             float shrunk = exp_negative(kept.maximum[r] - top);
-            for (Int d = 0; d < p.value_dim; ++d) sums[d] *= shrunk;
+            for (Int d = 0; d < p.depth(); ++d) sums[d] *= shrunk;
             kept.weight[r] *= shrunk;
             kept.maximum[r] = top;
         }
@@ -409,13 +437,13 @@ class Reader {
 #pragma omp simd reduction(+ : weight)
         for (Int k = 0; k < count; ++k) weight += scores[k] = exp_negative(scores[k] - origin);
         kept.weight[r] += weight;
-        accumulate(scores, s.values, p.value_dim, count, sums);
+        accumulate(scores, s.values, p.depth(), count, sums);
     }
 
     // Values of codes are weighted as they are stored, and turned back once.
     void finish_codes() {
         if (!p.hadamard) return;
-        for (Int r = 0; r < p.rows(); ++r) hadamard(kept.sums + r * p.value_dim, p.value_dim, s.other);
+        for (Int r = 0; r < p.rows(); ++r) hadamard(kept.sums + r * p.depth(), p.value_dim, s.other);
     }
 };
 
@@ -429,7 +457,8 @@ void merge(const Problem &p, float *parts, Int r, float sink, float *out) {
         Kept kept(p, parts + i * p.kept());
         float factor = exp_negative(kept.maximum[r] - origin);
         total += factor * kept.weight[r];
-        accumulate(&factor, kept.sums + r * p.value_dim, p.value_dim, 1, out);
+        const float *sums = kept.sums + r * p.depth();
+        for (Int d = 0; d < p.value_dim; ++d) out[d] += factor * sums[d];
     }
     total += exp_negative(sink - origin);
     float share = total > 0 ? 1 / total : total;  // nothing seen: 0; a NaN stays one
