@@ -106,7 +106,9 @@ def _covers(query: torch.Tensor, held: Sequence[Segment], mask: torch.Tensor | N
         return False
     if query.shape[1] // held[0].positions.shape[1] * query.shape[2] > MOST_ROWS:
         return False
-    return all(isinstance(s.keys, Quantized) or (s.keys.dtype in KINDS and s.values.dtype == s.keys.dtype) for s in held)
+    return all(
+        isinstance(s.keys, Quantized) or (s.keys.dtype in KINDS and s.values.dtype == s.keys.dtype) for s in held
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -31,7 +31,7 @@ def load(name: str) -> ctypes.CDLL:
         OSError: there is no compiler, none of them could build it, or the folder can't be written.
     """
     problems = []
-    for compiler in _compilers():
+    for compiler in compilers():
         try:
             path = _cached(name, compiler)
             if path.exists():
@@ -48,8 +48,8 @@ def load(name: str) -> ctypes.CDLL:
     raise OSError("; ".join(problems) or f"no C++ compiler: $CXX, {', '.join(COMPILERS)}")
 
 
-def _compilers() -> list[str]:
-    """Those there are, once each: `c++` is mostly a name of one of the others."""
+def compilers() -> list[str]:
+    """Paths of those there are, once each: `c++` is mostly a name of one of the others."""
     given = os.environ.get("CXX")
     found = [path for compiler in ([given] if given else []) + [*COMPILERS] if (path := shutil.which(compiler))]
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]

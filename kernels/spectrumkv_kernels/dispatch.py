@@ -61,11 +61,10 @@ def _compiled() -> None:
 
 @functools.cache
 def _load(name: str, implementation: str) -> Callable[..., Any]:
-    if implementation == "cpp":
-        if name not in COMPILED:
-            implementation = "torch"
-        else:
-            _compiled()
+    if implementation == "cpp" and name in COMPILED:
+        _compiled()
+    elif implementation == "cpp":
+        implementation = "torch"
     module = OPERATIONS[name]
     try:
         return getattr(importlib.import_module(f"spectrumkv_kernels.{module}{IMPLEMENTATIONS[implementation]}"), name)
