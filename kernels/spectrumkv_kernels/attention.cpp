@@ -1,13 +1,10 @@
 // Twin of tiered_attention in attention.py for CPUs: reads codes where they lie, in one pass with a running maximum.
 //
-// A share of a KV head's tokens is one unit of work, whose size depends on neither threads nor batch, so that results do
-// not either. Of a share, blocks of tokens become float32 in a buffer that stays in the L1 cache, one query row after the
-// other. Everything that a caller says is 8 bytes wide: attention_cpp.py writes the structures below as int64 arrays.
+// A share of a KV head's tokens is one unit of work. Its size depends on neither threads nor batch, nor do results. A
+// block of its tokens becomes float32 in a buffer that stays in the L1 cache, where all query rows read it. All fields
+// of a problem are 8 bytes wide: attention_cpp.py writes the structures below as one array of int64.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "attention_vectors.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -15,14 +12,10 @@
 
 namespace {
 
-using Int = int64_t;
-
 constexpr Int BLOCK = 32;   // tokens converted at a time
 constexpr Int SHARE = 256;  // tokens of one unit of work, at least
-constexpr Int LANES = 16;   // vectors are filled up with zeros to a multiple of this
+constexpr Int FINE = 256;   // positions in the table of fine angles; as in attention_cpp.py
 constexpr float HIDDEN = -INFINITY;
-
-constexpr Int padded(Int count) { return (count + LANES - 1) / LANES * LANES; }
 
 enum Kind : Int { FLOAT32, BFLOAT16, FLOAT16, BOOL, NONE };
 
@@ -47,9 +40,9 @@ struct Segment {
 
 struct Problem {
     Int batch, kv_heads, group, queries, key_dim, value_dim, length;
-    Int symmetric, hadamard, pairs, interleaved, fine;
+    Int symmetric, hadamard, pairs, interleaved;
     const float *mean;    // [batch, kv_heads, key_dim], or null
-    const float *angles;  // cos, then sin, of positions below `fine`, then of its multiples: [any, 2 * pairs]
+    const float *angles;  // cos, then sin, of positions below FINE, then of its multiples: [any, 2 * pairs]
     Int query_kind;
     View query;  // [batch, heads, queries, key_dim]
     Int mask_kind;
@@ -67,9 +60,9 @@ struct Problem {
         return all;
     }
     Int rows() const { return group * queries; }
-    Int turns() const { return mean ? 2 * pairs : 0; }         // channels of a query that meet the mean
-    Int width() const { return padded(key_dim + turns()); }  // floats of a key or query, with them
-    Int depth() const { return padded(value_dim); }          // floats of a value
+    Int turns() const { return mean ? 2 * pairs : 0; }  // a key's cosines and sines, which meet the mean in the query
+    Int width() const { return padded(key_dim + turns()); }    // floats of a key or query, with them
+    Int depth() const { return padded(value_dim); }            // floats of a value
     Int share() const { return std::max(SHARE, 4 * rows()); }  // so that far less is kept of a share than was read
     Int shares() const { return (tokens() + share() - 1) / share(); }
     Int kept() const { return padded(rows() * (depth() + 2)); }  // weighted values, maxima and sums of a share
@@ -106,133 +99,18 @@ struct Scratch {
     }
 };
 
-template <typename To, typename From>
-inline To bits_as(From from) {
-    To to;
-    static_assert(sizeof to == sizeof from, "same size");
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-inline float from_bfloat16(uint16_t x) { return bits_as<float>(uint32_t(x) << 16); }
-
-inline float from_float16(uint16_t x) {
-    uint32_t exponent = x & 0x7c00u, magnitude = (x & 0x7fffu) << 13;
-    float small = bits_as<float>(magnitude + (113u << 23)) - 0x1p-14f;
-    float large = bits_as<float>(magnitude + ((exponent == 0x7c00u ? 224u : 112u) << 23));
-    return bits_as<float>(bits_as<uint32_t>(exponent ? large : small) | uint32_t(x & 0x8000u) << 16);
-}
-
-// e^x for x <= 0, to 1e-7 of it; 0 below -87. A NaN stays one.
-inline float exp_negative(float x) {
-    float clamped = x < -87.0f ? -87.0f : x;
-    float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits hold the rounded exponent
-    float n = shifted - 12582912.0f;
-    float r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    float power = bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
-    return x < -87.0f ? 0.0f : p * power;
-}
-
-// x times the orthonormal Hadamard matrix, in blocks of the largest power of two that divides n.
-void hadamard(float *x, Int n, float *other) {
-    Int block = n & -n, half = block / 2;
-    float norm = 1.0f / std::sqrt(float(block));
-    for (float *from = x; from < x + n; from += block) {
-        float *a = from, *b = other;
-        for (Int size = 1; size < block; size *= 2) {  // as many equal steps as the size has bits
-#pragma omp simd
-            for (Int i = 0; i < half; ++i) {
-                float first = a[i], second = a[i + half];
-                b[2 * i] = first + second;
-                b[2 * i + 1] = first - second;
-            }
-            std::swap(a, b);
-        }
-#pragma omp simd
-        for (Int i = 0; i < block; ++i) from[i] = a[i] * norm;
-    }
-}
-
-void halves(const uint16_t *__restrict from, Int n, float *__restrict to) {
-#pragma omp simd
-    for (Int d = 0; d < n; ++d) to[d] = from_float16(from[d]);
-}
-
-void copy(Int kind, const View &view, Int i, Int j, Int k, Int n, float *__restrict to) {
-    if (kind == FLOAT32) {
-        std::memcpy(to, view.at<float>(i, j, k), n * sizeof(float));
-        return;
-    }
-    const uint16_t *from = view.at<uint16_t>(i, j, k);
-    if (kind == FLOAT16) return halves(from, n, to);
-#pragma omp simd
-    for (Int d = 0; d < n; ++d) to[d] = from_bfloat16(from[d]);
-}
-
-// A vector of n channels from its codes. Zeros are added here, not to sums, where they would nearly cancel.
-template <int bits>
-inline void unpack(const uint8_t *__restrict codes, Int n, float scale, float zero, float *__restrict to) {
-    const Int bytes = n * bits / 8, whole = bytes & -LANES;
-    const int mask = (1 << bits) - 1;
-    for (int shift = 0; shift < 8; shift += bits, to += bytes) {
-#pragma omp simd
-        for (Int i = 0; i < whole; ++i) to[i] = float((codes[i] >> shift) & mask) * scale + zero;
-        for (Int i = whole; i < bytes; ++i) to[i] = float((codes[i] >> shift) & mask) * scale + zero;
-    }
-}
-
-// scores[t] = a . b[t] for `count` rows of b, `stride` apart, four at a time. n: a multiple of LANES.
-void products(const float *__restrict a, const float *__restrict b, Int stride, Int n, Int count, float *scores) {
-    n &= -LANES;  // says to the compiler that nothing is left over
-    Int t = 0;
-    for (; t + 4 <= count; t += 4) {
-        const float *b0 = b + t * stride, *b1 = b0 + stride, *b2 = b1 + stride, *b3 = b2 + stride;
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (Int d = 0; d < n; ++d) {
-            s0 += a[d] * b0[d];
-            s1 += a[d] * b1[d];
-            s2 += a[d] * b2[d];
-            s3 += a[d] * b3[d];
-        }
-        scores[t] = s0, scores[t + 1] = s1, scores[t + 2] = s2, scores[t + 3] = s3;
-    }
-    for (; t < count; ++t) {
-        float s = 0;
-#pragma omp simd reduction(+ : s)
-        for (Int d = 0; d < n; ++d) s += a[d] * b[t * stride + d];
-        scores[t] = s;
-    }
-}
-
-// sums += sum_t weights[t] * b[t] over `count` rows of b, four at a time. n: a multiple of LANES.
-void accumulate(const float *weights, const float *__restrict b, Int n, Int count, float *__restrict sums) {
-    n &= -LANES;
-    Int t = 0;
-    for (; t + 4 <= count; t += 4) {
-        const float *b0 = b + t * n, *b1 = b0 + n, *b2 = b1 + n, *b3 = b2 + n;
-        float w0 = weights[t], w1 = weights[t + 1], w2 = weights[t + 2], w3 = weights[t + 3];
-#pragma omp simd
-        for (Int d = 0; d < n; ++d) sums[d] += (w0 * b0[d] + w1 * b1[d]) + (w2 * b2[d] + w3 * b3[d]);
-    }
-    for (; t < count; ++t) {
-#pragma omp simd
-        for (Int d = 0; d < n; ++d) sums[d] += weights[t] * b[t * n + d];
-    }
+void copy(Int kind, const View &view, Int i, Int j, Int k, Int n, float *to) {
+    if (kind == FLOAT32) std::memcpy(to, view.at<float>(i, j, k), n * sizeof(float));
+    if (kind == BFLOAT16) bfloats(view.at<uint16_t>(i, j, k), n, to);
+    if (kind == FLOAT16) halves(view.at<uint16_t>(i, j, k), n, to);
 }
 
 // What is kept of one share: the values' sum weighted by exp(score - maximum), the maxima and the sums of the weights.
 struct Kept {
     float *sums, *maximum, *weight;
 
-    Kept(const Problem &p, float *base) : sums(base), maximum(base + p.rows() * p.depth()), weight(maximum + p.rows()) {}
+    Kept(const Problem &p, float *base)
+        : sums(base), maximum(base + p.rows() * p.depth()), weight(maximum + p.rows()) {}
 };
 
 // Reads the tokens of one row and KV head.
@@ -265,7 +143,7 @@ class Reader {
     const Problem &p;
     Scratch s;
     float scale, softcap, lowest;
-    Int row = 0, head = 0, run = -1;  // run: position / fine, for which the queries are turned
+    Int row = 0, head = 0, run = -1;  // run: position / FINE, for which the queries are turned
     Kept kept{p, nullptr};
 
     void prepare() {
@@ -292,10 +170,10 @@ class Reader {
         }
     }
 
-    // Leaves to the table of fine angles what is left of the positions `fine * to` and those that follow.
+    // Leaves to the table of fine angles what is left of the positions FINE * to and those that follow.
     void turn(Int to) {
         run = to;
-        const float *cos = p.angles + (p.fine + run) * 2 * p.pairs, *sin = cos + p.pairs;
+        const float *cos = p.angles + (FINE + run) * 2 * p.pairs, *sin = cos + p.pairs;
         for (Int r = 0; r < p.rows(); ++r) {
             const float *cosines = s.cosines + r * p.turns(), *sines = cosines + p.pairs;
             float *on_cos = s.turned + r * p.width() + p.key_dim, *on_sin = on_cos + p.pairs;
@@ -315,8 +193,8 @@ class Reader {
         Int count = std::min(BLOCK, stop - t), width = p.width();
         bool coded = segment.bits < 16;
         if (coded && p.turns()) {
-            Int to = place(positions[0]) / p.fine, same = 1;
-            while (same < count && place(positions[same]) / p.fine == to) ++same;
+            Int to = place(positions[0]) / FINE, same = 1;
+            while (same < count && place(positions[same]) / FINE == to) ++same;
             count = same;
             if (to != run) turn(to);
         }
@@ -369,7 +247,7 @@ class Reader {
         if (segment.bits == 2) unpack_tokens<2>(segment, t, count);
         Int turns = p.turns(), width = p.width();
         for (Int k = 0; turns && k < count; ++k) {
-            const float *angles = p.angles + (place(positions[k]) - run * p.fine) * turns;
+            const float *angles = p.angles + (place(positions[k]) - run * FINE) * turns;
             float *to = s.keys + k * width + p.key_dim;
 #pragma omp simd
             for (Int d = 0; d < turns; ++d) to[d] = angles[d];
@@ -447,22 +325,23 @@ class Reader {
     }
 };
 
-// Joins the shares of row `r` of a KV head into `out`, float32 [value_dim].
-void merge(const Problem &p, float *parts, Int r, float sink, float *out) {
+// Joins `shares` parts of row `r` of a KV head into `out`, float32 [value_dim].
+void merge(const Problem &p, float *parts, Int shares, Int r, float sink, float *out) {
+    const Int each = p.kept();
     float top = sink, total = 0;
-    for (Int i = 0; i < p.shares(); ++i) top = std::max(top, Kept(p, parts + i * p.kept()).maximum[r]);
+    for (Int i = 0; i < shares; ++i) top = std::max(top, Kept(p, parts + i * each).maximum[r]);
     float origin = top == HIDDEN ? 0.0f : top;
     std::fill_n(out, p.value_dim, 0.0f);
-    for (Int i = 0; i < p.shares(); ++i) {
-        Kept kept(p, parts + i * p.kept());
+    for (Int i = 0; i < shares; ++i) {
+        Kept kept(p, parts + i * each);
         float factor = exp_negative(kept.maximum[r] - origin);
         total += factor * kept.weight[r];
         const float *sums = kept.sums + r * p.depth();
         for (Int d = 0; d < p.value_dim; ++d) out[d] += factor * sums[d];
     }
     total += exp_negative(sink - origin);
-    float share = total > 0 ? 1 / total : total;  // nothing seen: 0; a NaN stays one
-    for (Int d = 0; d < p.value_dim; ++d) out[d] *= share;
+    float scale = total > 0 ? 1 / total : total;  // nothing seen: 0; a NaN stays one
+    for (Int d = 0; d < p.value_dim; ++d) out[d] *= scale;
 }
 
 }  // namespace
@@ -500,7 +379,7 @@ void tiered_attention(const Problem *problem, float *workspace, float *out, floa
             Int of = unit / p.rows(), r = unit % p.rows();
             Int head = of % p.kv_heads * p.group + r / p.queries;
             float sink = p.sinks ? p.sinks[head] : HIDDEN;
-            merge(p, parts + of * shares * p.kept(), r, sink, out + unit * p.value_dim);
+            merge(p, parts + of * shares * p.kept(), shares, r, sink, out + unit * p.value_dim);
         }
     }
 }

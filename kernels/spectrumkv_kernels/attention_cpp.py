@@ -6,7 +6,6 @@ In plain torch codes have to become a float32 tensor before they can be multipli
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from spectrumkv_kernels.quantize import Quantized
 from spectrumkv_kernels.rotary import Rotary
 
 FINE = 256
-"""Positions that share one coarse rotation: `exp(i t f) = exp(i 256 (t // 256) f) exp(i (t % 256) f)`."""
+"""Positions that share a coarse rotation: `exp(i t f) = exp(i 256 (t // 256) f) exp(i (t % 256) f)`; as in the C++."""
 MOST_ROWS = 256
 """Query rows of a KV head; for more of them torch's matrix products are faster."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
@@ -85,7 +84,7 @@ def tiered_attention(
         lowest = torch.finfo(mask.dtype).min / 2 if mask.dtype != torch.bool else 0.0
     fields = [
         batch, kv_heads, heads // kv_heads, queries, key_dim, value_dim, length,
-        codec.symmetric, codec.hadamard, pairs, rotary.interleaved, FINE,
+        codec.symmetric, codec.hadamard, pairs, rotary.interleaved,
         _address(mean), _address(angles), KINDS[query.dtype], query.data_ptr(), *query.stride()[:3], *masked,
         window or 0 if mask is None else 0, ragged, _address(sinks), torch.get_num_threads(), len(held),
     ]  # fmt: skip

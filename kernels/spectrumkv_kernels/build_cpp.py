@@ -24,8 +24,8 @@ TIMEOUT = 120
 def load(name: str) -> ctypes.CDLL:
     """The library of `name`.cpp, built unless an earlier process has done so.
 
-    It lies in `$XDG_CACHE_HOME/spectrumkv` (`~/.cache/spectrumkv`), named after the sources, the compiler, its flags and
-    the processor. Processes may build it at the same time: each moves a whole file to its place.
+    It lies in `$XDG_CACHE_HOME/spectrumkv` (`~/.cache/spectrumkv`), named after the sources, the compiler, its flags
+    and the processor. Processes may build it at the same time: each moves a whole file to its place.
 
     Raises:
         OSError: there is no compiler, none of them could build it, or the folder can't be written.
@@ -57,7 +57,7 @@ def compilers() -> list[str]:
 
 def _cached(name: str, compiler: str) -> Path:
     about = [_version(compiler), " ".join(FLAGS), _processor()]
-    about += [source.read_text() for source in sorted(FOLDER.glob(f"{name}*.[ch]*")) if source.suffix in (".cpp", ".h")]
+    about += [source.read_text() for source in (FOLDER / f"{name}.cpp", *sorted(FOLDER.glob("*.h")))]
     key = hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(caches) / "spectrumkv" / f"{name}-{key}.so"

@@ -36,8 +36,8 @@ COMPILED = ("tiered_attention",)
 def default_implementation(device_type: str) -> str:
     """The implementation for a type of device.
 
-    Triton where there is a CUDA device and Triton is installed; C++ on a CPU where it can be built, which the first call
-    does; else torch.
+    Triton where there is a CUDA device and Triton is installed; C++ on a CPU where it can be built, which the first
+    call does; else torch.
     """
     if device_type == "cuda" and importlib.util.find_spec("triton"):
         return "triton"

@@ -1,4 +1,4 @@
-"""What `test_attention`, which runs with the C++ attention too, leaves out: shares, blocks, threads, what goes to torch."""
+"""What `test_attention`, which runs with the C++ attention too, leaves out: shares, blocks, threads, the twin's part."""
 
 import ctypes
 from pathlib import Path

@@ -142,8 +142,9 @@ def test_the_next_compiler_where_one_fails(source, cache, monkeypatch, tmp_path)
 @needs_compiler
 def test_processes_that_build_at_once(source, cache):
     code = (
-        f"from pathlib import Path; from spectrumkv_kernels import build_cpp; build_cpp.FOLDER = Path({str(source.parent)!r}); "
-        "import sys; sys.stdout.write('ready\\n'); sys.stdout.flush(); sys.stdin.read(1); print(build_cpp.load('small').answer())"
+        "import sys; from pathlib import Path; from spectrumkv_kernels import build_cpp; "
+        f"build_cpp.FOLDER = Path({str(source.parent)!r}); print('ready', flush=True); sys.stdin.read(1); "
+        "print(build_cpp.load('small').answer())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
