@@ -17,8 +17,6 @@ from spectrumkv_kernels.rotary import Rotary
 
 FINE = 256
 """Positions that share a coarse rotation: `exp(i t f) = exp(i 256 (t // 256) f) exp(i (t % 256) f)`; as in the C++."""
-MOST_ROWS = 256
-"""Query rows of a KV head; for more of them torch's matrix products are faster."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 NO_MASK = 4
 NO_VIEW = (0, 0, 0, 0)
@@ -102,8 +100,6 @@ def _covers(query: torch.Tensor, held: Sequence[Segment], mask: torch.Tensor | N
     if query.device.type != "cpu" or query.dtype not in KINDS or (torch.is_grad_enabled() and query.requires_grad):
         return False
     if mask is not None and mask.dtype not in KINDS:
-        return False
-    if query.shape[1] // held[0].positions.shape[1] * query.shape[2] > MOST_ROWS:
         return False
     return all(
         isinstance(s.keys, Quantized) or (s.keys.dtype in KINDS and s.values.dtype == s.keys.dtype) for s in held
