@@ -5,7 +5,20 @@ import pytest
 import torch
 from reference import error, frequencies, rotated
 
-from spectrumkv_kernels import CODECS, Codec, Quantized, Rotary, Segment, decode, encode, tiered_attention
+from spectrumkv_kernels import (
+    CODECS,
+    Codec,
+    Quantized,
+    Rotary,
+    Segment,
+    attention,
+    attention_cpp,
+    build_cpp,
+    decode,
+    encode,
+    operation,
+)
+from spectrumkv_kernels.dispatch import VARIABLE
 
 ALL_TIERS = ((16, 5), (8, 7), (4, 11), (2, 3), (16, 4))
 CODEC = {
@@ -13,6 +26,29 @@ CODEC = {
     "rotated": Codec("rotated", center=False, hadamard=True, symmetric=False),
     "centred": Codec("centred", center=True, hadamard=False, symmetric=False),
 }
+
+
+@pytest.fixture(autouse=True, params=["torch", "cpp"])
+def implementation(request, monkeypatch):
+    """Every test runs with both."""
+    if request.param == "cpp":
+        use_cpp(monkeypatch)
+    else:
+        monkeypatch.setenv(VARIABLE, "torch")
+    return request.param
+
+
+def use_cpp(monkeypatch):
+    """Reads are those of `attention_cpp`, not one of which goes to the twin in torch."""
+    if not build_cpp.compilers():
+        pytest.skip("no C++ compiler")
+
+    def twin(*args, **options):
+        raise AssertionError("went to the twin")
+
+    attention_cpp.library()
+    monkeypatch.setattr(attention, "tiered_attention", twin)
+    monkeypatch.setenv(VARIABLE, "cpp")
 
 
 class Case(NamedTuple):
@@ -34,7 +70,8 @@ class Case(NamedTuple):
 
     def attend(self, query, **options):
         fields = {"length": self.length, "codec": self.codec, "mean": self.mean, "rotary": self.rotary}
-        return tiered_attention(query, self.segments, **fields, ragged=self.ragged, **options)
+        attend = operation("tiered_attention", query.device)
+        return attend(query, self.segments, **fields, ragged=self.ragged, **options)
 
     def expected(self, query, *, scale, mask=None, window=None, softcap=None, sinks=None):
         """Plain attention over the dequantised tokens, query by query."""

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from spectrumkv_kernels import dispatch, operation
-from spectrumkv_kernels.dispatch import IMPLEMENTATIONS, OPERATIONS, VARIABLE
+from spectrumkv_kernels import build_cpp, dispatch, operation
+from spectrumkv_kernels.dispatch import COMPILED, IMPLEMENTATIONS, OPERATIONS, VARIABLE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,11 +21,20 @@ def test_variable_name():
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("setting", ["", "torch"], ids=["empty", "torch"])
-def test_torch_on_cpu(monkeypatch, setting, name):
-    monkeypatch.setenv(VARIABLE, setting)
+def test_torch_on_cpu_where_forced(monkeypatch, name):
+    monkeypatch.setenv(VARIABLE, "torch")
     function = operation(name, CPU)
     assert function.__name__ == name and module_of(function) == OPERATIONS[name]
+
+
+@pytest.mark.skipif(not build_cpp.compilers(), reason="no C++ compiler")
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("setting", ["", "cpp"], ids=["empty", "cpp"])
+def test_compiled_on_cpu(monkeypatch, setting, name):
+    monkeypatch.setenv(VARIABLE, setting)
+    function = operation(name, CPU)
+    suffix = "_cpp" if name in COMPILED else ""
+    assert function.__name__ == name and module_of(function) == OPERATIONS[name] + suffix
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

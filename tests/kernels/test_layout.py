@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hatchling.builders.wheel import WheelBuilder
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,3 +31,11 @@ def test_import_needs_no_transformers(tmp_path):
     path, *facts = done.stdout.split()
     assert Path(path).is_relative_to(ROOT / "kernels")
     assert facts == ["False", "False", "True"]
+
+
+def test_wheel_holds_the_sources_of_compiled_kernels():
+    """They are built where they are used."""
+    included = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    sources = {path.name for path in (ROOT / "kernels" / "spectrumkv_kernels").glob("*.[ch]*") if path.suffix != ".py"}
+    assert "attention.cpp" in sources
+    assert {f"spectrumkv_kernels/{name}" for name in sources} <= included
