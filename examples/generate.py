@@ -188,7 +188,7 @@ def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> 
         )
     if model.device.type == "cpu":
         found.append(
-            "On the CPU the tiers are read by plain PyTorch operations: speeds say nothing about CUDA kernels."
+            "On the CPU a compiled kernel, or plain PyTorch, reads the tiers: speeds say nothing about CUDA."
         )
     return found
 
