@@ -187,9 +187,7 @@ def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> 
             "which is against two bytes an element. With --dtype bfloat16 they do not.",
         )
     if model.device.type == "cpu":
-        found.append(
-            "On the CPU a compiled kernel, or plain PyTorch, reads the tiers: speeds say nothing about CUDA."
-        )
+        found.append("On the CPU a compiled kernel, or plain PyTorch, reads the tiers: speeds say nothing about CUDA.")
     return found
 
 
