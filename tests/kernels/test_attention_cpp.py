@@ -1,6 +1,9 @@
 """What `test_attention`, which runs with the C++ attention too, leaves out: shares, blocks, threads, the twin."""
 
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,15 +150,25 @@ def test_neither_threads_nor_rows_change_a_bit(cpp, threads):
     assert torch.equal(row, one[1:2])
 
 
-def test_no_second_pool_of_threads(cpp, threads):
-    """The library finds the OpenMP runtime that torch has loaded."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+def test_no_second_pool_of_threads(cpp):
+    """The library finds the OpenMP runtime that torch has loaded, where no other package brought its own."""
+    if not Path("/proc/self/maps").exists():
         pytest.skip("no /proc")
-    threads(2)
-    build(((8, 600), (4, 600))).attend(randn(1, 4, 1, 16), scale=0.2)
-    runtimes = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
-    assert len(runtimes) == 1
+    script = """
+import torch
+from test_attention import build, randn
+torch.set_num_threads(2)
+build(((8, 600), (4, 600))).attend(randn(1, 4, 1, 16), scale=0.2)
+mapped = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
+print(*sorted(path for path in mapped if "libgomp" in path or "libomp" in path or "attention-" in path), sep="\\n")
+"""
+    folders = [str(Path(__file__).parent), str(Path(attention_cpp.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), VARIABLE: "cpp"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    mapped = run.stdout.split()
+    assert len([path for path in mapped if "attention-" in path]) == 1
+    assert len([path for path in mapped if "omp" in Path(path).name]) == 1
 
 
 def test_nan_is_not_lost(cpp):
