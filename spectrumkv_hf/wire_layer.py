@@ -126,6 +126,13 @@ def unpack_map(packed: torch.Tensor) -> torch.Tensor:
     return four[packed.int()].view(torch.uint8)
 
 
+def read_map(held: Tensors, name: str, rows: tuple[int, int | None], size: int) -> torch.Tensor:
+    """The codes of a packed tier map of `size` tokens, uint8 `[*rows, size]`; its padding is refused unless it is 0."""
+    codes = unpack_map(held.take(name, (*rows, -(-size // 4)), torch.uint8))
+    held.checks.refuse(codes[..., size:] != 0, "bits after the tier map's last token are not 0")
+    return codes[..., :size]
+
+
 def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: int, length: int) -> None:
     window = fields.take("window", int, type(None))
     if window != layer.window:
@@ -217,12 +224,9 @@ def _positions(
         if size and batch and not store.drops:
             raise WireError(f"{size} tokens before the tail have no tier")
         return []
-    packed = held.take("map", (batch, None, -(-size // 4)), torch.uint8)
-    if packed.shape[1] not in (1, heads):
-        raise WireError(f"the tier map is for {packed.shape[1]} heads; the layer has {heads}")
-    codes = unpack_map(packed)
-    held.checks.refuse(codes[..., size:] != 0, "bits after the tier map's last token are not 0")
-    codes = codes[..., :size]
+    codes = read_map(held, "map", (batch, None), size)
+    if codes.shape[1] not in (1, heads):
+        raise WireError(f"the tier map is for {codes.shape[1]} heads; the layer has {heads}")
     unknown = (codes >= len(sides)) & (codes != ABSENT) if store.drops else codes >= len(sides)
     held.checks.refuse(unknown, "tokens of the tier map are in no tier")
     counts = [(codes == code).sum(-1) for code in range(len(sides))]

@@ -1,9 +1,7 @@
 """Writing caches: frame by frame, into one buffer or file, or while prefill still runs."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import fields
 from types import TracebackType
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.layer import SpectrumLayer
 from spectrumkv_hf.policy import POLICIES
+from spectrumkv_hf.whole_file import whole_file
 from spectrumkv_hf.wire_frame import ALIGNMENT, Kind, WireError, as_tensor, digest_of_digests
 from spectrumkv_hf.wire_layer import encode_layer, kind_of
 from spectrumkv_hf.wire_payload import MAX_LENGTH, Payload
@@ -79,19 +78,9 @@ def serialize(cache: SpectrumCache, stream: int = 0, out: torch.Tensor | None = 
 
 def save(cache: SpectrumCache, path: str | os.PathLike[str]) -> None:
     """Write a cache into a file, frame by frame; see `SpectrumCache.save`."""
-    path = os.path.abspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for frame in frames(cache):
-                file.write(frame.cpu().numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with whole_file(path) as file:
+        for frame in frames(cache):
+            file.write(frame.cpu().numpy().data)
 
 
 class Emitter:

@@ -48,7 +48,7 @@ def launch(
         kernel[grid](*args, *constants, **options)
         return
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-    key = (kernel.fn, device, constants, tuple(map(_trait, args)))
+    key = (kernel.fn, device, constants, tuple(options.values()), tuple(map(_trait, args)))
     found = _compiled.get(key)
     if found is not None:
         found[grid](*args, *constants)

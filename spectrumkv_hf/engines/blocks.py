@@ -19,7 +19,7 @@ from spectrumkv_hf.importance import READS_QUERIES, importance
 from spectrumkv_hf.policy import DROPPED, FP16, Policy, Tier, increments
 from spectrumkv_hf.store import Arena, TieredStore
 from spectrumkv_hf.wire_frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor
-from spectrumkv_hf.wire_layer import pack_map, read_side, unpack_map
+from spectrumkv_hf.wire_layer import pack_map, read_map, read_side
 from spectrumkv_hf.wire_payload import Payload, Tensors, read_payload
 from spectrumkv_kernels import Codec, Rotary
 
@@ -308,10 +308,7 @@ class BlockCodec:
         if len(sizes) == 1:
             every = torch.arange(spec.tokens, dtype=torch.int32, device=device)
             return [every.expand(layers, spec.kv_heads, -1)]
-        packed = held.take(f"{prefix}map", (*rows, -(-spec.tokens // 4)), torch.uint8)
-        codes = unpack_map(packed)
-        held.checks.refuse(codes[..., spec.tokens :] != 0, "bits after the tier map's last token are not 0")
-        codes = codes[..., : spec.tokens]
+        codes = read_map(held, f"{prefix}map", rows, spec.tokens)
         for code, n in enumerate(sizes):
             held.checks.refuse((codes == code).sum(-1) != n, "the tier map has other counts than its policy")
         held.checks.settle()

@@ -2,10 +2,11 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from spectrumkv_hf.whole_file import whole_file
 
 Cell = dict[str, Any]
 
@@ -58,11 +59,9 @@ class Results:
         content = {"environment": self.environment, "settings": self.settings, "cells": self.cells}
         if self.table is not None:
             content["table"] = self.table
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.chmod(name, 0o644)
-        os.replace(name, self.path)
+        with whole_file(self.path) as file:
+            file.write(json.dumps(content, indent=1).encode())
+        os.chmod(self.path, 0o644)
 
 
 def _as_json(value: Any) -> Any:

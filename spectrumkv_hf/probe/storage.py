@@ -5,18 +5,18 @@ unset). A file appears whole, under its final name, so processes may write and r
 and all have measured the same.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from spectrumkv_hf.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -100,17 +100,8 @@ def write(key: dict[str, Any], verdict: Any) -> None:
     entry = {"format": FORMAT, "key": key, "verdict": verdict, "checksum": _checksum(verdict)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(entry, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with whole_file(path) as file:
+            file.write(json.dumps(entry, indent=1).encode())
     except OSError as problem:
         logger.warning("the probe's verdict can't be stored: %s", problem)
 

@@ -1,8 +1,8 @@
 """How far stored keys and values lie from the exact ones, layer by layer."""
 
 import argparse
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -84,17 +84,25 @@ class LayerError(Experiment):
                 raise ValueError(f"layer-error compares policies, {method.spec!r} is none")
 
     def measure(self, run: Run) -> None:
-        jobs = [(i, ids, method) for i, ids in enumerate(run.windows(run.args.tokens)) for method in run.methods]
-        for index, ids, method in run.bar(jobs):
-            run.cell(index, method.spec, measure=partial(self._cell, run, ids, method))
+        windows = run.windows(run.args.tokens)
 
-    def _cell(self, run: Run, ids: torch.Tensor, method: Method) -> Cell:
-        exact, cache = Exact("exact").cache(run.model), method.cache(run.model)
-        prefill(run.model, ids, exact)
+        @lru_cache(maxsize=1)  # the methods of a window take turns
+        def exact(index: int) -> Cache:
+            cache = Exact("exact").cache(run.model)
+            prefill(run.model, windows[index], cache)
+            return cache
+
+        jobs = [(index, method) for index in range(len(windows)) for method in run.methods]
+        for index, method in run.bar(jobs):
+            measure = partial(self._cell, run, windows[index], method, partial(exact, index))
+            run.cell(index, method.spec, measure=measure)
+
+    def _cell(self, run: Run, ids: torch.Tensor, method: Method, exact: Callable[[], Cache]) -> Cell:
+        cache = method.cache(run.model)
         prefill(run.model, ids, cache)
         if not isinstance(cache, SpectrumCache):
             raise ValueError(f"{method.spec!r} is no SpectrumCache")
-        if not (errors := layer_errors(cache, exact)):
+        if not (errors := layer_errors(cache, exact())):
             raise ValueError(f"no layer of {run.args.model} is tiered:\n{cache.summary()}")
         return {"layers": errors}
 
