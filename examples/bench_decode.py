@@ -97,12 +97,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--fill", action="store_true", help="random keys and values in the place of a prefill, for very long contexts"
     )
+    parser.add_argument(
+        "--no-cudnn",
+        action="store_true",
+        help="keep SDPA from cuDNN, which PyTorch prefers on some GPUs and which plans anew for every length",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
     try:
         check_folders(args.json)
         model, tokenizer = load_from(args)

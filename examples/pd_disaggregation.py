@@ -205,6 +205,12 @@ def join(args: argparse.Namespace, rank: int, address: str) -> None:
     """Join the process group of the two."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     limit = timedelta(seconds=args.timeout)
+    if args.transport == "nccl":
+        devices = torch.cuda.device_count()
+        torch.cuda.set_device(rank % devices)
+        if devices == 1:  # NCCL takes two processes on one GPU for two machines then, which talk over sockets
+            os.environ.update(NCCL_HOSTID=str(rank), NCCL_IB_DISABLE="1")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group(TRANSPORTS[args.transport], init_method=address, rank=rank, world_size=2, timeout=limit)
 
 
@@ -346,8 +352,8 @@ def main() -> None:
         check_folders(args.json)
         if min(args.tokens) < 1 or args.max_new_tokens < 2 or not args.timeout > 0:
             raise ValueError("--tokens are 1 or more, --max-new-tokens 2 or more, --timeout is positive")
-        if args.transport == "nccl" and torch.cuda.device_count() < 2:
-            raise ValueError("--transport nccl needs two CUDA devices")
+        if args.transport == "nccl" and not torch.cuda.is_available():
+            raise ValueError("--transport nccl needs a CUDA device, better two")
         if args.transport == "nixl" and not any(map(importlib.util.find_spec, ("nixl", "nixl_cu12", "nixl_cu13"))):
             raise ValueError("--transport nixl needs NIXL: pip install 'spectrumkv-hf[nixl]'")
     except (OSError, TypeError, ValueError) as problem:

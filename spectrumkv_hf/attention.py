@@ -18,7 +18,7 @@ NAME = "spectrumkv"
 FUSED = (NAME, "sdpa")
 """Attention implementations whose function is known, so that reading the store directly means the same. The eager
 functions of models differ; they get dequantised keys and values."""
-UNKNOWN = ("position_bias", "cache", "output_attentions")
+UNKNOWN = frozenset(("position_bias", "cache", "output_attentions"))
 """Arguments that only the attention function itself can honour."""
 
 
@@ -83,6 +83,10 @@ def _routed(stock: Callable[..., Any], name: str) -> Callable[..., Any]:
     return attention
 
 
+def _unset(argument: Any) -> bool:
+    return argument is None or argument is False
+
+
 def _on_handles(
     stock: Callable[..., Any],
     name: str,
@@ -119,6 +123,6 @@ def _on_handles(
         fused=name in FUSED
         and not kwargs.get("dropout")
         and kwargs.get("is_causal") is not False
-        and not any(kwargs.get(argument) is not None and kwargs[argument] is not False for argument in UNKNOWN),
+        and (kwargs.keys().isdisjoint(UNKNOWN) or all(_unset(kwargs.get(argument)) for argument in UNKNOWN)),
     )
     return out.transpose(1, 2).contiguous(), weights

@@ -176,30 +176,32 @@ class SpectrumLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        store = self.store
-        held, given = store.tail[0], key_states
-        if (held.shape[0], held.shape[1], held.shape[3]) != (given.shape[0], given.shape[1], given.shape[3]):
+        store, given = self.store, key_states.shape
+        (held_keys, held_values), held = self.store.buffers, self.store.buffers[0].shape
+        if held[:2] != given[:2] or held[3] != given[3]:
             raise ValueError(
-                f"layer {self.layer_idx} holds {store.length} tokens of batch {held.shape[0]}, {held.shape[1]} KV "
-                f"heads, head_dim {held.shape[3]}; got batch {given.shape[0]}, {given.shape[1]} KV heads, head_dim "
-                f"{given.shape[3]}. Call reset(), or take a new cache for another batch."
+                f"layer {self.layer_idx} holds {store.length} tokens of batch {held[0]}, {held[1]} KV heads, head_dim "
+                f"{held[3]}; got batch {given[0]}, {given[1]} KV heads, head_dim {given[3]}. Call reset(), or take a "
+                "new cache for another batch."
             )
-        held_types, given_types = [t.dtype for t in store.tail], [key_states.dtype, value_states.dtype]
-        if held_types != given_types:
-            raise TypeError(f"layer {self.layer_idx} holds keys and values of {held_types}, got {given_types}")
+        if held_keys.dtype != key_states.dtype or held_values.dtype != value_states.dtype:
+            raise TypeError(
+                f"layer {self.layer_idx} holds keys and values of {held_keys.dtype} and {held_values.dtype}, got "
+                f"{key_states.dtype} and {value_states.dtype}"
+            )
         self._settle()
-        kv_length, _ = self.get_mask_sizes(given.shape[2])
+        kv_length, _ = self.get_mask_sizes(given[2])
         store.append(key_states, value_states)
         if self.on_update is not None:
             self.on_update(self.layer_idx, key_states, value_states)
         self.generation += 1
-        self.new_tokens, self._attended = given.shape[2], False
+        self.new_tokens, self._attended = given[2], False
         self._read_from = store.length - kv_length
         if self.policy.lossless:
             self._attended = True
             self._announce()
             return store.dense(self._read_from)
-        shape = (*given.shape[:2], kv_length)
+        shape = (*given[:2], kv_length)
         return (
             SpectrumHandle(self, "keys", (*shape, key_states.shape[3]), key_states.dtype),
             SpectrumHandle(self, "values", (*shape, value_states.shape[3]), value_states.dtype),
@@ -264,12 +266,12 @@ class SpectrumLayer(CacheLayerMixin):
         """
         self.check(generation)
         if fused and self.store.arenas and query.shape[2] <= FUSED_QUERIES:
-            keys = None
             with _own_precision(query.device):
                 out = self.read(query, mask, scale, softcap, sinks)
-        else:
-            keys, values = self.dense_for(generation)
-            out = on_dense(keys, values, self._without_dropped(mask, query, keys.shape[2]))
+                self.attended(query, None, mask, scale, softcap, sinks)
+            return out
+        keys, values = self.dense_for(generation)
+        out = on_dense(keys, values, self._without_dropped(mask, query, keys.shape[2]))
         with _own_precision(query.device):
             self.attended(query, keys, mask, scale, softcap, sinks)
         return out

@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -26,6 +27,14 @@ class Arena:
 
     def __len__(self) -> int:
         return self.positions.shape[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @functools.cached_property
+    def segment(self) -> Segment:
+        """What attention reads; an arena's tensors are never replaced."""
+        return Segment(self.tier.bits, self.keys, self.values, self.positions)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor with its name: `keys.codes`, `keys.affine`, ..., `positions`."""
@@ -114,6 +123,11 @@ class TieredStore:
         self._borrowed = False
 
     @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tail lies in, `[batch, kv_heads, any, dim]`."""
+        return self._keys, self._values
+
+    @property
     def batch_size(self) -> int:
         return self._keys.shape[0]
 
@@ -124,7 +138,8 @@ class TieredStore:
     @property
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact keys and values from `tail_start` on, views `[batch, kv_heads, tail_length, dim]`."""
-        return self._keys[:, :, : self.tail_length], self._values[:, :, : self.tail_length]
+        tokens = self.length - self.tail_start
+        return self._keys.narrow(2, 0, tokens), self._values.narrow(2, 0, tokens)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens, `[batch, kv_heads, tokens, dim]`, to the tail."""
@@ -136,8 +151,8 @@ class TieredStore:
             fixed = fixed or self._borrowed
             if grown > self._keys.shape[2] or fixed:
                 self._resize(held, grown)
-            self._keys[:, :, held:grown] = keys
-            self._values[:, :, held:grown] = values
+            self._keys.narrow(2, held, grown - held).copy_(keys)
+            self._values.narrow(2, held, grown - held).copy_(values)
         self.length += keys.shape[2]
 
     def adopt_tail(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -276,9 +291,10 @@ class TieredStore:
     def segments(self) -> list[Segment]:
         """Arenas and tail, as `tiered_attention` reads them."""
         keys, values = self.tail
-        positions = _counting(self.length, self.device)[self.tail_start : self.length]
-        tail = Segment(FP16.bits, keys, values, positions.expand(keys.shape[0], keys.shape[1], -1))
-        return [*(Segment(a.tier.bits, a.keys, a.values, a.positions) for a in self.arenas.values()), tail]
+        counting = _counting(self.length, self.device)
+        positions = counting.as_strided(keys.shape[:3], (0, 0, 1), self.tail_start)
+        tail = Segment(FP16.bits, keys, values, positions)
+        return [*[arena.segment for arena in self.arenas.values()], tail]
 
     def dense(self, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values from position `start` on, `[batch, kv_heads, length - start, dim]`, in their own dtypes.

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from spectrumkv_kernels.dot_triton import LOG2E, SUBNORMAL, dot, pad, plane
 
@@ -105,11 +106,15 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Attention of the rows of one KV head over a share of every segment.
 
     Tokens are rows of the products and queries, which are few, columns: those come in eights, rows in sixteens.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     if ROWS_PAD <= R:
         bh = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, R)

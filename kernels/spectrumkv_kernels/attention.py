@@ -16,7 +16,14 @@ FEW = 512
 """Exact tokens that are rather copied together than read apart."""
 
 
-class Segment(NamedTuple):
+class _Fields(NamedTuple):
+    bits: int
+    keys: Any
+    values: Any
+    positions: torch.Tensor
+
+
+class Segment(_Fields):
     """Tokens of one tier: what one pass of the attention reads.
 
     Attributes:
@@ -24,12 +31,12 @@ class Segment(NamedTuple):
         keys: A tensor `[batch, kv_heads, tokens, head_dim]` in the model's dtype for 16 bits, else `Quantized`.
         values: Likewise.
         positions: int32 `[batch, kv_heads, tokens]`, the slots of the tokens, ascending, -1 where a row has no token.
+        known: What an implementation has found out about these tensors and need not find out at every read.
     """
 
-    bits: int
-    keys: Any
-    values: Any
-    positions: torch.Tensor
+    @functools.cached_property
+    def known(self) -> dict[str, Any]:
+        return {}
 
 
 def tiered_attention(

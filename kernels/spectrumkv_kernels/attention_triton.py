@@ -18,7 +18,7 @@ from spectrumkv_kernels.attention import Segment
 from spectrumkv_kernels.codec import Codec, dims
 from spectrumkv_kernels.dot_triton import LOG2E
 from spectrumkv_kernels.hadamard import hadamard_matrix
-from spectrumkv_kernels.launch_triton import launch, on_device, shared
+from spectrumkv_kernels.launch_triton import launch, on_device, shared, trait
 from spectrumkv_kernels.merge_triton import merge_kernel
 from spectrumkv_kernels.prepare_triton import prepare_kernel
 from spectrumkv_kernels.quantize import Quantized
@@ -86,6 +86,41 @@ def _tables_for(rotary: Rotary, length: int, device: torch.device) -> tuple[torc
     return fine.to(device), torch.cat((coarse.cos(), coarse.sin()), dim=-1).float().to(device)
 
 
+class _Laid(NamedTuple):
+    """A segment as the kernel takes it.
+
+    Attributes:
+        pointers: Tensors, in rows without gaps between them.
+        tokens: How many.
+        room: Tokens that the buffers behind it hold for each row and head.
+        dims: Head dims of keys and values.
+        shared: All rows and heads have the same positions.
+        trait: What of it decides which code is compiled.
+    """
+
+    pointers: tuple[Any, ...]
+    tokens: int
+    room: int
+    dims: tuple[int, int]
+    shared: bool
+    trait: Any
+
+
+def _laid(segment: Segment) -> _Laid:
+    found: _Laid | None = segment.known.get(__name__)
+    if found is None:
+        room = _room(segment)
+        if room is None:
+            segment = _contiguous(segment)
+            room = segment.positions.shape[-1]
+        pointers = _pointers(segment)
+        found = _Laid(
+            pointers, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), trait(pointers)
+        )
+        segment.known[__name__] = found
+    return found
+
+
 def _room(segment: Segment) -> int | None:
     """Tokens that the buffers behind a segment hold for each row and head; None where they are laid out otherwise."""
     bits, keys, values, positions = segment
@@ -136,85 +171,91 @@ def tiered_attention(
     Nothing is compiled anew as lengths grow, and the host waits for nothing. A CUDA graph can be captured: replays
     read what lies in the same tensors then; positions of -1, with `ragged`, mark places that no token has taken yet.
     """
-    coded = [s for s in segments if s.bits < 16 and s.positions.shape[-1]]
-    exact = [s for s in segments if s.bits == 16 and s.positions.shape[-1]]
-    held = coded + exact
+    held = [s for s in segments if s.positions.shape[-1]]
+    held.sort(key=_is_exact)
+    laid = [_laid(s) for s in held]
     batch, heads, queries, dim = query.shape
-    value_dim, wide = dims(held[0])[1], 128 if query.dtype == torch.float32 else 256
-    if max(dim, value_dim) > wide or any(d * s.bits % 16 for s in coded for d in (dim, value_dim)):
+    value_dim, bits = laid[0].dims[1], tuple([s.bits for s in held])
+    if not _covers(query.dtype, dim, value_dim, bits):
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    rooms = [room for s in held if (room := _room(s)) is not None]
-    if len(rooms) < len(held):
-        held = [_contiguous(s) for s in held]
-        rooms = [s.positions.shape[-1] for s in held]
     device, query = query.device, query.contiguous()
     kv_heads = held[0].positions.shape[1]
     flat, rows = batch * kv_heads, heads // kv_heads * queries
-    bits = tuple([s.bits for s in held])
-    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
     # With a cap the scores must be in natural units first; else exp2 saves a product.
     units = scale if softcap is not None else scale * LOG2E.value
-    centred = mean is not None and bool(coded)
-    turned = codec.hadamard and bool(coded)
-
-    sizes = [s.positions.shape[-1] for s in held]
-    read = sum([cost * size for cost, size in zip(plan.costs, sizes, strict=True)])
-    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
-    chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(sizes, plan.tiles, strict=True)]
-    counts = [-(-size // chunk) for size, chunk in zip(sizes, chunks, strict=True)]
-    splits = sum(counts)
-
-    rotated_at = -(-flat * length * plan.rows_pad // 8) * 8 if centred else 0
-    state_at = flat * splits * rows * value_dim
-    factor_at = state_at + flat * splits * rows * 2
-    halves = torch.empty(rotated_at + flat * rows * dim, dtype=torch.float16, device=device)
-    floats = torch.empty(factor_at + flat * rows * 2, dtype=torch.float32, device=device)
+    coded = bits[0] < 16
+    centred = mean is not None and coded
+    turned = codec.hadamard and coded
+    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
+    work = _work(
+        plan, flat, rows, dim, value_dim, length if centred else 0, tuple([s.tokens for s in laid]),
+        tuple([s.room for s in laid]), device,
+    )  # fmt: skip
+    rotated_at, state_at, factor_at = work.rotated_at, work.state_at, work.factor_at
+    halves = torch.empty(work.halves, dtype=torch.float16, device=device)
+    floats = torch.empty(work.floats, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
+    known: tuple[Any, ...]
+    overlaps = _overlaps(device)
+    after = {"launch_pdl": True} if overlaps else {}
     with on_device(query):
         if coded:
-            turning, scoring, row_blocks, each = -(-flat * rows // TURNED), 0, 1, 1
-            fine = coarse = query
-            if centred:
-                fine, coarse = _tables(rotary, length, device)
-                row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-length // FINE)
-                each = -(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device)))
-                scoring = row_blocks * -(-parts // each)
+            fine, coarse = _tables(rotary, length, device) if centred else (query, query)
             args: tuple[Any, ...] = (
                 query, plan.signs if codec.hadamard else query, mean if centred else query, fine, coarse,
-                halves, floats, rotated_at, factor_at, rows, flat, turning, row_blocks, each, length, units,
+                halves, floats, rotated_at, factor_at, rows, flat, work.turning, work.row_blocks, work.each, length,
+                units,
             )  # fmt: skip
             constants: tuple[Any, ...] = (
                 dim, len(rotary.inv_freq), rotary.interleaved, codec.hadamard, centred, QUERY_PEAK, FINE,
-                plan.rows_pad, TURNED, PREPARED,
+                plan.rows_pad, TURNED, PREPARED, overlaps,
             )  # fmt: skip
-            launch(prepare_kernel, (turning + scoring, 1, 1), args, constants, **PREPARE_OPTIONS)
+            known = (work.trait, trait((query, mean if centred else query)))
+            launch(prepare_kernel, (work.turning + work.scoring, 1, 1), args, constants, known, **PREPARE_OPTIONS)
         if mask is None:
             strides: tuple[int, ...] = (0, 0, 0, 0)
             masked, kind, lowest, columns = query, "none", 0.0, length
         else:
             masked, strides, kind, lowest, columns = _masking(mask)
         args = (
-            query, halves, floats, tuple([_pointers(s) for s in held]),
-            tuple([(2 * size + 3, 2 * room + 3) for size, room in zip(sizes, rooms, strict=True)]),
-            tuple([2 * chunk + 3 for chunk in chunks]), masked, rotated_at, state_at, factor_at,
-            kv_heads, rows, queries, length, splits, *strides, length - columns, lowest, window or 0, units,
-            float(softcap or 0),
+            query, halves, floats, tuple([s.pointers for s in laid]), work.sizes, work.chunks, masked, rotated_at,
+            state_at, factor_at, kv_heads, rows, queries, length, work.splits, *strides, length - columns, lowest,
+            window or 0, units, float(softcap or 0),
         )  # fmt: skip
         constants = (
-            bits, tuple([shared(s.positions) for s in held]), dim, value_dim, plan.columns, plan.rows_pad,
+            bits, tuple([s.shared for s in laid]), dim, value_dim, plan.columns, plan.rows_pad,
             codec.symmetric, centred, queries > 1 and mask is None, window is not None and mask is None, ragged,
-            kind, softcap is not None, plan.tiles, STAGES,
+            kind, softcap is not None, plan.tiles, STAGES, overlaps,
         )  # fmt: skip
-        launch(attend_kernel, (flat * plan.row_blocks, max(counts), 1), args, constants, **OPTIONS)
+        seen = trait((query, masked, *strides, length - columns))
+        known = (work.trait, tuple([s.trait for s in laid]), seen)
+        launch(attend_kernel, work.grid, args, constants, known, **OPTIONS, **after)
         args = (
-            floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, splits,
-            sum(counts[: len(coded)]),
+            floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, work.splits,
+            work.coded_splits,
         )  # fmt: skip
-        launch(merge_kernel, (flat, rows, 1), args, (value_dim, plan.block, turned, sinks is not None, MERGED))
+        constants = (value_dim, plan.block, turned, sinks is not None, MERGED, overlaps)
+        known = (work.trait, trait((query, query if sinks is None else sinks)))
+        launch(merge_kernel, (flat, rows, 1), args, constants, known, **after)
     return out
+
+
+def _is_exact(segment: Segment) -> bool:
+    return segment.bits == 16
+
+
+def _covers(dtype: torch.dtype, dim: int, value_dim: int, bits: tuple[int, ...]) -> bool:
+    wide = 128 if dtype == torch.float32 else 256
+    return max(dim, value_dim) <= wide and not any(d * b % 16 for b in bits for d in (dim, value_dim))
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """The device can start a kernel while the one before it ends (programmatic dependent launch, from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class _Plan(NamedTuple):
@@ -228,6 +269,7 @@ class _Plan(NamedTuple):
         tiles: Tokens of one iteration, of each segment.
         block: Channels of a value, rounded up to a power of two.
         signs: The Hadamard matrix for queries, of 1 and -1.
+        coded: Segments that are not exact, which come first.
     """
 
     rows_pad: int
@@ -237,6 +279,7 @@ class _Plan(NamedTuple):
     tiles: tuple[int, ...]
     block: int
     signs: torch.Tensor
+    coded: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -260,6 +303,83 @@ def _plan(
         tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
         block=block,
         signs=hadamard_matrix(dim, device).sign().to(dtype),
+        coded=sum(b < 16 for b in bits),
+    )
+
+
+class _Work(NamedTuple):
+    """How a step's work is shared out, the same for all layers with as many tokens in each tier.
+
+    Attributes:
+        halves, floats: Elements of the workspaces.
+        rotated_at, state_at, factor_at: Where their parts begin.
+        turning, scoring: Programs of `prepare_kernel` that rotate queries, and that score the mean.
+        row_blocks: Of the latter, for the rows at one position.
+        each: Blocks of positions for one of them.
+        sizes, chunks: Of the segments, as `attend_kernel` takes them.
+        splits: Parts of a row.
+        coded_splits: Of them from segments that are not exact.
+        grid: Of `attend_kernel`.
+        trait: What of these numbers decides which code is compiled.
+    """
+
+    halves: int
+    floats: int
+    rotated_at: int
+    state_at: int
+    factor_at: int
+    turning: int
+    scoring: int
+    row_blocks: int
+    each: int
+    sizes: tuple[tuple[int, int], ...]
+    chunks: tuple[int, ...]
+    splits: int
+    coded_splits: int
+    grid: tuple[int, int, int]
+    trait: Any
+
+
+@functools.lru_cache(maxsize=64)
+def _work(
+    plan: _Plan,
+    flat: int,
+    rows: int,
+    dim: int,
+    value_dim: int,
+    scored: int,
+    tokens: tuple[int, ...],
+    rooms: tuple[int, ...],
+    device: torch.device,
+) -> _Work:
+    """Work for `tokens` in each segment and the mean's scores at `scored` positions."""
+    read = sum(cost * size for cost, size in zip(plan.costs, tokens, strict=True))
+    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
+    chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(tokens, plan.tiles, strict=True)]
+    counts = [-(-size // chunk) for size, chunk in zip(tokens, chunks, strict=True)]
+    splits = sum(counts)
+    row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-scored // FINE)
+    each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device))), 1)
+    rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
+    state_at = flat * splits * rows * value_dim
+    factor_at = state_at + flat * splits * rows * 2
+    sizes = tuple((2 * size + 3, 2 * room + 3) for size, room in zip(tokens, rooms, strict=True))
+    return _Work(
+        halves=rotated_at + flat * rows * dim,
+        floats=factor_at + flat * rows * 2,
+        rotated_at=rotated_at,
+        state_at=state_at,
+        factor_at=factor_at,
+        turning=-(-flat * rows // TURNED),
+        scoring=row_blocks * -(-parts // each),
+        row_blocks=row_blocks,
+        each=each,
+        sizes=sizes,
+        chunks=tuple(2 * chunk + 3 for chunk in chunks),
+        splits=splits,
+        coded_splits=sum(counts[: plan.coded]),
+        grid=(flat * plan.row_blocks, max(counts), 1),
+        trait=trait((rotated_at, state_at, factor_at, sizes)),
     )
 
 

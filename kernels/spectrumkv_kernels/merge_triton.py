@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from spectrumkv_kernels.dot_triton import LOG2E
 
@@ -47,8 +48,11 @@ def merge_kernel(
     HADAMARD: tl.constexpr,
     SINKS: tl.constexpr,
     S: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Join the parts of one row."""
+    if OVERLAPS:
+        gdc_wait()
     state = partial + state_at
     bh = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)

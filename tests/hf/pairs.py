@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 PATIENCE = 60.0
 """Seconds after which a test gives up; nothing here takes long, but processes start slowly on a busy machine."""
-NAMES = {"gloo": ("rank 0", "rank 1")}
+RANKS = ("gloo", "nccl")
+"""Transports of `torch.distributed`."""
+NAMES = dict.fromkeys(RANKS, ("rank 0", "rank 1"))
 """What the ends call each other in messages, sender and receiver."""
 TRANSPORTS = ["gloo", "directory", "nixl"]
 
@@ -41,10 +43,15 @@ def peer():
 
 def connect(kind, rank, place):
     """The connection, once both processes have it."""
-    if kind == "gloo":
-        dist.init_process_group(
-            "gloo", init_method=f"file://{place}", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
-        )
+    if kind in RANKS:
+        ends = {"init_method": f"file://{place}", "rank": rank, "world_size": 2}
+        if kind == "nccl":
+            on_one_gpu(rank)
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+            # With a device communicators are made here; else the first message makes them, and waits without a limit.
+            ends["device_id"] = torch.device("cuda", torch.cuda.current_device())
+        backend = "gloo" if kind == "gloo" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE), **ends)
         dist.barrier()
         return 1 - rank
     place.mkdir(exist_ok=True)
@@ -64,6 +71,12 @@ def connect(kind, rank, place):
     tell(place / f"{rank}")
     told(place / f"{1 - rank}")
     return transport
+
+
+def on_one_gpu(rank):
+    """Let NCCL take two processes with one GPU for two machines, which talk over sockets; no matter with two GPUs."""
+    if torch.cuda.device_count() == 1:
+        os.environ.update(NCCL_HOSTID=str(rank), NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
 
 
 def tell(path, text=""):
@@ -95,7 +108,7 @@ def serve(connection):
         except BaseException:  # whatever it is, the test shall see it
             outcome = AssertionError(traceback.format_exc())
         seconds = time.monotonic() - began
-        if kind == "gloo":
+        if dist.is_initialized():
             dist.destroy_process_group()
         elif _peer is not None:
             _peer.close()
@@ -106,8 +119,12 @@ def serve(connection):
 class Worker:
     def __init__(self):
         self.connection, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("forkserver")  # they fork from a process that has imported all this
-        context.set_forkserver_preload(["families", "pairs", "spectrumkv_hf.transfer", "transformers.masking_utils"])
+        if torch.cuda.is_available():  # a process that has asked for devices can't be forked
+            context = multiprocessing.get_context("spawn")
+        else:
+            context = multiprocessing.get_context("forkserver")  # they fork from a process that has imported all this
+            modules = ["families", "pairs", "spectrumkv_hf.transfer", "transformers.masking_utils"]
+            context.set_forkserver_preload(modules)
         self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
 
