@@ -5,11 +5,12 @@ import mmap
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+
+from spectrumkv_kernels import operation
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | torch.Tensor
 """What can be read: anything with the buffer protocol, or a uint8 tensor `[bytes]` on any device."""
@@ -135,60 +136,28 @@ def host_bytes(data: torch.Tensor) -> bytes:
 
 # -- checksum ---------------------------------------------------------------------------------------------------------
 
-ROW = 1024
-"""64-bit words in a row of the digest."""
-_STEP = 128
-"""Rows that are summed at a time."""
-
-
-def _splitmix(count: int) -> Iterator[int]:
-    """Odd 64-bit numbers from SplitMix64 with seed 0, as signed integers."""
-    mask, state = (1 << 64) - 1, 0
-    for _ in range(count):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        z = (z ^ (z >> 31)) | 1
-        yield z - (1 << 64) if z >> 63 else z
-
-
-_WEIGHTS = torch.tensor(list(_splitmix(ROW)), dtype=torch.int64)
-
 
 def digest(payload: torch.Tensor) -> int:
     """Checksum of a padded payload, 64 bits: a vectorised one, so that it costs little on CPUs and GPUs.
 
-    The payload, extended by zeros to whole rows of 1024 little-endian 64-bit words, gives a weighted sum of each row
-    and the sum of each column, all modulo 2^64; their BLAKE2b is the digest. It detects damage, not forgery.
+    It is the BLAKE2b of `spectrumkv_kernels`' `digest_sums`. It detects damage, not forgery.
 
     Args:
         payload: uint8 `[bytes]`, a multiple of 8 of them.
     """
-    words = payload.view(torch.int64)
-    weights = _WEIGHTS.to(payload.device)
-    whole = words.numel() // ROW * ROW
-    rows = words[:whole].view(-1, ROW)
-    columns = torch.zeros(ROW, dtype=torch.int64, device=payload.device)
-    sums = []
-    if payload.device.type == "cpu":
-        # Products of integer matrices exist on CPUs only. In steps that fit the processor's cache memory is read once.
-        ones = torch.ones(_STEP, dtype=torch.int64)
-        for part in rows.split(_STEP):
-            sums.append(torch.mv(part, weights))
-            columns.addmv_(part.t(), ones[: len(part)])
-    else:
-        for part in rows.split(64 * _STEP):
-            sums.append((part * weights).sum(1))
-            columns += part.sum(0)
-    if whole < words.numel():
-        rest = words[whole:]
-        sums.append((rest * weights[: len(rest)]).sum(0, keepdim=True))
-        columns[: len(rest)] += rest
-    state = hashlib.blake2b(host_bytes(torch.cat((*sums, columns)).view(torch.uint8)), digest_size=8)
-    return int.from_bytes(state.digest(), "little")
+    return hash_of(host_bytes(sums_of(payload)))
+
+
+def sums_of(payload: torch.Tensor) -> torch.Tensor:
+    """What the digest of a padded payload is the hash of, uint8 `[bytes]` on its device."""
+    return operation("digest_sums", payload.device)(payload.view(torch.int64)).view(torch.uint8)
+
+
+def hash_of(data: bytes) -> int:
+    """BLAKE2b with 8 bytes of output."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def digest_of_digests(digests: list[int]) -> int:
     """What the end frame says of the digests of all frames before it."""
-    data = b"".join(n.to_bytes(8, "little") for n in digests)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hash_of(b"".join(n.to_bytes(8, "little") for n in digests))
