@@ -11,6 +11,7 @@ from enum import IntEnum
 import torch
 
 from spectrumkv_kernels import operation
+from spectrumkv_kernels.checksum import ROW
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | torch.Tensor
 """What can be read: anything with the buffer protocol, or a uint8 tensor `[bytes]` on any device."""
@@ -134,7 +135,31 @@ def host_bytes(data: torch.Tensor) -> bytes:
     return data.cpu().numpy().tobytes()
 
 
+def put(out: torch.Tensor, pieces: list[tuple[int, bytes]]) -> None:
+    """Write pieces of `ALIGNMENT` bytes or a multiple at such places of `out`, uint8 `[bytes]`; on a device at once."""
+    if out.is_cpu:
+        memory = out.numpy().data
+        for at, data in pieces:
+            memory[at : at + len(data)] = data
+    else:
+        _send(out, pieces)
+
+
+def _send(out: torch.Tensor, pieces: list[tuple[int, bytes]]) -> None:
+    """`put` by one transfer, in which the places go ahead, and one operation."""
+    rows = [at // ALIGNMENT + i for at, data in pieces for i in range(len(data) // ALIGNMENT)]
+    sent = as_tensor(bytearray(struct.pack(f"<{len(rows)}q", *rows) + b"".join(data for _, data in pieces)))
+    if out.is_cuda:
+        sent = sent.pin_memory()  # then nothing waits for it
+    sent = sent.to(out.device, non_blocking=True)
+    where, what = sent[: 8 * len(rows)].view(torch.int64), sent[8 * len(rows) :].view(-1, ALIGNMENT)
+    out.view(-1, ALIGNMENT).index_copy_(0, where, what)
+
+
 # -- checksum ---------------------------------------------------------------------------------------------------------
+
+_CHUNK = 1 << 20
+"""Bytes, written piece by piece, that are summed at a time."""
 
 
 def digest(payload: torch.Tensor) -> int:
@@ -145,19 +170,45 @@ def digest(payload: torch.Tensor) -> int:
     Args:
         payload: uint8 `[bytes]`, a multiple of 8 of them.
     """
-    return hash_of(host_bytes(sums_of(payload)))
+    return hashed([Sums(payload).all()])[0]
 
 
-def sums_of(payload: torch.Tensor) -> torch.Tensor:
-    """What the digest of a padded payload is the hash of, uint8 `[bytes]` on its device."""
-    return operation("digest_sums", payload.device)(payload.view(torch.int64)).view(torch.uint8)
+class Sums:
+    """What the digest of a padded payload hashes, taken as the payload is written, while it is in the CPU's cache."""
+
+    def __init__(self, payload: torch.Tensor) -> None:
+        self._words = payload.view(torch.int64)
+        self._sum = operation("digest_sums", payload.device)
+        self._parts: list[torch.Tensor] = []
+        self._done = 0
+
+    def written(self, size: int) -> None:
+        """The first `size` bytes are there; those of whole rows may be read now."""
+        stop = size // 8 // ROW * ROW
+        if 8 * (stop - self._done) >= _CHUNK:
+            self._parts.append(self._sum(self._words[self._done : stop]))
+            self._done = stop
+
+    def all(self) -> torch.Tensor:
+        """The sums of the whole payload, int64 on its device."""
+        last = self._sum(self._words[self._done :])
+        if not self._parts:
+            return last
+        parts = [*self._parts, last]
+        return torch.cat([*(part[:-ROW] for part in parts), torch.stack([part[-ROW:] for part in parts]).sum(0)])
 
 
-def hash_of(data: bytes) -> int:
-    """BLAKE2b with 8 bytes of output."""
+def hashed(sums: list[torch.Tensor]) -> list[int]:
+    """The digests of payloads by their sums, for all of which a device is asked once."""
+    far = [t for t in sums if not t.is_cpu]
+    read = iter(torch.cat(far).cpu().split([len(t) for t in far]) if far else ())
+    return [_hash((t if t.is_cpu else next(read)).numpy().data) for t in sums]
+
+
+def _hash(data: bytes | memoryview) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def digest_of_digests(digests: list[int]) -> int:
     """What the end frame says of the digests of all frames before it."""
-    return hash_of(b"".join(n.to_bytes(8, "little") for n in digests))
+    return _hash(b"".join(n.to_bytes(8, "little") for n in digests))
