@@ -11,7 +11,6 @@ from enum import IntEnum
 import torch
 
 from spectrumkv_kernels import operation
-from spectrumkv_kernels.checksum import ROW
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | torch.Tensor
 """What can be read: anything with the buffer protocol, or a uint8 tensor `[bytes]` on any device."""
@@ -158,9 +157,6 @@ def _send(out: torch.Tensor, pieces: list[tuple[int, bytes]]) -> None:
 
 # -- checksum ---------------------------------------------------------------------------------------------------------
 
-_CHUNK = 1 << 20
-"""Bytes, written piece by piece, that are summed at a time."""
-
 
 def digest(payload: torch.Tensor) -> int:
     """Checksum of a padded payload, 64 bits: a vectorised one, so that it costs little on CPUs and GPUs.
@@ -170,32 +166,12 @@ def digest(payload: torch.Tensor) -> int:
     Args:
         payload: uint8 `[bytes]`, a multiple of 8 of them.
     """
-    return hashed([Sums(payload).all()])[0]
+    return hashed([sums_of(payload)])[0]
 
 
-class Sums:
-    """What the digest of a padded payload hashes, taken as the payload is written, while it is in the CPU's cache."""
-
-    def __init__(self, payload: torch.Tensor) -> None:
-        self._words = payload.view(torch.int64)
-        self._sum = operation("digest_sums", payload.device)
-        self._parts: list[torch.Tensor] = []
-        self._done = 0
-
-    def written(self, size: int) -> None:
-        """The first `size` bytes are there; those of whole rows may be read now."""
-        stop = size // 8 // ROW * ROW
-        if 8 * (stop - self._done) >= _CHUNK:
-            self._parts.append(self._sum(self._words[self._done : stop]))
-            self._done = stop
-
-    def all(self) -> torch.Tensor:
-        """The sums of the whole payload, int64 on its device."""
-        last = self._sum(self._words[self._done :])
-        if not self._parts:
-            return last
-        parts = [*self._parts, last]
-        return torch.cat([*(part[:-ROW] for part in parts), torch.stack([part[-ROW:] for part in parts]).sum(0)])
+def sums_of(payload: torch.Tensor) -> torch.Tensor:
+    """What the digest of a padded payload is the hash of, int64 on its device."""
+    return operation("digest_sums", payload.device)(payload.view(torch.int64))
 
 
 def hashed(sums: list[torch.Tensor]) -> list[int]:

@@ -15,7 +15,6 @@ from spectrumkv_hf.wire_frame import (
     ALIGNMENT,
     FrameHeader,
     Kind,
-    Sums,
     WireError,
     as_tensor,
     digest,
@@ -23,7 +22,9 @@ from spectrumkv_hf.wire_frame import (
     host_bytes,
     padded,
     put,
+    sums_of,
 )
+from spectrumkv_kernels import operation
 
 MAX_JSON = 1 << 20
 """Bytes of JSON in a payload."""
@@ -103,14 +104,8 @@ class Payload:
     def _write_tensors(self, payload: torch.Tensor) -> torch.Tensor:
         """Write the tensors into a payload of which the rest is there. Returns its sums."""
         if not self.tensors:
-            return Sums(as_tensor(self.head)).all()  # on the host, where it is known
-        sums, at = Sums(payload), len(self.head)
-        for tensor in self.tensors.values():
-            payload[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            at += tensor.nbytes
-            if payload.is_cpu:
-                sums.written(at)
-        return sums.all()
+            return sums_of(as_tensor(self.head))  # on the host, where it is known
+        return operation("write_sums", payload.device)(payload, list(self.tensors.values()), len(self.head))
 
 
 def write_payloads(payloads: Sequence[Payload], out: torch.Tensor) -> list[torch.Tensor]:
@@ -174,7 +169,7 @@ def read_payload(
     if len(payload) != header.padded:
         raise WireError(f"{len(payload)} bytes of payload where its header says {header.padded}")
     if later is not None:
-        later.sums.append(Sums(payload).all())
+        later.sums.append(sums_of(payload))
         later.digests.append(header.digest)
     elif digest(payload) != header.digest:
         raise WireError(_DAMAGED)

@@ -1,7 +1,7 @@
 """Sums under the wire format's digest. See docs/wire-format.md."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -40,6 +40,25 @@ def digest_sums(words: torch.Tensor) -> torch.Tensor:
         sums.append((rest * weights[: len(rest)]).sum(0, keepdim=True))
         columns[: len(rest)] += rest
     return torch.cat((*sums, columns))
+
+
+def write_sums(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: int) -> torch.Tensor:
+    """Write tensors into a payload, of which the rest is there, and give its `digest_sums`.
+
+    Args:
+        payload: uint8 `[bytes]`, contiguous, a multiple of 8 of them.
+        tensors: Go there one behind the other, each to a multiple of its item's size; of any strides.
+        start: Where the first one begins, in bytes.
+    """
+    write(payload, tensors, start)
+    return digest_sums(payload.view(torch.int64))
+
+
+def write(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: int) -> None:
+    """Write tensors one behind the other, as `write_sums` does."""
+    for tensor in tensors:
+        payload[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        start += tensor.nbytes
 
 
 @functools.lru_cache(maxsize=8)

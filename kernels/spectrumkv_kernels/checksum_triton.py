@@ -1,10 +1,12 @@
 """Triton twin of `checksum`: one launch. Integers are summed in any order to the same bits."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.checksum import ROW, row_weights
+from spectrumkv_kernels.checksum import ROW, row_weights, write
 from spectrumkv_kernels.launch_triton import launch, on_device
 
 ROWS, COLUMNS = 8, 256
@@ -34,3 +36,9 @@ def digest_sums(words: torch.Tensor) -> torch.Tensor:
             args = (words, row_weights(words.device), sums, words.numel(), rows)
             launch(digest_kernel, (triton.cdiv(rows, ROWS), 1, 1), args, (ROW, ROWS, COLUMNS))
     return sums
+
+
+def write_sums(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: int) -> torch.Tensor:
+    """As `checksum.write_sums`."""
+    write(payload, tensors, start)
+    return digest_sums(payload.view(torch.int64))

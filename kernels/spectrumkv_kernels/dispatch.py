@@ -26,10 +26,11 @@ OPERATIONS = {
     "tiered_attention": "attention",
     "attention_scores": "scores",
     "digest_sums": "checksum",
+    "write_sums": "checksum",
 }
 """The module of each operation."""
 
-COMPILED = ("tiered_attention", "digest_sums")
+COMPILED = ("tiered_attention", "digest_sums", "write_sums")
 """What `cpp` implements; for other operations it stands for torch."""
 
 
