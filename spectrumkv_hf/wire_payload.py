@@ -216,7 +216,7 @@ def _sizes(value: Any) -> bool:
 
 
 def _view(data: torch.Tensor, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    if not len(data):
+    if not data.numel():
         return torch.empty(shape, dtype=dtype, device=data.device)
     # Through DLPack the view has a storage of just its bytes: it counts, copies and pickles as what it is.
     return from_dlpack(to_dlpack(data.view(dtype).view(shape)))
@@ -239,6 +239,8 @@ def parse_json(text: bytes) -> dict[str, Any]:
         raise WireError(f"{name} in JSON")
 
     def integer(digits: str) -> int:
+        if len(digits) < 15:  # surely in range
+            return int(digits)
         if len(digits) > 15 or abs(int(digits)) >= MAX_INTEGER:
             raise WireError(f"integer out of range in JSON: {digits[:20]}")
         return int(digits)
