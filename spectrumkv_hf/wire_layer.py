@@ -252,8 +252,12 @@ def _positions(
     if codes.shape[1] not in (1, heads):
         raise WireError(f"the tier map is for {codes.shape[1]} heads; the layer has {heads}")
     sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
-    masks = [_equal(codes, code) for code in range(len(sides))]
-    counts = [mask.sum(-1) for mask in masks]
+    if codes.is_cpu:  # NumPy takes a tenth of PyTorch's time to compare bytes
+        seen = [torch.from_numpy(codes.numpy() == code) for code in range(len(sides))]
+        counts = [mask.sum(-1) for mask in seen]
+    else:
+        seen = [(codes == code).cumsum(-1) for code in range(len(sides))]
+        counts = [ranks[..., -1] for ranks in seen]
     checks = held.checks
     if batch:
         if len(sides) < ABSENT or not store.drops:  # else every code is one
@@ -264,7 +268,7 @@ def _positions(
     if codes.is_cpu:
         checks.settle()  # what follows relies on them
     find = _find if codes.is_cpu else _find_unseen
-    found = [find(mask, count, n, start) for n, mask, count in zip(sizes, masks, counts, strict=True)]
+    found = [find(tokens, count, n, start) for n, tokens, count in zip(sizes, seen, counts, strict=True)]
     return [positions.expand(-1, heads, -1).contiguous() for positions in found]
 
 
@@ -277,11 +281,6 @@ def _check_count(store: TieredStore, checks: Checks, count: torch.Tensor, size: 
     least, most = count.aminmax()
     checks.expect(most, lambda number: number <= size, "the tier map gives a tier more tokens than it has")
     checks.ask(least, note)
-
-
-def _equal(codes: torch.Tensor, code: int) -> torch.Tensor:
-    """`codes == code`; for bytes on a CPU NumPy takes a tenth of PyTorch's time."""
-    return torch.from_numpy(codes.numpy() == code) if codes.is_cpu else codes == code
 
 
 def _find(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
@@ -300,7 +299,7 @@ def _find(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> tor
     return found
 
 
-def _find_unseen(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
-    """`_find` where the host does not wait for the device, and must not rely on there being `size` True at most."""
-    wanted = torch.arange(1 - size, 1, device=mask.device) + count.unsqueeze(-1)  # the first of them, the second, ...
-    return (torch.searchsorted(mask.cumsum(-1), wanted, out_int32=True) + start).masked_fill_(wanted < 1, -1)
+def _find_unseen(ranks: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
+    """`_find` of the mask whose running sum is `ranks`, for devices: the host need not know how many True there are."""
+    wanted = torch.arange(1 - size, 1, device=ranks.device) + count.unsqueeze(-1)  # the first of them, the second, ...
+    return (torch.searchsorted(ranks, wanted, out_int32=True) + start).masked_fill_(wanted < 1, -1)
