@@ -293,7 +293,7 @@ def _find(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> tor
     rows, tokens = count.numel(), mask.shape[-1]
     if len(places) == rows * size:
         begins = torch.arange(rows) * tokens - start
-        return (places.view(rows, size) - begins.unsqueeze(1)).to(torch.int32).view(*count.shape, size)
+        return places.view(rows, size).sub_(begins.unsqueeze(1)).to(torch.int32).view(*count.shape, size)
     found = torch.full((*count.shape, size), -1, dtype=torch.int32)
     found[torch.arange(size) >= size - count.unsqueeze(-1)] = (places % tokens + start).to(torch.int32)
     return found
