@@ -148,6 +148,7 @@ class SpectrumCache(Cache):
             getattr(config, "kv_sharing_modes", None) or ()
         )
         ranking = SharedRanking() if self.policy.scope == "token" else None
+        rotary = functools.cache(functools.partial(rotary_of, config))
         layers: list[Any] = []
         self._stock: dict[int, Callable[[], Any]] = {}
         for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
@@ -162,7 +163,7 @@ class SpectrumCache(Cache):
             ours: dict[str, Any] = {
                 "policy": self.policy,
                 "codec": self.codec,
-                "rotary": rotary_of(config, kind),
+                "rotary": rotary(kind),
                 "layer_idx": index,
                 "defer": bool(shares),
                 "shared": ranking,

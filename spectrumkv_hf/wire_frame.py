@@ -5,11 +5,12 @@ import mmap
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+
+from spectrumkv_kernels import operation
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | torch.Tensor
 """What can be read: anything with the buffer protocol, or a uint8 tensor `[bytes]` on any device."""
@@ -133,62 +134,57 @@ def host_bytes(data: torch.Tensor) -> bytes:
     return data.cpu().numpy().tobytes()
 
 
+def put(out: torch.Tensor, pieces: list[tuple[int, bytes]]) -> None:
+    """Write pieces of `ALIGNMENT` bytes or a multiple at such places of `out`, uint8 `[bytes]`; on a device at once."""
+    if out.is_cpu:
+        memory = out.numpy().data
+        for at, data in pieces:
+            memory[at : at + len(data)] = data
+    else:
+        _send(out, pieces)
+
+
+def _send(out: torch.Tensor, pieces: list[tuple[int, bytes]]) -> None:
+    """`put` by one transfer, in which the places go ahead, and one operation."""
+    rows = [at // ALIGNMENT + i for at, data in pieces for i in range(len(data) // ALIGNMENT)]
+    sent = as_tensor(bytearray(struct.pack(f"<{len(rows)}q", *rows) + b"".join(data for _, data in pieces)))
+    if out.is_cuda:
+        sent = sent.pin_memory()  # then nothing waits for it
+    sent = sent.to(out.device, non_blocking=True)
+    where, what = sent[: 8 * len(rows)].view(torch.int64), sent[8 * len(rows) :].view(-1, ALIGNMENT)
+    out.view(-1, ALIGNMENT).index_copy_(0, where, what)
+
+
 # -- checksum ---------------------------------------------------------------------------------------------------------
-
-ROW = 1024
-"""64-bit words in a row of the digest."""
-_STEP = 128
-"""Rows that are summed at a time."""
-
-
-def _splitmix(count: int) -> Iterator[int]:
-    """Odd 64-bit numbers from SplitMix64 with seed 0, as signed integers."""
-    mask, state = (1 << 64) - 1, 0
-    for _ in range(count):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        z = (z ^ (z >> 31)) | 1
-        yield z - (1 << 64) if z >> 63 else z
-
-
-_WEIGHTS = torch.tensor(list(_splitmix(ROW)), dtype=torch.int64)
 
 
 def digest(payload: torch.Tensor) -> int:
     """Checksum of a padded payload, 64 bits: a vectorised one, so that it costs little on CPUs and GPUs.
 
-    The payload, extended by zeros to whole rows of 1024 little-endian 64-bit words, gives a weighted sum of each row
-    and the sum of each column, all modulo 2^64; their BLAKE2b is the digest. It detects damage, not forgery.
+    It is the BLAKE2b of `spectrumkv_kernels`' `digest_sums`. It detects damage, not forgery.
 
     Args:
         payload: uint8 `[bytes]`, a multiple of 8 of them.
     """
-    words = payload.view(torch.int64)
-    weights = _WEIGHTS.to(payload.device)
-    whole = words.numel() // ROW * ROW
-    rows = words[:whole].view(-1, ROW)
-    columns = torch.zeros(ROW, dtype=torch.int64, device=payload.device)
-    sums = []
-    if payload.device.type == "cpu":
-        # Products of integer matrices exist on CPUs only. In steps that fit the processor's cache memory is read once.
-        ones = torch.ones(_STEP, dtype=torch.int64)
-        for part in rows.split(_STEP):
-            sums.append(torch.mv(part, weights))
-            columns.addmv_(part.t(), ones[: len(part)])
-    else:
-        for part in rows.split(64 * _STEP):
-            sums.append((part * weights).sum(1))
-            columns += part.sum(0)
-    if whole < words.numel():
-        rest = words[whole:]
-        sums.append((rest * weights[: len(rest)]).sum(0, keepdim=True))
-        columns[: len(rest)] += rest
-    state = hashlib.blake2b(host_bytes(torch.cat((*sums, columns)).view(torch.uint8)), digest_size=8)
-    return int.from_bytes(state.digest(), "little")
+    return hashed([sums_of(payload)])[0]
+
+
+def sums_of(payload: torch.Tensor) -> torch.Tensor:
+    """What the digest of a padded payload is the hash of, int64 on its device."""
+    return operation("digest_sums", payload.device)(payload.view(torch.int64))
+
+
+def hashed(sums: list[torch.Tensor]) -> list[int]:
+    """The digests of payloads by their sums, for all of which a device is asked once."""
+    far = [t for t in sums if not t.is_cpu]
+    read = iter(torch.cat(far).cpu().split([len(t) for t in far]) if far else ())
+    return [_hash((t if t.is_cpu else next(read)).numpy().data) for t in sums]
+
+
+def _hash(data: bytes | memoryview) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def digest_of_digests(digests: list[int]) -> int:
     """What the end frame says of the digests of all frames before it."""
-    data = b"".join(n.to_bytes(8, "little") for n in digests)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return _hash(b"".join(n.to_bytes(8, "little") for n in digests))

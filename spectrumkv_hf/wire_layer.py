@@ -1,14 +1,16 @@
 """One layer of a cache as metadata and tensors, and back."""
 
+import functools
 from typing import Any
 
+import numpy as np
 import torch
 
 from spectrumkv_hf.layer import DTYPES, SlidingSpectrumLayer, SpectrumLayer
 from spectrumkv_hf.policy import DROPPED, TIERS, Tier
 from spectrumkv_hf.store import Arena, TieredStore
 from spectrumkv_hf.wire_frame import WireError
-from spectrumkv_hf.wire_payload import Fields, Parts, Tensors
+from spectrumkv_hf.wire_payload import Checks, Fields, Parts, Tensors
 from spectrumkv_hf.wire_stock import STOCK, decode_stock, encode_stock
 from spectrumkv_kernels import Quantized
 
@@ -47,7 +49,13 @@ def encode_layer(layer: Any, index: int) -> Parts:
 
 
 def decode_layer(
-    layer: Any, index: int, fields: Fields, tensors: dict[str, torch.Tensor], batch: int, length: int
+    layer: Any,
+    index: int,
+    fields: Fields,
+    tensors: dict[str, torch.Tensor],
+    batch: int,
+    length: int,
+    later: Checks | None = None,
 ) -> Any:
     """Fill a fresh `layer` from what `encode_layer` made; it may be left half filled by an error.
 
@@ -57,17 +65,19 @@ def decode_layer(
         fields: The metadata.
         tensors: Kept, not copied, unless the layer writes into them.
         batch, length: What every layer of the cache has.
+        later: Takes the checks of what tensors hold, to be settled by the caller; None: they are settled here.
 
     Raises:
         WireError: the metadata or tensors are unsound.
     """
     fields.equal("layer", index)
     fields.equal("class", kind_of(layer))
-    held = Tensors(tensors)
+    held = Tensors(tensors, later)
     (_decode_tiered if isinstance(layer, SpectrumLayer) else decode_stock)(layer, fields, held, batch, length)
     fields.done()
     held.done()
-    held.checks.settle()
+    if later is None:
+        held.checks.settle()
 
 
 def _encode_tiered(layer: SpectrumLayer) -> Parts:
@@ -101,10 +111,11 @@ def _tier_codes(store: TieredStore, shared: bool) -> torch.Tensor:
     """Which arena holds a token, by its place, uint8 `[batch, kv_heads or 1, tokens]` from `first_kept` on."""
     size = store.tail_start - store.first_kept
     first = next(iter(store.arenas.values())).positions
-    codes = torch.full((*first.shape[:2], size + 1), ABSENT, dtype=torch.uint8, device=first.device)
+    codes = torch.full((*first.shape[:2], 1 + size), ABSENT, dtype=torch.uint8, device=first.device)
     for code, arena in enumerate(store.arenas.values()):
-        codes.scatter_(2, store._slot(arena.positions, store.first_kept, size), code)
-    codes = codes[..., :size]
+        # What is not a place of the map goes into the first column.
+        codes.scatter_(2, (arena.positions - (store.first_kept - 1)).clamp_(min=0).long(), code)
+    codes = codes[..., 1:]
     if shared and bool((codes == codes[:, :1]).all()):
         codes = codes[:, :1]
     return codes
@@ -115,21 +126,27 @@ def pack_map(codes: torch.Tensor) -> torch.Tensor:
     size = codes.shape[-1]
     whole = codes.new_zeros(*codes.shape[:-1], -(-size // 4) * 4)
     whole[..., :size] = codes
-    four = whole.view(torch.int32)
-    return ((four | four >> 6 | four >> 12 | four >> 18) & 0xFF).to(torch.uint8)
+    # The product's uppermost byte is the sum of the codes, each shifted to its place; lower bits never carry into it.
+    return (whole.view(torch.int32) * (1 << 24 | 1 << 18 | 1 << 12 | 1 << 6) >> 24).to(torch.uint8)
 
 
 def unpack_map(packed: torch.Tensor) -> torch.Tensor:
     """The codes of `pack_map`, padding included, uint8 `[..., 4 * bytes]`."""
-    byte = torch.arange(256, dtype=torch.int32, device=packed.device)
-    four = byte & 3 | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18
-    return four[packed.int()].view(torch.uint8)
+    return _codes_of_bytes(packed.device)[packed.int()].view(torch.uint8)
+
+
+@functools.lru_cache(maxsize=8)
+def _codes_of_bytes(device: torch.device) -> torch.Tensor:
+    """The four codes of each byte, as the bytes of an int32 `[256]`."""
+    byte = torch.arange(256, dtype=torch.int32)
+    return (byte & 3 | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18).to(device)
 
 
 def read_map(held: Tensors, name: str, rows: tuple[int, int | None], size: int) -> torch.Tensor:
     """The codes of a packed tier map of `size` tokens, uint8 `[*rows, size]`; its padding is refused unless it is 0."""
     codes = unpack_map(held.take(name, (*rows, -(-size // 4)), torch.uint8))
-    held.checks.refuse(codes[..., size:] != 0, "bits after the tier map's last token are not 0")
+    if size % 4:
+        held.checks.refuse(codes[..., size:] != 0, "bits after the tier map's last token are not 0")
     return codes[..., :size]
 
 
@@ -180,14 +197,15 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     positions = _positions(held, layer, tail_start - first_kept, first_kept, heads, [s[0] for s in sides.values()])
     for (tier, (k, v)), where in zip(sides.items(), positions, strict=True):
         store.arenas[tier] = Arena(tier, k, v, where)
-    store.ragged = any(bool((arena.positions[..., :1] < 0).any()) for arena in store.arenas.values())
     if "mean" in held or (codec.center and any(tier.bits < 16 for tier in tiers)):
         if not codec.center:
             raise WireError(f"codec {codec.name!r} has no mean")
         store.mean = held.floats("mean", (batch, heads, key_dim), torch.float32)
     if "pads" in held:
         store.pads = held.take("pads", (batch,), torch.int64)
-        held.checks.refuse((store.pads < 0) | (store.pads > length), f"paddings are not from 0 to {length}")
+        if batch:
+            for number in store.pads.aminmax():
+                held.checks.expect(number, lambda n: 0 <= n <= length, f"paddings are not from 0 to {length}")
 
 
 def _tiers(fields: Fields) -> list[Tier]:
@@ -208,7 +226,13 @@ def read_side(
         return exact, exact.shape[2]
     codes = held.take(f"{name}.codes", (batch, heads, size, dim * tier.bits // 8), torch.uint8)
     affine = held.floats(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2), torch.float16)
-    held.checks.refuse(affine[..., 0] < 0, f"tensor {name + '.affine'!r} has scales below 0")
+    if affine.numel():
+        message = f"tensor {name + '.affine'!r} has scales below 0"
+        if symmetric:
+            held.checks.expect(affine.amin(), lambda least: least >= 0, message)
+        else:  # a scale is the lower half of a word; its bits are above those of -0 where it is negative
+            words = (affine.clone() if affine.data_ptr() % 4 else affine).view(torch.int32)
+            held.checks.expect((words & 0xFFFF).amax(), lambda bits: bits <= 0x8000, message)
     return Quantized(codes, affine), codes.shape[2]
 
 
@@ -227,20 +251,55 @@ def _positions(
     codes = read_map(held, "map", (batch, None), size)
     if codes.shape[1] not in (1, heads):
         raise WireError(f"the tier map is for {codes.shape[1]} heads; the layer has {heads}")
-    unknown = (codes >= len(sides)) & (codes != ABSENT) if store.drops else codes >= len(sides)
-    held.checks.refuse(unknown, "tokens of the tier map are in no tier")
-    counts = [(codes == code).sum(-1) for code in range(len(sides))]
     sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
-    for n, count in zip(sizes, counts, strict=True):
-        held.checks.refuse(count > n, "the tier map gives a tier more tokens than it has")
-    held.checks.settle()
-    positions = []
-    for code, (n, count) in enumerate(zip(sizes, counts, strict=True)):
-        columns = ((codes == code).nonzero()[:, -1] + start).to(torch.int32)
-        if len(columns) == count.numel() * n:
-            where = columns.view(*count.shape, n)
-        else:
-            where = torch.full((*count.shape, n), -1, dtype=torch.int32, device=codes.device)
-            where[torch.arange(n, device=codes.device) >= n - count.unsqueeze(-1)] = columns
-        positions.append(where.expand(-1, heads, -1).contiguous())
-    return positions
+    if codes.is_cpu:  # NumPy takes a tenth of PyTorch's time to compare bytes
+        seen = [torch.from_numpy(codes.numpy() == code) for code in range(len(sides))]
+        counts = [mask.sum(-1) for mask in seen]
+    else:
+        seen = [(codes == code).cumsum(-1) for code in range(len(sides))]
+        counts = [ranks[..., -1] for ranks in seen]
+    checks = held.checks
+    if batch:
+        if len(sides) < ABSENT or not store.drops:  # else every code is one
+            known = sum(counts[1:], counts[0]) + ((codes == ABSENT).sum(-1) if store.drops else 0)
+            checks.expect(known.amin(), lambda least: least == size, "tokens of the tier map are in no tier")
+        for n, count in zip(sizes, counts, strict=True):
+            _check_count(layer.store, checks, count, n)
+    if codes.is_cpu:
+        checks.settle()  # what follows relies on them
+    find = _find if codes.is_cpu else _find_unseen
+    found = [find(tokens, count, n, start) for n, tokens, count in zip(sizes, seen, counts, strict=True)]
+    return [positions.expand(-1, heads, -1).contiguous() for positions in found]
+
+
+def _check_count(store: TieredStore, checks: Checks, count: torch.Tensor, size: int) -> None:
+    """Refuse more than `size` tokens in a row of a tier; rows with fewer make the store ragged."""
+
+    def note(least: int) -> None:
+        store.ragged |= least < size
+
+    least, most = count.aminmax()
+    checks.expect(most, lambda number: number <= size, "the tier map gives a tier more tokens than it has")
+    checks.ask(least, note)
+
+
+def _find(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
+    """Places of the `count` True in each row of `mask`, `[batch, heads, tokens]`, counted from `start`, behind -1.
+
+    Returns:
+        int32 `[batch, heads, size]`.
+    """
+    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows, tokens = count.numel(), mask.shape[-1]
+    if len(places) == rows * size:
+        begins = torch.arange(rows) * tokens - start
+        return places.view(rows, size).sub_(begins.unsqueeze(1)).to(torch.int32).view(*count.shape, size)
+    found = torch.full((*count.shape, size), -1, dtype=torch.int32)
+    found[torch.arange(size) >= size - count.unsqueeze(-1)] = (places % tokens + start).to(torch.int32)
+    return found
+
+
+def _find_unseen(ranks: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
+    """`_find` of the mask whose running sum is `ranks`, for devices: the host need not know how many True there are."""
+    wanted = torch.arange(1 - size, 1, device=ranks.device) + count.unsqueeze(-1)  # the first of them, the second, ...
+    return (torch.searchsorted(ranks, wanted, out_int32=True) + start).masked_fill_(wanted < 1, -1)

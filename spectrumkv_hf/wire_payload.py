@@ -1,17 +1,35 @@
 """Payloads: metadata and tensors in the safetensors layout, and what checks them. See docs/wire-format.md."""
 
+import itertools
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from spectrumkv_hf.wire_frame import ALIGNMENT, FrameHeader, Kind, WireError, digest, host_bytes, padded
+from spectrumkv_hf.wire_frame import (
+    ALIGNMENT,
+    FrameHeader,
+    Kind,
+    WireError,
+    as_tensor,
+    digest,
+    hashed,
+    host_bytes,
+    padded,
+    put,
+    sums_of,
+)
+from spectrumkv_kernels import operation
 
 MAX_JSON = 1 << 20
 """Bytes of JSON in a payload."""
+BEGINNING = 4096
+"""Bytes of a frame that are read from a device together, as they mostly hold all that the host has to know."""
 MAX_LENGTH = 1 << 24
 """Tokens of a sequence: positions size the tables of cos and sin that reading a cache needs."""
 MAX_INTEGER = 1 << 48
@@ -58,7 +76,7 @@ class Payload:
             if tensor.dtype not in _NAMES:
                 raise WireError(f"tensor {name!r} has dtype {tensor.dtype}; those that can travel: {', '.join(DTYPES)}")
             described[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
-        text = _dump(described).encode()
+        text = json.dumps(described, separators=(",", ":")).encode()
         text += b" " * (padded(8 + len(text)) - 8 - len(text))
         if len(text) > MAX_JSON:
             raise WireError(f"{len(text)} bytes of metadata; at most {MAX_JSON} are allowed")
@@ -72,20 +90,36 @@ class Payload:
 
     def write(self, out: torch.Tensor, kind: Kind, index: int, layer: int = -1, stream: int = 0) -> FrameHeader:
         """Write the frame into `out`, uint8 `[frame_bytes]` on the tensors' device."""
-        payload = out[FrameHeader.SIZE :]
-        _put(payload, self.head)
-        at = len(self.head)
-        for tensor in self.tensors.values():
-            payload[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            at += tensor.nbytes
-        payload[at:].zero_()
-        header = FrameHeader(kind, index, layer, self.length, digest(payload), stream)
-        _put(out, header.pack())
+        header = FrameHeader(kind, index, layer, self.length, hashed(write_payloads([self], out))[0], stream)
+        put(out, [(0, header.pack())])
         return header
 
+    def _ends(self) -> list[tuple[int, bytes]]:
+        """The JSON, and zeros for the padding, which the tensors follow, with their places in the frame."""
+        ends = [(FrameHeader.SIZE, self.head)]
+        if self.length % ALIGNMENT:
+            ends.append((self.frame_bytes - ALIGNMENT, bytes(ALIGNMENT)))
+        return ends
 
-def _put(out: torch.Tensor, data: bytes) -> None:
-    out[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    def _write_tensors(self, payload: torch.Tensor) -> torch.Tensor:
+        """Write the tensors into a payload of which the rest is there. Returns its sums."""
+        if not self.tensors:
+            return sums_of(as_tensor(self.head))  # on the host, where it is known
+        return operation("write_sums", payload.device)(payload, list(self.tensors.values()), len(self.head))
+
+
+def write_payloads(payloads: Sequence[Payload], out: torch.Tensor) -> list[torch.Tensor]:
+    """Write frames but for their headers into `out`, uint8, one behind the other.
+
+    Returns:
+        What each frame's digest is the hash of, to be asked of the device at once.
+    """
+    starts = list(itertools.accumulate((p.frame_bytes for p in payloads), initial=0))
+    put(out, [(start + at, data) for start, p in zip(starts, payloads, strict=False) for at, data in p._ends()])
+    return [
+        p._write_tensors(out[start + FrameHeader.SIZE : start + p.frame_bytes])
+        for start, p in zip(starts, payloads, strict=False)
+    ]
 
 
 def _dump(value: Any) -> str:
@@ -97,12 +131,34 @@ def _dump(value: Any) -> str:
     return text
 
 
-def read_payload(header: FrameHeader, payload: torch.Tensor) -> tuple["Fields", dict[str, torch.Tensor]]:
+@dataclass
+class Later:
+    """What of several frames is asked of the device at once, after all of them have been read."""
+
+    checks: "Checks" = field(default_factory=lambda: Checks())
+    sums: list[torch.Tensor] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Raise a `WireError` if anything is wrong with any of the frames."""
+        if hashed(self.sums) != self.digests:
+            raise WireError(_DAMAGED)
+        self.checks.settle()
+
+
+_DAMAGED = "damaged payload: its digest is wrong"
+
+
+def read_payload(
+    header: FrameHeader, payload: torch.Tensor, begin: bytes = b"", later: Later | None = None
+) -> tuple["Fields", dict[str, torch.Tensor]]:
     """Check a payload and take it apart.
 
     Args:
         header: Its frame's.
         payload: uint8 `[header.padded]`, aligned.
+        begin: Some of its first bytes, where they are known on the host.
+        later: Takes the check of the digest; None: it is done first of all.
 
     Returns:
         The metadata, and tensors by name: views of the payload, each with a storage of its own.
@@ -112,14 +168,19 @@ def read_payload(header: FrameHeader, payload: torch.Tensor) -> tuple["Fields", 
     """
     if len(payload) != header.padded:
         raise WireError(f"{len(payload)} bytes of payload where its header says {header.padded}")
-    if digest(payload) != header.digest:
-        raise WireError("damaged payload: its digest is wrong")
+    if later is not None:
+        later.sums.append(sums_of(payload))
+        later.digests.append(header.digest)
+    elif digest(payload) != header.digest:
+        raise WireError(_DAMAGED)
     if header.length < 8:
         raise WireError(f"a payload of {header.length} bytes has no safetensors header")
-    size = int.from_bytes(host_bytes(payload[:8]), "little")
+    begin = begin or host_bytes(payload[:BEGINNING])
+    size = int.from_bytes(begin[:8], "little")
     if size > min(MAX_JSON, header.length - 8) or (8 + size) % ALIGNMENT:
         raise WireError(f"a safetensors header of {size} bytes in a payload of {header.length}")
-    described = parse_json(host_bytes(payload[8 : 8 + size]))
+    text = begin[8 : 8 + size] if 8 + size <= len(begin) else host_bytes(payload[8 : 8 + size])
+    described = parse_json(text)
     metadata = described.pop(_METADATA, None)
     if not isinstance(metadata, dict) or metadata.keys() != {_OURS} or not isinstance(metadata[_OURS], str):
         raise WireError(f"no {_METADATA!r} with {_OURS!r} in it")
@@ -155,10 +216,10 @@ def _sizes(value: Any) -> bool:
 
 
 def _view(data: torch.Tensor, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    if not len(data):
+    if not data.numel():
         return torch.empty(shape, dtype=dtype, device=data.device)
     # Through DLPack the view has a storage of just its bytes: it counts, copies and pickles as what it is.
-    return torch.from_dlpack(data.view(dtype).view(shape))
+    return from_dlpack(to_dlpack(data.view(dtype).view(shape)))
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -178,6 +239,8 @@ def parse_json(text: bytes) -> dict[str, Any]:
         raise WireError(f"{name} in JSON")
 
     def integer(digits: str) -> int:
+        if len(digits) < 15:  # surely in range
+            return int(digits)
         if len(digits) > 15 or abs(int(digits)) >= MAX_INTEGER:
             raise WireError(f"integer out of range in JSON: {digits[:20]}")
         return int(digits)
@@ -245,29 +308,42 @@ class Checks:
     """Conditions on tensors, asked of the device all at once."""
 
     def __init__(self) -> None:
-        self._failed: list[tuple[str, torch.Tensor]] = []
+        self._asked: list[tuple[torch.Tensor, Callable[[Any], None]]] = []
+
+    def ask(self, value: torch.Tensor, then: Callable[[Any], None]) -> None:
+        """Have `then` called with the number in `value`, of no dimension."""
+        self._asked.append((value, then))
+
+    def expect(self, value: torch.Tensor, sound: Callable[[Any], bool], message: str) -> None:
+        """`message`, unless the number in `value` is `sound`."""
+
+        def check(number: Any) -> None:
+            if not sound(number):
+                raise WireError(message)
+
+        self.ask(value, check)
 
     def refuse(self, failed: torch.Tensor, message: str) -> None:
         """`message`, where any of `failed`, bool, is True."""
-        self._failed.append((message, failed.any()))
+        self.expect(failed.any(), lambda any_failed: not any_failed, message)
 
     def settle(self) -> None:
         """Raise the first message that applies, as a `WireError`."""
-        if self._failed:
-            for (message, _), failed in zip(
-                self._failed, torch.stack([t for _, t in self._failed]).tolist(), strict=True
-            ):
-                if failed:
-                    raise WireError(message)
-            self._failed.clear()
+        asked, self._asked = self._asked, []
+        alike: dict[torch.dtype, list[torch.Tensor]] = {}
+        for value, _ in asked:
+            alike.setdefault(value.dtype, []).append(value)
+        numbers = {dtype: iter(torch.stack(values).tolist()) for dtype, values in alike.items()}
+        for value, then in asked:
+            then(next(numbers[value.dtype]))
 
 
 class Tensors:
     """The tensors of a payload: each is taken once and checked; `done` refuses what is left."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], checks: Checks | None = None) -> None:
         self._left = dict(tensors)
-        self.checks = Checks()
+        self.checks = Checks() if checks is None else checks
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
@@ -294,8 +370,9 @@ class Tensors:
         tensor = self.take(name, shape, dtype)
         if tensor.numel():
             least, most = tensor.aminmax()  # NaN where there is one
-            sound = (least > -torch.inf) & (most < torch.inf)
-            self.checks.refuse(~sound, f"tensor {name!r} has NaN or infinity")
+            message = f"tensor {name!r} has NaN or infinity"
+            self.checks.expect(least, lambda number: number > -math.inf, message)
+            self.checks.expect(most, lambda number: number < math.inf, message)
         return tensor
 
     def done(self) -> None:

@@ -1,5 +1,6 @@
 """Reading caches: from frames as they come in, from one buffer or file."""
 
+import contextlib
 import mmap
 import os
 from dataclasses import dataclass, fields
@@ -12,12 +13,23 @@ from transformers import PreTrainedConfig
 from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.identity import model_identity
 from spectrumkv_hf.policy import POLICIES, Policy
-from spectrumkv_hf.wire_frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor, digest_of_digests
+from spectrumkv_hf.wire_frame import (
+    ALIGNMENT,
+    Buffer,
+    FrameHeader,
+    Kind,
+    WireError,
+    as_tensor,
+    digest_of_digests,
+    host_bytes,
+)
 from spectrumkv_hf.wire_layer import decode_layer, kind_of
-from spectrumkv_hf.wire_payload import MAX_LENGTH, Fields, read_payload
+from spectrumkv_hf.wire_payload import BEGINNING, MAX_LENGTH, Fields, Later, read_payload
 from spectrumkv_kernels import CODECS
 
 MAX_BATCH = 1 << 20
+MOST = 255
+"""Frames whose beginnings are read ahead."""
 
 
 @dataclass
@@ -86,7 +98,12 @@ class Assembler:
 
     def add(self, header: FrameHeader, payload: Buffer) -> SpectrumCache | None:
         """As `feed`, for a header that is parsed and the `header.padded` bytes behind it."""
-        data = as_tensor(payload)
+        return self._add(header, as_tensor(payload))
+
+    def _add(
+        self, header: FrameHeader, data: torch.Tensor, begin: bytes = b"", later: Later | None = None
+    ) -> SpectrumCache | None:
+        """As `add`; `begin` and `later` as of `read_payload`. With `later` the cache is not to be trusted yet."""
         with self._located(header):
             if self._state != "open":
                 raise WireError(f"no frame can be added: the stream is {self._state}")
@@ -95,14 +112,15 @@ class Assembler:
                 data = data.clone()
             if self._device is not None:
                 data = data.to(self._device)
-            metadata, tensors = read_payload(header, data)
+            metadata, tensors = read_payload(header, data, begin, later)
             if header.kind == Kind.HEADER:
                 if tensors:
                     raise WireError("tensors in a frame that has none")
                 self._stream = _begin(metadata, self._config, header.stream)
             elif header.kind == Kind.LAYER and self._stream:
                 index, of = header.layer, self._stream
-                decode_layer(of.cache.layers[index], index, metadata, tensors, of.batch, of.length)
+                checks = None if later is None else later.checks
+                decode_layer(of.cache.layers[index], index, metadata, tensors, of.batch, of.length, checks)
             elif self._stream:
                 if tensors:
                     raise WireError("tensors in a frame that has none")
@@ -221,23 +239,58 @@ def _policy(values: dict[str, Any]) -> Policy:
 def deserialize(buffer: Buffer, config: PreTrainedConfig, device: torch.device | str | None = None) -> SpectrumCache:
     """The cache in a buffer; see `SpectrumCache.deserialize`."""
     data = as_tensor(buffer)
-    assembler = Assembler(config, device)
+    if torch.device(device or data.device).type != "cpu":
+        later = Later()
+        with contextlib.suppress(WireError):  # which says neither what came first nor where
+            cache = _read(data, Assembler(config, device), later)
+            later.settle()
+            return cache
+    return _read(data, Assembler(config, device))
+
+
+def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) -> SpectrumCache:
+    """The cache of a whole stream; with `later`, which takes the checks, it does not wait for the device."""
+    beginnings = Beginnings(data)
     at = 0
     cache = None
     while cache is None:
-        left = data[at:]
         with assembler._located():
-            if not len(left):
+            if at == len(data):
                 raise WireError("the buffer ends here")
-            header = FrameHeader.parse(left)
-            end = FrameHeader.SIZE + header.padded
-            if len(left) < end:
-                raise WireError(f"truncated: a frame of {end} bytes, {len(left)} are left")
-        cache = assembler.add(header, left[FrameHeader.SIZE : end])
-        at += end
+            begin = beginnings.at(at)
+            header = FrameHeader.parse(begin)
+            end = at + FrameHeader.SIZE + header.padded
+            if len(data) < end:
+                raise WireError(f"truncated: a frame of {end - at} bytes, {len(data) - at} are left")
+        payload = data[at + FrameHeader.SIZE : end]
+        cache = assembler._add(header, payload, begin[FrameHeader.SIZE : end - at], later)
+        beginnings.length = end - at
+        at = end
     if at != len(data):
         raise WireError(f"{len(data) - at} bytes behind the end frame, from byte {at} on")
     return cache
+
+
+class Beginnings:
+    """The first bytes of the frames in a buffer, several of which come from a device at once.
+
+    Layers' frames are mostly of one length, so that it can be guessed where those behind a frame begin.
+
+    Attributes:
+        length: Of the last frame, in bytes; 0 where there was none.
+    """
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data, self._read, self.length = data, dict[int, bytes](), 0
+
+    def at(self, start: int) -> bytes:
+        """`BEGINNING` bytes from `start` on, or those up to the end of the buffer."""
+        if start not in self._read:
+            size, step = min(BEGINNING, len(self._data) - start), self.length
+            more = min((len(self._data) - start - size) // step, MOST) if step else 0
+            raw = host_bytes(self._data[start:].as_strided((more + 1, size), (step, 1)))
+            self._read = {start + i * step: raw[i * size : (i + 1) * size] for i in range(more + 1)}
+        return self._read[start]
 
 
 def load(

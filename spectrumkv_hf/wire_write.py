@@ -1,5 +1,7 @@
 """Writing caches: frame by frame, into one buffer or file, or while prefill still runs."""
 
+import contextlib
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -12,9 +14,22 @@ from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.layer import SpectrumLayer
 from spectrumkv_hf.policy import POLICIES
 from spectrumkv_hf.whole_file import whole_file
-from spectrumkv_hf.wire_frame import ALIGNMENT, Kind, WireError, as_tensor, digest_of_digests
+from spectrumkv_hf.wire_frame import (
+    ALIGNMENT,
+    FrameHeader,
+    Kind,
+    WireError,
+    as_tensor,
+    digest,
+    digest_of_digests,
+    hashed,
+    put,
+)
 from spectrumkv_hf.wire_layer import encode_layer, kind_of
-from spectrumkv_hf.wire_payload import MAX_LENGTH, Payload
+from spectrumkv_hf.wire_payload import MAX_LENGTH, Payload, write_payloads
+
+HUGE = 1 << 23
+"""Bytes from which on memory is asked for in huge pages, of 2 MiB mostly."""
 
 
 def frames(cache: SpectrumCache, stream: int = 0) -> Iterator[torch.Tensor]:
@@ -62,18 +77,34 @@ def serialize(cache: SpectrumCache, stream: int = 0, out: torch.Tensor | None = 
     """
     writer = FrameWriter(cache, stream)
     payloads = [writer.header_payload(), *(writer.layer_payload(i) for i in range(len(cache.layers)))]
-    end = writer.end_payload(0)  # as long as the one that follows
-    size = sum(p.frame_bytes for p in [*payloads, end])
+    size = sum(
+        p.frame_bytes for p in [*payloads, writer.end_payload([])]
+    )  # that one is as long as the one that follows
     if out is None:
-        out = torch.empty(size, dtype=torch.uint8, device=writer.device)
+        out = _fresh(size, writer.device)
     elif len(as_tensor(out)) < size or out.data_ptr() % ALIGNMENT or out.storage_offset() % ALIGNMENT:
         raise ValueError(f"out is {size} bytes or more at a multiple of {ALIGNMENT}, got {len(out)} bytes")
-    out, at = out[:size], 0
-    for index, payload in enumerate(payloads):
-        writer.write(payload, out[at : at + payload.frame_bytes], Kind.LAYER if index else Kind.HEADER, index - 1)
+    out = out[:size]
+    digests = hashed(write_payloads(payloads, out))
+    payloads.append(end := writer.end_payload(digests))
+    digests.append(digest(as_tensor(end.head)))
+    pieces, at = [(size - len(end.head), end.head)], 0
+    for index, (payload, check) in enumerate(zip(payloads, digests, strict=True)):
+        kind, layer = writer.place(index)
+        pieces.append((at, FrameHeader(kind, index, layer, payload.length, check, stream).pack()))
         at += payload.frame_bytes
-    writer.write(writer.end_payload(writer.digests()), out[at:], Kind.END)
+    put(out, pieces)
     return out
+
+
+def _fresh(size: int, device: torch.device) -> torch.Tensor:
+    """New memory, uint8 `[size]`: where the system can, in pages so large that touching them first costs little."""
+    if device.type == "cpu" and size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def save(cache: SpectrumCache, path: str | os.PathLike[str]) -> None:
@@ -199,35 +230,35 @@ class FrameWriter:
                 )
         return Payload(metadata, tensors)
 
-    def end_payload(self, digests: int) -> Payload:
-        return Payload({"frames": len(self.cache.layers) + 2, "digest": f"{digests:016x}"})
+    def end_payload(self, digests: list[int]) -> Payload:
+        """Of the digests of all other frames."""
+        return Payload({"frames": len(self.cache.layers) + 2, "digest": f"{digest_of_digests(digests):016x}"})
 
-    def digests(self) -> int:
-        """Digest of the digests of all frames but the last."""
-        return digest_of_digests([self._digests.get(i, 0) for i in range(len(self.cache.layers) + 1)])
+    def place(self, index: int) -> tuple[Kind, int]:
+        """Kind and layer of a frame."""
+        if index == 0:
+            return Kind.HEADER, -1
+        return (Kind.LAYER, index - 1) if index <= len(self.cache.layers) else (Kind.END, -1)
 
-    def write(self, payload: Payload, out: torch.Tensor, kind: Kind, layer: int = -1) -> None:
-        index = len(self.cache.layers) + 1 if kind == Kind.END else layer + 1
-        header = payload.write(out, kind, index, layer, self.stream)
-        self._digests[index] = header.digest
-
-    def _frame(self, payload: Payload, kind: Kind, layer: int = -1) -> torch.Tensor:
+    def _frame(self, payload: Payload, index: int) -> torch.Tensor:
         device = next((t.device for t in payload.tensors.values()), self.device)
         out = torch.empty(payload.frame_bytes, dtype=torch.uint8, device=device)
-        self.write(payload, out, kind, layer)
+        kind, layer = self.place(index)
+        self._digests[index] = payload.write(out, kind, index, layer, self.stream).digest
         return out
 
     def header(self) -> torch.Tensor:
         """The frame that begins the stream, uint8 `[bytes]`."""
-        return self._frame(self.header_payload(), Kind.HEADER)
+        return self._frame(self.header_payload(), 0)
 
     def layer(self, index: int) -> torch.Tensor:
         """The frame of layer `index`."""
-        return self._frame(self.layer_payload(index), Kind.LAYER, index)
+        return self._frame(self.layer_payload(index), index + 1)
 
     def end(self) -> torch.Tensor:
         """The frame that ends the stream."""
-        return self._frame(self.end_payload(self.digests()), Kind.END)
+        frames = len(self.cache.layers) + 1
+        return self._frame(self.end_payload([self._digests.get(i, 0) for i in range(frames)]), frames)
 
 
 def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:

@@ -25,44 +25,44 @@ OPERATIONS = {
     "dense": "codec",
     "tiered_attention": "attention",
     "attention_scores": "scores",
+    "digest_sums": "checksum",
+    "write_sums": "checksum",
 }
 """The module of each operation."""
 
-COMPILED = ("tiered_attention",)
+COMPILED = ("tiered_attention", "digest_sums", "write_sums")
 """What `cpp` implements; for other operations it stands for torch."""
 
 
 @functools.cache
-def default_implementation(device_type: str) -> str:
-    """The implementation for a type of device.
+def default_implementation(name: str, device_type: str) -> str:
+    """The implementation of an operation for a type of device.
 
-    Triton where there is a CUDA device and Triton is installed; C++ on a CPU where it can be built, which the first
-    call does; else torch.
+    Triton where there is a CUDA device and Triton is installed; C++ on a CPU where there is one that can be built,
+    which the first call does; else torch.
     """
     if device_type == "cuda" and importlib.util.find_spec("triton"):
         return "triton"
-    if device_type == "cpu":
+    if device_type == "cpu" and name in COMPILED:  # for others nothing is built
         try:
-            _compiled()
+            _compiled(name)
         except OSError as problem:
-            logger.warning("SpectrumKV reads caches in plain torch, which is slower: no compiled kernels (%s)", problem)
+            logger.warning("SpectrumKV runs %s in plain torch, which is slower: not compiled (%s)", name, problem)
         else:
-            logger.info("SpectrumKV reads caches on the CPU with its compiled C++ kernels")
+            logger.info("SpectrumKV runs %s on the CPU in compiled C++", name)
             return "cpp"
     return "torch"
 
 
-def _compiled() -> None:
-    """Builds the C++ kernels unless they are there; OSError where that fails."""
-    from spectrumkv_kernels import attention_cpp
-
-    attention_cpp.library()
+def _compiled(name: str) -> None:
+    """Builds the C++ of an operation unless it is there; OSError where that fails."""
+    importlib.import_module(f"spectrumkv_kernels.{OPERATIONS[name]}_cpp").library()
 
 
 @functools.cache
 def _load(name: str, implementation: str) -> Callable[..., Any]:
     if implementation == "cpp" and name in COMPILED:
-        _compiled()
+        _compiled(name)
     elif implementation == "cpp":
         implementation = "torch"
     module = OPERATIONS[name]
@@ -82,11 +82,7 @@ def operation(name: str, device: torch.device) -> Callable[..., Any]:
         ModuleNotFoundError: it names one that is not installed.
         OSError: it names `cpp`, which can't be built here.
     """
-    chosen = os.environ.get(VARIABLE)
-    if not chosen:
-        # Not asked for what is not compiled, so that nothing is built before it is needed.
-        alike = device.type == "cpu" and name not in COMPILED
-        chosen = "torch" if alike else default_implementation(device.type)
+    chosen = os.environ.get(VARIABLE) or default_implementation(name, device.type)
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE}={chosen!r} names no implementation: choose from {', '.join(IMPLEMENTATIONS)}")
     return _load(name, chosen)

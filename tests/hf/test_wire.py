@@ -337,6 +337,10 @@ def test_on_a_gpu(family):
     assert_equal(cache, received)
     on_cpu = SpectrumCache.deserialize(buffer.cpu(), config=m.config)
     assert torch.equal(on_cpu.serialize(), buffer.cpu())
+    damaged = buffer.clone()
+    damaged[-400] ^= 1
+    with pytest.raises(WireError, match="layer [0-9]+, at byte .* digest"):
+        SpectrumCache.deserialize(damaged, config=m.config)
     back = SpectrumCache.deserialize(buffer.cpu(), config=m.config, device="cuda")
     with torch.no_grad():
         logits = [m(prompt(1, 2).cuda(), past_key_values=used).logits for used in (cache, received, back)]

@@ -16,8 +16,10 @@ from families import config
 from wire_forge import CONFIG, forged, golden_cache, opened, payload_of, sealed, split
 
 from spectrumkv_hf import SpectrumCache, wire
-from spectrumkv_hf.wire_frame import FrameHeader, WireError, digest
-from spectrumkv_hf.wire_layer import pack_map, unpack_map
+from spectrumkv_hf.wire_frame import FrameHeader, WireError, _send, as_tensor, digest, put
+from spectrumkv_hf.wire_layer import _find, _find_unseen, pack_map, unpack_map
+from spectrumkv_hf.wire_payload import BEGINNING, Later
+from spectrumkv_hf.wire_read import Assembler, Beginnings, _read
 
 GOLDEN = Path(__file__).parent / "golden" / "wire-v1.bin"
 """What `golden_cache` gives. Format version 1 must read it for ever, and write it as long as it is the current one."""
@@ -123,6 +125,41 @@ class TestDigest:
         signs = words.clone()  # modulo 2^64 a weighted sum alone would not see these two
         signs[[3, 77]] ^= -(2**63)
         assert digest(signs.view(torch.uint8)) != before
+
+
+@pytest.mark.parametrize("counts", [(4, 4), (4, 0), (1, 3), (0, 0)])
+def test_places_are_found_on_a_device_as_on_the_host(counts):
+    mask = torch.zeros(1, 2, 9, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        mask[0, row, torch.randperm(9)[:count]] = True
+    count = mask.sum(-1)
+    for size in range(max(counts), 9):
+        found = _find(mask, count, size, 5)
+        places = [
+            [-1] * (size - n) + [5 + i for i in range(9) if row[i]] for row, n in zip(mask[0], counts, strict=True)
+        ]
+        assert found.dtype == torch.int32 and found[0].tolist() == places
+        assert torch.equal(_find_unseen(mask.cumsum(-1), count, size, 5), found)
+
+
+def test_pieces_go_to_a_device_as_to_the_host():
+    pieces = [(128, bytes(range(64))), (64, b"x" * 64), (320, bytes(range(128)))]
+    ours, theirs = torch.full((2, 512), 7, dtype=torch.uint8)
+    put(ours, pieces)
+    _send(theirs, pieces)
+    assert torch.equal(ours, theirs)
+    assert all(bytes(ours[at : at + len(data)].tolist()) == data for at, data in pieces)
+    assert (ours == 7).sum() >= 512 - 256
+
+
+@pytest.mark.parametrize("lengths", [(64, 5120, 5120, 5120, 320), (6400, 64, 64, 64, 128, 9000, 9000, 64)])
+def test_beginnings_wherever_frames_begin(lengths):
+    data = torch.randint(0, 256, (sum(lengths),), dtype=torch.uint8)
+    beginnings, at = Beginnings(data), 0
+    for length in lengths:
+        assert beginnings.at(at) == data[at : at + BEGINNING].numpy().tobytes()[:BEGINNING]
+        at += length
+        beginnings.length = length
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 300])
@@ -421,6 +458,56 @@ def test_tiny_payloads(data):
     header, *_ = opened(frames[1])
     for payload in (b"", b"\0" * 7, payload_of(b"{}", b"")):
         assert_refused(frames[0] + sealed(header, payload), "has no safetensors header|no '__metadata__'")
+
+
+class TestWithoutWaiting:
+    """How a device's buffer is read: what would have to wait for it is checked at the end."""
+
+    def read(self, data):
+        later = Later()
+        cache = _read(as_tensor(data), Assembler(CONFIG), later)
+        later.settle()
+        return cache
+
+    def test_as_on_a_device(self, data, monkeypatch):
+        """Every way that a device takes, on the CPU."""
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+        assert golden_cache().serialize().numpy().tobytes() == data
+        cache = self.read(data)
+        assert cache.serialize().numpy().tobytes() == data
+        ours, theirs = read(data).layers[0].store, cache.layers[0].store
+        assert ours.ragged == theirs.ragged
+        for (name, a), (other, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
+            assert name == other and torch.equal(a, b)
+
+    def test_damage(self, data, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+        rng, damaged = random.Random(3), bytearray(data)
+        for _ in range(300):
+            byte, bit = rng.randrange(len(data)), rng.randrange(8)
+            damaged[byte] ^= 1 << bit
+            with pytest.raises(WireError):
+                self.read(damaged)
+            damaged[byte] ^= 1 << bit
+
+    @pytest.mark.parametrize("name", LAYER_EDITS)
+    def test_checks(self, data, name, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+        frames = split(data)
+        assembler, later = Assembler(CONFIG), Later()
+        with pytest.raises(WireError, match=LAYER_EDITS[name][1]):
+            for frame in (frames[0], forged(frames[1], **LAYER_EDITS[name][0])):
+                whole = as_tensor(bytearray(frame))
+                assembler._add(FrameHeader.parse(whole), whole[64:], later=later)
+            later.settle()
+
+    def test_nothing_is_settled_before_the_end(self, data):
+        damaged = bytearray(data)
+        damaged[len(b"".join(split(data)[:2])) - 1] ^= 1  # behind the first layer's tensors
+        later = Later()
+        assert _read(as_tensor(damaged), Assembler(CONFIG), later) is not None
+        with pytest.raises(WireError, match="digest"):
+            later.settle()
 
 
 @pytest.mark.parametrize(("field", "value"), [("frames", 5), ("digest", "0" * 16), ("more", 1)])

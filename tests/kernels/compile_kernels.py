@@ -32,7 +32,7 @@ JITFunction.run = compile_only
 import torch  # noqa: E402
 from test_attention import build, randn  # noqa: E402
 
-from spectrumkv_kernels import attention_triton, codec_triton, scores_triton  # noqa: E402
+from spectrumkv_kernels import attention_triton, checksum_triton, codec_triton, scores_triton  # noqa: E402
 
 attention_triton._overlaps = lambda device: True
 
@@ -56,4 +56,5 @@ for head_dim, codec, fillers, options in (
         codec_triton.encode(keys, keys, positions.expand(1, 2, -1).contiguous(), bits, *fields.values())
     many = randn(1, 4, 90, head_dim).bfloat16()
     scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
+checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
 print(*sorted(compiled))
