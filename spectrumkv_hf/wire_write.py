@@ -67,8 +67,8 @@ def serialize(cache: SpectrumCache, stream: int = 0, out: torch.Tensor | None = 
     Args:
         cache: What to write.
         stream: As of `frames`.
-        out: Write into the beginning of this one, and return that part. Memory that has been in use takes bytes several
-            times faster than new memory.
+        out: Write into the beginning of this one, and return that part. Memory that has been in use takes bytes
+            faster than new memory.
 
     Raises:
         WireError: as of `SpectrumCache.serialize`.

@@ -48,7 +48,7 @@ def write_sums(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: in
     Args:
         payload: uint8 `[bytes]`, contiguous, a multiple of 8 of them.
         tensors: Go there one behind the other, each to a multiple of its item's size; of any strides.
-        start: Where the first one begins, in bytes.
+        start: Where the first one begins, in bytes: a multiple of 8.
     """
     write(payload, tensors, start)
     return digest_sums(payload.view(torch.int64))

@@ -39,7 +39,7 @@ def write_sums(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: in
     pieces, place = [(0, start // 8)], start  # the address, 0 for what is there, and the number of words
     held = [tensor.contiguous() for tensor in tensors]  # named, since only their addresses are handed over
     for i, tensor in enumerate(held):
-        if place % 8 or tensor.nbytes % 8:
+        if tensor.nbytes % 8:
             checksum.write(payload, held[i:], place)
             break
         pieces.append((tensor.data_ptr(), tensor.nbytes // 8))
