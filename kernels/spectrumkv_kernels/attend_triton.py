@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from spectrumkv_kernels.dot_triton import LOG2E, SUBNORMAL, dot, pad, plane
 
@@ -112,9 +112,6 @@ def attend_kernel(
 
     Tokens are rows of the products and queries, which are few, columns: those come in eights, rows in sixteens.
     """
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
     if ROWS_PAD <= R:
         bh = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, R)
@@ -246,3 +243,5 @@ def attend_kernel(
             tl.store(floats + state_at + at_row * 2, m, mask=real)
             tl.store(floats + state_at + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
         part += tl.cdiv(size, chunk)
+    if OVERLAPS:
+        gdc_launch_dependents()

@@ -200,7 +200,6 @@ def tiered_attention(
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
     known: tuple[Any, ...]
     overlaps = _overlaps(device)
-    after = {"launch_pdl": True} if overlaps else {}
     with on_device(query):
         if coded:
             fine, coarse = _tables(rotary, length, device) if centred else (query, query)
@@ -211,7 +210,7 @@ def tiered_attention(
             )  # fmt: skip
             constants: tuple[Any, ...] = (
                 dim, len(rotary.inv_freq), rotary.interleaved, codec.hadamard, centred, QUERY_PEAK, FINE,
-                plan.rows_pad, TURNED, PREPARED, overlaps,
+                plan.rows_pad, TURNED, PREPARED,
             )  # fmt: skip
             known = (work.trait, trait((query, mean if centred else query)))
             launch(prepare_kernel, (work.turning + work.scoring, 1, 1), args, constants, known, **PREPARE_OPTIONS)
@@ -232,14 +231,17 @@ def tiered_attention(
         )  # fmt: skip
         seen = trait((query, masked, *strides, length - columns))
         known = (work.trait, tuple([s.trait for s in laid]), seen)
-        launch(attend_kernel, work.grid, args, constants, known, **OPTIONS, **after)
+        launch(attend_kernel, work.grid, args, constants, known, **OPTIONS)
         args = (
             floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, work.splits,
             work.coded_splits,
         )  # fmt: skip
         constants = (value_dim, plan.block, turned, sinks is not None, MERGED, overlaps)
         known = (work.trait, trait((query, query if sinks is None else sinks)))
-        launch(merge_kernel, (flat, rows, 1), args, constants, known, **after)
+        # It may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both at
+        # their predecessors' start was slower: programs that wait take the places of others.
+        options = {"launch_pdl": True} if overlaps else {}
+        launch(merge_kernel, (flat, rows, 1), args, constants, known, **options)
     return out
 
 
@@ -254,7 +256,7 @@ def _covers(dtype: torch.dtype, dim: int, value_dim: int, bits: tuple[int, ...])
 
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
-    """The device can start a kernel while the one before it ends (programmatic dependent launch, from Hopper on)."""
+    """Kernels can be launched before the one that they wait for has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

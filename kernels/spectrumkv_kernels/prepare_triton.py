@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from spectrumkv_kernels.dot_triton import SUBNORMAL, dot, pad
 
@@ -35,7 +34,6 @@ def prepare_kernel(
     ROWS_PAD: tl.constexpr,
     TURNED: tl.constexpr,
     R: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
 
@@ -45,8 +43,6 @@ def prepare_kernel(
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
             `factor_at` on in `floats`.
     """
-    if OVERLAPS:
-        gdc_launch_dependents()
     BLOCK_D: tl.constexpr = pad(D)
     d = tl.arange(0, BLOCK_D)
     if tl.program_id(0) < turning:
