@@ -189,6 +189,11 @@ class SpectrumLayer(CacheLayerMixin):
                 f"layer {self.layer_idx} holds keys and values of {held_keys.dtype} and {held_values.dtype}, got "
                 f"{key_states.dtype} and {value_states.dtype}"
             )
+        if held_keys.device != key_states.device:
+            raise ValueError(
+                f"layer {self.layer_idx} lies on {held_keys.device}, got keys on {key_states.device}: "
+                "SpectrumCache.deserialize and load take a device"
+            )
         self._settle()
         kv_length, _ = self.get_mask_sizes(given[2])
         store.append(key_states, value_states)

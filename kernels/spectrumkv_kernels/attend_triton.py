@@ -71,9 +71,9 @@ def attend_kernel(
     halves,  # of `prepare_kernel`
     floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; factor
     segments,  # of each: keys, values, positions; of coded ones scales and zero points of keys, of values
+    mask,
     sizes,  # of each: tokens, tokens that fit, as 2n + 3 (never 1 nor divisible by 16, so nothing is recompiled)
     chunks,  # of each: tokens that a program reads, likewise
-    mask,
     rotated_at,
     state_at,
     factor_at,

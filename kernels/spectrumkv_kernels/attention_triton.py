@@ -7,6 +7,7 @@ for one KV head and row of the batch, and `merge_kernel` joins the parts.
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from spectrumkv_kernels.attention import Segment
 from spectrumkv_kernels.codec import Codec, dims
 from spectrumkv_kernels.dot_triton import LOG2E
 from spectrumkv_kernels.hadamard import hadamard_matrix
-from spectrumkv_kernels.launch_triton import launch, on_device, shared, trait
+from spectrumkv_kernels.launch_triton import Held, launch, on_device, shared, trait
 from spectrumkv_kernels.merge_triton import merge_kernel
 from spectrumkv_kernels.prepare_triton import prepare_kernel
 from spectrumkv_kernels.quantize import Quantized
@@ -90,7 +91,7 @@ class _Laid(NamedTuple):
     """A segment as the kernel takes it.
 
     Attributes:
-        pointers: Tensors, in rows without gaps between them.
+        held: Tensors, in rows without gaps between them.
         tokens: How many.
         room: Tokens that the buffers behind it hold for each row and head.
         dims: Head dims of keys and values.
@@ -98,7 +99,7 @@ class _Laid(NamedTuple):
         trait: What of it decides which code is compiled.
     """
 
-    pointers: tuple[Any, ...]
+    held: Held
     tokens: int
     room: int
     dims: tuple[int, int]
@@ -113,10 +114,9 @@ def _laid(segment: Segment) -> _Laid:
         if room is None:
             segment = _contiguous(segment)
             room = segment.positions.shape[-1]
-        pointers = _pointers(segment)
-        found = _Laid(
-            pointers, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), trait(pointers)
-        )
+        held = _held(segment)
+        traits = (held.tensors[0].dtype, *[address % 16 for address in held.addresses])
+        found = _Laid(held, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), traits)
         segment.known[__name__] = found
     return found
 
@@ -175,21 +175,21 @@ def tiered_attention(
     held.sort(key=_is_exact)
     laid = [_laid(s) for s in held]
     batch, heads, queries, dim = query.shape
-    value_dim, bits = laid[0].dims[1], tuple([s.bits for s in held])
-    if not _covers(query.dtype, dim, value_dim, bits):
+    kv_heads, value_dim, bits = held[0].positions.shape[1], laid[0].dims[1], tuple([s.bits for s in held])
+    flat, rows = batch * kv_heads, heads // kv_heads * queries
+    device, query = query.device, query.contiguous()
+    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
+    if plan is None:
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    device, query = query.device, query.contiguous()
-    kv_heads = held[0].positions.shape[1]
-    flat, rows = batch * kv_heads, heads // kv_heads * queries
+    _check_device("segments", held[0].positions, device)
     # With a cap the scores must be in natural units first; else exp2 saves a product.
-    units = scale if softcap is not None else scale * LOG2E.value
+    units = float(scale) if softcap is not None else scale * LOG2E.value
     coded = bits[0] < 16
     centred = mean is not None and coded
     turned = codec.hadamard and coded
-    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
     work = _work(
         plan, flat, rows, dim, value_dim, length if centred else 0, tuple([s.tokens for s in laid]),
         tuple([s.room for s in laid]), device,
@@ -198,50 +198,58 @@ def tiered_attention(
     halves = torch.empty(work.halves, dtype=torch.float16, device=device)
     floats = torch.empty(work.floats, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
+    traits = (work.trait, query.dtype, query.data_ptr() % 16)
+    tensors: tuple[torch.Tensor | Held, ...]
+    numbers: tuple[Any, ...]
+    constants: tuple[Any, ...]
     known: tuple[Any, ...]
-    overlaps = _overlaps(device)
+    strides: tuple[int, ...]
     with on_device(query):
         if coded:
-            fine, coarse = _tables(rotary, length, device) if centred else (query, query)
-            args: tuple[Any, ...] = (
-                query, plan.signs if codec.hadamard else query, mean if centred else query, fine, coarse,
-                halves, floats, rotated_at, factor_at, rows, flat, work.turning, work.row_blocks, work.each, length,
-                units,
+            centre, fine, coarse = query, query, query
+            if mean is not None:
+                centre, (fine, coarse) = mean, _tables(rotary, length, device)
+            tensors = (query, plan.signs if codec.hadamard else query, centre, fine, coarse, halves, floats)
+            numbers = (
+                rotated_at, factor_at, rows, flat, work.turning, work.row_blocks, work.each, length, units
             )  # fmt: skip
-            constants: tuple[Any, ...] = (
+            constants = (
                 dim, len(rotary.inv_freq), rotary.interleaved, codec.hadamard, centred, QUERY_PEAK, FINE,
                 plan.rows_pad, TURNED, PREPARED,
             )  # fmt: skip
-            known = (work.trait, trait((query, mean if centred else query)))
-            launch(prepare_kernel, (work.turning + work.scoring, 1, 1), args, constants, known, **PREPARE_OPTIONS)
-        if mask is None:
-            strides: tuple[int, ...] = (0, 0, 0, 0)
-            masked, kind, lowest, columns = query, "none", 0.0, length
-        else:
-            masked, strides, kind, lowest, columns = _masking(mask)
-        args = (
-            query, halves, floats, tuple([s.pointers for s in laid]), work.sizes, work.chunks, masked, rotated_at,
-            state_at, factor_at, kv_heads, rows, queries, length, work.splits, *strides, length - columns, lowest,
-            window or 0, units, float(softcap or 0),
+            known = (traits, centre.data_ptr() % 16)
+            grid = (work.turning + work.scoring, 1, 1)
+            launch(prepare_kernel, grid, tensors, numbers, constants, known, **PREPARE_OPTIONS)
+        masked, strides, kind, lowest, first = query, (0, 0, 0, 0), "none", 0.0, 0
+        known = (traits, *[s.trait for s in laid])
+        if mask is not None:
+            _check_device("mask", mask, device)
+            masked, strides, kind, lowest, first = _masking(mask, length)
+            known = (*known, trait((masked, *strides, first)))
+        segment_tensors = Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid]))
+        tensors = (query, halves, floats, segment_tensors, masked)
+        numbers = (
+            work.sizes, work.chunks, rotated_at, state_at, factor_at, kv_heads, rows, queries, length, work.splits,
+            *strides, first, lowest, window or 0, units, float(softcap or 0),
         )  # fmt: skip
+        overlaps = plan.overlaps
         constants = (
             bits, tuple([s.shared for s in laid]), dim, value_dim, plan.columns, plan.rows_pad,
             codec.symmetric, centred, queries > 1 and mask is None, window is not None and mask is None, ragged,
             kind, softcap is not None, plan.tiles, STAGES, overlaps,
         )  # fmt: skip
-        seen = trait((query, masked, *strides, length - columns))
-        known = (work.trait, tuple([s.trait for s in laid]), seen)
-        launch(attend_kernel, work.grid, args, constants, known, **OPTIONS)
-        args = (
-            floats, query if sinks is None else sinks, out, state_at, rows, queries, kv_heads, work.splits,
-            work.coded_splits,
-        )  # fmt: skip
+        launch(attend_kernel, work.grid, tensors, numbers, constants, known, **OPTIONS)
+        known = traits
+        if sinks is not None:
+            _check_device("sinks", sinks, device)
+            known = (traits, trait(sinks))
+        tensors = (floats, query if sinks is None else sinks, out)
+        numbers = (state_at, rows, queries, kv_heads, work.splits, work.coded_splits)
         constants = (value_dim, plan.block, turned, sinks is not None, MERGED, overlaps)
-        known = (work.trait, trait((query, query if sinks is None else sinks)))
         # It may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both at
         # their predecessors' start was slower: programs that wait take the places of others.
         options = {"launch_pdl": True} if overlaps else {}
-        launch(merge_kernel, (flat, rows, 1), args, constants, known, **options)
+        launch(merge_kernel, (flat, rows, 1), tensors, numbers, constants, known, **options)
     return out
 
 
@@ -250,6 +258,7 @@ def _is_exact(segment: Segment) -> bool:
 
 
 def _covers(dtype: torch.dtype, dim: int, value_dim: int, bits: tuple[int, ...]) -> bool:
+    """Whether the kernels do these dims."""
     wide = 128 if dtype == torch.float32 else 256
     return max(dim, value_dim) <= wide and not any(d * b % 16 for b in bits for d in (dim, value_dim))
 
@@ -260,7 +269,8 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-class _Plan(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class _Plan:
     """What does not change while a cache grows.
 
     Attributes:
@@ -272,6 +282,7 @@ class _Plan(NamedTuple):
         block: Channels of a value, rounded up to a power of two.
         signs: The Hadamard matrix for queries, of 1 and -1.
         coded: Segments that are not exact, which come first.
+        overlaps: The merge may be launched before what it waits for has ended.
     """
 
     rows_pad: int
@@ -282,6 +293,7 @@ class _Plan(NamedTuple):
     block: int
     signs: torch.Tensor
     coded: int
+    overlaps: bool
 
 
 @functools.lru_cache(maxsize=256)
@@ -292,7 +304,10 @@ def _plan(
     bits: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> _Plan:
+) -> _Plan | None:
+    """None where the kernels don't do this."""
+    if not _covers(dtype, dim, value_dim, bits):
+        return None
     rows_pad = triton.next_power_of_2(rows)
     columns = min(max(rows_pad, 8), ROWS)
     block = triton.next_power_of_2(value_dim)
@@ -306,6 +321,7 @@ def _plan(
         block=block,
         signs=hadamard_matrix(dim, device).sign().to(dtype),
         coded=sum(b < 16 for b in bits),
+        overlaps=_overlaps(device),
     )
 
 
@@ -385,17 +401,24 @@ def _work(
     )
 
 
-def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], str, float, int]:
-    """The mask for the kernel, its strides, kind, what hides and how many columns it has."""
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:  # the kernel would read what lies at that address on its own
+        raise ValueError(f"{name} must lie on {device}, as the query does, got {tensor.device}")
+
+
+def _masking(mask: torch.Tensor, length: int) -> tuple[torch.Tensor, tuple[int, ...], str, float, int]:
+    """The mask for the kernel, its strides, kind, what hides, and the position of its first column."""
     sizes, strides = mask.shape, mask.stride()
+    first = length - sizes[3]
     strides = (*(0 if n == 1 else s for n, s in zip(sizes[:3], strides[:3], strict=True)), strides[3])
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), strides, "bool", 0.0, sizes[3]
-    return mask, strides, "additive", torch.finfo(mask.dtype).min / 2, sizes[3]
+        return mask.view(torch.uint8), strides, "bool", 0.0, first
+    return mask, strides, "additive", torch.finfo(mask.dtype).min / 2, first
 
 
-def _pointers(segment: Segment) -> tuple[Any, ...]:
-    keys, values, positions = segment.keys, segment.values, segment.positions
-    if not isinstance(keys, Quantized):
-        return keys, values, positions
-    return keys.codes, values.codes, positions, keys.affine, values.affine
+def _held(segment: Segment) -> Held:
+    _, keys, values, positions = segment
+    tensors: tuple[torch.Tensor, ...] = (keys, values, positions)
+    if isinstance(keys, Quantized):
+        tensors = (keys.codes, values.codes, positions, keys.affine, values.affine)
+    return Held(tensors, tuple([tensor.data_ptr() for tensor in tensors]))

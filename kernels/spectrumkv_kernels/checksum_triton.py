@@ -33,8 +33,8 @@ def digest_sums(words: torch.Tensor) -> torch.Tensor:
     sums = words.new_zeros(rows + ROW)
     if rows:
         with on_device(words):
-            args = (words, row_weights(words.device), sums, words.numel(), rows)
-            launch(digest_kernel, (triton.cdiv(rows, ROWS), 1, 1), args, (ROW, ROWS, COLUMNS))
+            tensors, numbers = (words, row_weights(words.device), sums), (words.numel(), rows)
+            launch(digest_kernel, (triton.cdiv(rows, ROWS), 1, 1), tensors, numbers, (ROW, ROWS, COLUMNS))
     return sums
 
 

@@ -121,11 +121,10 @@ def decode(
 
 def dims(segment: "Segment") -> tuple[int, int]:
     """The head dims of keys and values."""
-    key_dim, value_dim = (
-        side.codes.shape[-1] * 8 // segment.bits if isinstance(side, Quantized) else side.shape[-1]
-        for side in (segment.keys, segment.values)
-    )
-    return key_dim, value_dim
+    bits, keys, values, _ = segment
+    if isinstance(keys, Quantized):
+        return keys.codes.shape[-1] * 8 // bits, values.codes.shape[-1] * 8 // bits
+    return keys.shape[-1], values.shape[-1]
 
 
 def dense(

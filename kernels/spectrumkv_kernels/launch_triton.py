@@ -1,9 +1,10 @@
 """What the functions that launch Triton kernels share."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
@@ -19,7 +20,22 @@ def shared(positions: torch.Tensor) -> bool:
     return positions.stride() == (0, 0, 1)
 
 
-_compiled: dict[Any, Any] = {}
+class Held(NamedTuple):
+    """Tensors that a kernel takes as tuples, and their addresses in tuples alike.
+
+    Attributes:
+        tensors, addresses: Alike nested.
+    """
+
+    tensors: tuple[Any, ...]
+    addresses: tuple[Any, ...]
+
+    def data_ptr(self) -> tuple[Any, ...]:
+        """The addresses, by the name that tensors have for theirs."""
+        return self.addresses
+
+
+_compiled: dict[Any, tuple[Any, Any, Any]] = {}
 
 
 def trait(arg: Any) -> Any:
@@ -35,28 +51,38 @@ def trait(arg: Any) -> Any:
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    args: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
     constants: tuple[Any, ...],
     known: Any = None,
     **options: int,
 ) -> None:
-    """`kernel[grid](*args, *constants, **options)`, at a fraction of the time that Triton takes to find its code again.
+    """`kernel[grid](*tensors, *numbers, *constants, **options)`, at a fraction of the time that Triton takes for it.
+
+    Code that was compiled before is not looked up anew, Triton's hooks for profilers are not called, and the driver is
+    not asked whether tensors lie on the device: the caller has to know.
 
     Args:
         kernel: A function of `triton.jit` that specialises on no integer but by its size.
         grid: Programs.
-        args: Tensors, the first of them on the current device, numbers and tuples of them.
+        tensors: The first parameters, tensors or `Held`; the first of all is a tensor on the current device.
+        numbers: Integers and floats, and tuples of them.
         constants: Values of the `tl.constexpr` parameters, which come last.
-        known: `trait(args)`, or another value that differs where that does.
+        known: `trait(tensors + numbers)`, or another value that differs where that does.
         options: Of the compiler.
     """
-    if not isinstance(kernel, JITFunction):  # Triton's interpreter
-        kernel[grid](*args, *constants, **options)
-        return
-    device = args[0].get_device()
-    key = (kernel.fn, device, constants, tuple(options.values()), trait(args) if known is None else known)
+    device = tensors[0].get_device() if isinstance(kernel, JITFunction) else None  # else it is the interpreter
+    if known is None:
+        known = trait((*tensors, *numbers))
+    key = (kernel.fn, device, constants, tuple(options.values()), known)
     found = _compiled.get(key)
     if found is not None:
-        found[grid](*args, *constants)
-    elif (compiled := kernel[grid](*args, *constants, **options)) is not None:
-        _compiled[key] = compiled
+        run, function, metadata = found
+        stream = driver.active.get_current_stream(device)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
+        return
+    given = [tensor.tensors if type(tensor) is Held else tensor for tensor in tensors]
+    compiled = kernel[grid](*given, *numbers, *constants, **options)
+    if device is not None and compiled is not None:
+        _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)

@@ -27,6 +27,14 @@ class Rotary:
     inv_freq: tuple[float, ...] = ()
     interleaved: bool = False
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Kept, because every read looks its tables up."""
+        return hash((self.inv_freq, self.interleaved))
+
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """First and second channels of the rotated pairs, `[..., pairs]` each, and those that are not rotated."""
         pairs = len(self.inv_freq)

@@ -71,6 +71,15 @@ def test_unsupported_dtype():
         m(prompt(20), past_key_values=SpectrumCache(m.config))
 
 
+def test_another_device_on_a_used_cache():
+    _, cache = used()
+    before = cache.get_seq_length()
+    elsewhere = torch.zeros(1, *cache.layers[0].store.buffers[0].shape[1:], device="meta")[:, :, :1]
+    with torch.no_grad(), pytest.raises(ValueError, match="layer 0 lies on cpu, got keys on meta.*take a device"):
+        cache.update(elsewhere, elsewhere, 0)
+    assert cache.get_seq_length() == before
+
+
 def test_another_dtype_on_a_used_cache():
     _, cache = used()
     m = copy.deepcopy(model("llama", "sdpa")).bfloat16()

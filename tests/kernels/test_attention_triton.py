@@ -207,6 +207,19 @@ def test_other_head_dims_go_to_the_twin(head_dim, device):
     check(build(((8, 9), (4, 8), (16, 3)), head_dim=head_dim), randn(1, 2, 1, head_dim), device)
 
 
+@pytest.mark.parametrize("name", ["mask", "sinks", "segments"])
+def test_tensors_on_another_device(name, device):
+    case, query = on(build(TIERS, head_dim=64), device), randn(1, 8, 1, 64).to(device)
+    elsewhere = {"mask": torch.ones(1, 1, 1, case.length), "sinks": torch.zeros(8)}
+    options = {name: elsewhere[name].to("meta")} if name in elsewhere else {}
+    segments = case.segments if options else on(case, torch.device("meta")).segments
+    with pytest.raises(ValueError, match=f"{name} must lie on {device}.*got meta"):
+        attention_triton.tiered_attention(
+            query, segments, length=case.length, codec=case.codec, mean=case.mean, rotary=case.rotary, scale=0.1,
+            ragged=case.ragged, **options,
+        )  # fmt: skip
+
+
 def test_same_inputs_same_bits(device):
     case = build(TIERS, head_dim=64, batch=3, fillers=True)
     query = randn(3, 8, 1, 64, seed=21).bfloat16()
