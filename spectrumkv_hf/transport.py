@@ -1,5 +1,6 @@
 """What carries frames between processes: the protocol, and `torch.distributed`. Others: `spectrumkv_hf.engines`."""
 
+import time
 from collections import deque
 from contextlib import suppress
 from datetime import timedelta
@@ -14,6 +15,8 @@ HEADER_TAG, PAYLOAD_TAG, REPLY_TAG, NO_TAG = 0x534B0, 0x534B1, 0x534B2, 0x534B3
 """Tags of the messages, so that none is taken for one that the caller sends between the same ranks."""
 HEAD_BYTES = FrameHeader.SIZE
 REPLY_BYTES = 512
+POLL = 0.0002
+"""Seconds between looks at a message on a device."""
 
 
 class TransportError(RuntimeError):
@@ -73,8 +76,10 @@ class RankTransport:
     """Both ends of a connection to another rank of a `torch.distributed` process group.
 
     Heads and replies are CPU tensors. Payloads are CPU tensors too, unless the group's backend for CUDA is NCCL
-    (`init_process_group("cpu:gloo,cuda:nccl")`); then they go from device to device, and both caches must lie on CUDA
-    devices. That path has not been tested.
+    (`init_process_group("cpu:gloo,cuda:nccl", device_id=...)`); then they go from device to device, and both caches
+    must lie on CUDA devices. The group's NCCL communicator is aborted where a transfer fails; PyTorch ends the process
+    then, unless `TORCH_NCCL_ASYNC_ERROR_HANDLING=0` is set before the group is made. Without `device_id` the first
+    transfer makes the communicator, and waits for the peer without a limit.
 
     A head goes as a message of its own, because gloo aborts the process when a buffer is too small, and says nothing
     when it is too large: a truncated payload shows by its digest only.
@@ -113,8 +118,8 @@ class RankTransport:
         works, reply, replied = self._sent[0]
         self._wait(replied, timeout)
         with suppress(TransportError):  # the reply says more
-            for work in works:
-                self._wait(work, timeout)
+            for work, tensor in zip(works, self._tensors[0], strict=True):
+                self._wait(work, timeout, tensor.is_cuda)
         self._sent.popleft()
         self._tensors.popleft()
         return reply.numpy().tobytes()
@@ -126,7 +131,7 @@ class RankTransport:
 
     def receive_payload(self, size: int, device: torch.device, timeout: float) -> torch.Tensor:
         payload = torch.empty(size, dtype=torch.uint8, device=device if self._on_device else "cpu")
-        self._wait(self._post(dist.irecv, payload, PAYLOAD_TAG), timeout)
+        self._wait(self._post(dist.irecv, payload, PAYLOAD_TAG), timeout, payload.is_cuda)
         return payload
 
     def reply(self, reply: bytes, timeout: float) -> None:
@@ -134,6 +139,7 @@ class RankTransport:
 
     def close(self) -> None:
         """Break the group's connection to the peer, so that nothing left on it is taken for another transfer's."""
+        self._abort()
         with suppress(RuntimeError):  # gloo closes it when a wait times out
             nothing = dist.irecv(torch.empty(1, dtype=torch.uint8), self._rank, group=self._group, tag=NO_TAG)
             nothing.wait(timedelta(milliseconds=1))  # type: ignore[union-attr]
@@ -145,13 +151,27 @@ class RankTransport:
         except RuntimeError as problem:
             raise self._lost(problem) from problem
 
-    def _wait(self, work: Any, timeout: float) -> None:
+    def _wait(self, work: Any, timeout: float, on_device: bool = False) -> None:
         try:
+            if on_device:  # where `wait` only makes the stream wait
+                until = time.monotonic() + timeout
+                while not work.is_completed():
+                    if time.monotonic() > until:
+                        raise RuntimeError("Timed out")
+                    time.sleep(POLL)
             work.wait(timedelta(seconds=timeout))
         except RuntimeError as problem:
+            self._abort()
             if "Timed out" in str(problem):
                 raise TransportError(stalled(self.peer, timeout)) from problem
             raise self._lost(problem) from problem
+
+    def _abort(self) -> None:
+        """End what NCCL has under way: it would hold the device, and the process, for ever."""
+        if self._on_device:
+            with suppress(RuntimeError):
+                group: Any = self._group or dist.group.WORLD
+                group._get_backend(torch.device("cuda")).abort()
 
     def _lost(self, problem: RuntimeError) -> TransportError:
         reason = str(problem).partition("This is typically")[0].rpartition("] ")[2] or str(problem)

@@ -47,6 +47,7 @@ def connect(kind, rank, place):
         ends = {"init_method": f"file://{place}", "rank": rank, "world_size": 2}
         if kind == "nccl":
             on_one_gpu(rank)
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # else PyTorch ends the process where a transfer fails
             torch.cuda.set_device(rank % torch.cuda.device_count())
             # With a device communicators are made here; else the first message makes them, and waits without a limit.
             ends["device_id"] = torch.device("cuda", torch.cuda.current_device())

@@ -10,6 +10,7 @@ import time
 import families
 import pytest
 import torch
+import torch.distributed as dist
 from families import prompt
 from pairs import PATIENCE, names, peer
 
@@ -21,6 +22,8 @@ FRAMES = wire.frames
 TOKENS = 300
 TIMEOUT = 1.0
 """Of transfers that are to fail."""
+SLOW_START = 5.0
+"""The same over NCCL, where processes load kernels first."""
 
 
 # -- what they run ----------------------------------------------------------------------------------------------------
@@ -373,8 +376,21 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def over_nccl():
+    return dist.is_initialized() and "nccl" in str(dist.get_backend_config())
+
+
+def timeout():
+    return SLOW_START if over_nccl() else TIMEOUT
+
+
+def device():
+    """The model where the transport has its tensors."""
+    return on_gpu("llama") if over_nccl() else contextlib.nullcontext()
+
+
 def stall():
-    time.sleep(2 * TIMEOUT)
+    time.sleep(2 * timeout())
 
 
 @contextlib.contextmanager
@@ -406,23 +422,26 @@ def before_layer_1(happens, sending):
 def send_with_fault(streamed, happens):
     """What sending raises, how long after the fault, and the cache's logits after it."""
     cache = new_cache("llama", "greedy", 0.5)
-    with before_layer_1(happens, sending=True) if happens else contextlib.nullcontext():
-        if streamed:
-            sender = CacheSender(cache, peer(), timeout=TIMEOUT)
-            prefill("llama", cache)
-            with pytest.raises(TransferError) as caught:
-                sender.finish()
-        else:
-            prefill("llama", cache)
-            with pytest.raises(TransferError) as caught:
-                send_cache(cache, peer(), timeout=TIMEOUT)
-    return str(caught.value), caught.value.layer, caught.value.group_usable, decode("llama", cache)
+    fault = before_layer_1(happens, sending=True) if happens else contextlib.nullcontext()
+    with device():
+        with fault:
+            if streamed:
+                sender = CacheSender(cache, peer(), timeout=timeout())
+                prefill("llama", cache)
+                with pytest.raises(TransferError) as caught:
+                    sender.finish()
+            else:
+                prefill("llama", cache)
+                with pytest.raises(TransferError) as caught:
+                    send_cache(cache, peer(), timeout=timeout())
+        return str(caught.value), caught.value.layer, caught.value.group_usable, decode("llama", cache).cpu()
 
 
 def receive_with_fault(happens):
     fault = before_layer_1(happens, sending=False) if happens else contextlib.nullcontext()
-    with fault, pytest.raises(TransferError) as caught:
-        recv_cache(peer(), model("llama").config, timeout=TIMEOUT, first_timeout=PATIENCE)
+    with device(), fault, pytest.raises(TransferError) as caught:
+        place = model("llama").device
+        recv_cache(peer(), model("llama").config, timeout=timeout(), first_timeout=PATIENCE, device=place)
     return str(caught.value), caught.value.layer, caught.value.group_usable, None
 
 
@@ -433,6 +452,12 @@ def check_fault(outcome, message):
     assert re.search(message, text), text
 
 
+def check_logits(logits, kind):
+    """The sender's cache works as without a transfer."""
+    with on_gpu("llama") if kind == "nccl" else contextlib.nullcontext():
+        assert torch.equal(logits, expected("llama", "greedy", 0.5).cpu())
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(("happens", "message"), [(kill, "lost {1}"), (stall, "{1} is stalled or slow")])
 def test_receiver_fails(pair, kind, streamed, happens, message):
@@ -441,10 +466,10 @@ def test_receiver_fails(pair, kind, streamed, happens, message):
         functools.partial(send_with_fault, streamed, None), functools.partial(receive_with_fault, happens)
     )
     check_fault(sent, f"layer 1: {message.format(*names(kind))}")
-    assert torch.equal(sent[3], expected("llama", "greedy", 0.5))
+    check_logits(sent[3], kind)
     if happens is stall:  # it woke up, to find the connection closed
         check_fault(received, f"layer 1: lost {names(kind)[0]}")
-    assert took < 5 * TIMEOUT
+    assert took < 5 * (SLOW_START if kind == "nccl" else TIMEOUT)
 
 
 @pytest.mark.parametrize(("happens", "message"), [(kill, "lost {0}"), (stall, "{0} is stalled or slow")])
@@ -455,8 +480,22 @@ def test_sender_fails(pair, kind, happens, message):
     check_fault(received, f"layer 1: {message.format(*names(kind))}")
     if happens is stall:
         check_fault(sent, f"layer 1: lost {names(kind)[1]}")
-        assert torch.equal(sent[3], expected("llama", "greedy", 0.5))
-    assert took < 5 * TIMEOUT
+        check_logits(sent[3], kind)
+    assert took < 5 * (SLOW_START if kind == "nccl" else TIMEOUT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nccl"], indirect=True)
+@pytest.mark.parametrize(("happens", "message"), [(stall, "{1} is stalled or slow"), (kill, "lost {1}")])
+def test_receiver_fails_over_nccl(pair, kind, happens, message):
+    test_receiver_fails(pair, kind, False, happens, message)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nccl"], indirect=True)
+@pytest.mark.parametrize(("happens", "message"), [(stall, "{0} is stalled or slow"), (kill, "lost {0}")])
+def test_sender_fails_over_nccl(pair, kind, happens, message):
+    test_sender_fails(pair, kind, happens, message)
 
 
 def send_half_a_prefill():
