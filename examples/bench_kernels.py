@@ -136,13 +136,17 @@ def _parts(quantized: Any) -> list[torch.Tensor]:
 
 
 def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats: int = 10) -> Timing:
-    """Milliseconds of `update` with one token, which dequantises all others, and SDPA; started one by one."""
+    """Milliseconds of `update` with one token, which dequantises all others, and SDPA; started one by one.
+
+    By FlashAttention: every token makes another length, for which cuDNN plans anew in tens of milliseconds.
+    """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(2 + repeats):
         torch.cuda.synchronize()
         start.record()
-        packed(query, *layer.update(*token))
+        with sdpa_kernel(BACKENDS["flash"]):
+            packed(query, *layer.update(*token))
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
