@@ -311,11 +311,11 @@ class Checks:
         self._asked: list[tuple[torch.Tensor, Callable[[Any], None]]] = []
 
     def ask(self, value: torch.Tensor, then: Callable[[Any], None]) -> None:
-        """Have `then` called with the number in `value`, of no dimension."""
+        """Have `then` called with the number in `value`, or with a list of those in one of one dimension."""
         self._asked.append((value, then))
 
     def expect(self, value: torch.Tensor, sound: Callable[[Any], bool], message: str) -> None:
-        """`message`, unless the number in `value` is `sound`."""
+        """`message`, unless what is in `value` is `sound`."""
 
         def check(number: Any) -> None:
             if not sound(number):
@@ -330,12 +330,12 @@ class Checks:
     def settle(self) -> None:
         """Raise the first message that applies, as a `WireError`."""
         asked, self._asked = self._asked, []
-        alike: dict[torch.dtype, list[torch.Tensor]] = {}
+        alike: dict[Any, list[torch.Tensor]] = {}
         for value, _ in asked:
-            alike.setdefault(value.dtype, []).append(value)
-        numbers = {dtype: iter(torch.stack(values).tolist()) for dtype, values in alike.items()}
+            alike.setdefault((value.dtype, value.shape), []).append(value)
+        numbers = {kind: iter(torch.stack(values).tolist()) for kind, values in alike.items()}
         for value, then in asked:
-            then(next(numbers[value.dtype]))
+            then(next(numbers[value.dtype, value.shape]))
 
 
 class Tensors:
