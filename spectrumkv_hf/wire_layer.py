@@ -203,14 +203,7 @@ def read_side(
         exact = held.take(name, (batch, heads, size, dim), like.dtype)
         return exact, exact.shape[2]
     codes = held.take(f"{name}.codes", (batch, heads, size, dim * tier.bits // 8), torch.uint8)
-    affine = held.floats(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2), torch.float16)
-    if affine.numel():
-        message = f"tensor {name + '.affine'!r} has scales below 0"
-        if symmetric:
-            held.checks.expect(affine.amin(), lambda least: least >= 0, message)
-        else:  # a scale is the lower half of a word; its bits are above those of -0 where it is negative
-            words = (affine.clone() if affine.data_ptr() % 4 else affine).view(torch.int32)
-            held.checks.expect((words & 0xFFFF).amax(), lambda bits: bits <= 0x8000, message)
+    affine = held.affine(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2))
     return Quantized(codes, affine), codes.shape[2]
 
 
@@ -243,16 +236,18 @@ def _check_counts(store: TieredStore, checks: Checks, counts: torch.Tensor, size
         counts: Tokens of each code, `[batch, heads, 4]`.
         sizes: Tokens of each tier.
     """
-    unknown = counts[..., len(sizes) : ABSENT if store.drops else None]
-    if unknown.shape[-1]:
-        checks.refuse(unknown != 0, "tokens of the tier map are in no tier")
+    absent = ABSENT if store.drops else ABSENT + 1
 
-    def note(least: list[int]) -> None:
-        store.ragged |= any(n < size for n, size in zip(least, sizes, strict=False))
+    def known(most: list[int]) -> bool:
+        return not any(most[len(sizes) : absent])
 
     def fits(most: list[int]) -> bool:
         return all(n <= size for n, size in zip(most, sizes, strict=False))
 
+    def note(least: list[int]) -> None:
+        store.ragged |= any(n < size for n, size in zip(least, sizes, strict=False))
+
     least, most = counts.flatten(0, 1).aminmax(dim=0)
+    checks.expect(most, known, "tokens of the tier map are in no tier")
     checks.expect(most, fits, "the tier map gives a tier more tokens than it has")
     checks.ask(least, note)

@@ -28,12 +28,13 @@ OPERATIONS = {
     "digest_sums": "checksum",
     "write_sums": "checksum",
     "tier_positions": "tier_map",
+    "affine_flaws": "affine",
 }
 """The module of each operation."""
 
-COMPILED = ("tiered_attention", "digest_sums", "write_sums", "tier_positions")
+COMPILED = ("tiered_attention", "digest_sums", "write_sums", "tier_positions", "affine_flaws")
 """What `cpp` implements; for other operations it stands for torch."""
-WITHOUT_TRITON = ("tier_positions",)
+WITHOUT_TRITON = ("tier_positions", "affine_flaws")
 """For these `triton` stands for torch."""
 
 
