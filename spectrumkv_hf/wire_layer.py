@@ -226,7 +226,7 @@ def _positions(
     found, counts = operation("tier_positions", packed.device)(packed, size, sizes, start)
     if batch:
         _check_counts(store, held.checks, counts, sizes)
-    return [positions.expand(-1, heads, -1).contiguous() for positions in found]
+    return found if packed.shape[1] == heads else [t.expand(-1, heads, -1).contiguous() for t in found]
 
 
 def _check_counts(store: TieredStore, checks: Checks, counts: torch.Tensor, sizes: list[int]) -> None:

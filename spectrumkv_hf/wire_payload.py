@@ -240,10 +240,11 @@ def parse_json(text: bytes) -> dict[str, Any]:
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        if len(set(keys)) < len(keys):
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
             raise WireError(f"duplicate name in JSON: {max(keys, key=keys.count)!r}")
-        return dict(items)
+        return found
 
     def constant(name: str) -> NoReturn:
         raise WireError(f"{name} in JSON")
@@ -356,10 +357,11 @@ class Checks:
         asked, self._asked = self._asked, []
         alike: dict[Any, list[torch.Tensor]] = {}
         for value, _ in asked:
-            alike.setdefault((value.dtype, value.shape), []).append(value)
+            if not value.is_cpu:
+                alike.setdefault((value.dtype, value.shape), []).append(value)
         numbers = {kind: iter(torch.stack(values).tolist()) for kind, values in alike.items()}
         for value, then in asked:
-            then(next(numbers[value.dtype, value.shape]))
+            then(value.tolist() if value.is_cpu else next(numbers[value.dtype, value.shape]))
 
 
 def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:

@@ -152,7 +152,7 @@ def test_beginnings_wherever_frames_begin(monkeypatch, lengths, most, ahead):
         assert beginnings.at(at) == data[at : at + BEGINNING].numpy().tobytes()
         at += length
         beginnings.length = length
-    assert len(reads) <= most if ahead else sum(map(len, reads)) == len(lengths)
+    assert len(reads) <= most if ahead else sum(map(len, reads)) <= len(lengths) * BEGINNING
 
 
 class TestDamage:
