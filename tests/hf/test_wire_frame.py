@@ -331,6 +331,17 @@ def poked(name, value, dtype, at=0):
     return data
 
 
+def map_of(heads):
+    """Another tier map behind all other tensors, for so many heads."""
+
+    def data(entries, raw):
+        entries["old"], size = entries["map"], 2 * heads * 4
+        entries["map"] = {"dtype": "U8", "shape": [2, heads, 4], "data_offsets": [len(raw), len(raw) + size]}
+        return raw + bytes(size)
+
+    return data
+
+
 def replaced(text, by):
     return lambda encoded: encoded.replace(text, by, 1)
 
@@ -405,6 +416,9 @@ LAYER_EDITS = {
     # Positions: the map can name none twice and none out of range, but too many, too few or unknown tiers
     "too many FP16": ({"data": poked("map", 0, torch.uint8)}, "more tokens than it has"),
     "tokens of no tier": ({"data": poked("map", 0xFF, torch.uint8)}, "in no tier"),
+    "map of three heads": ({"data": map_of(3)}, "the tier map is for 3 heads; the layer has 2"),
+    "map of a million heads": ({"data": map_of(10**6)}, "the tier map is for 1000000 heads; the layer has 2"),
+    "map of no heads": ({"data": map_of(0)}, "the tier map is for 0 heads; the layer has 2"),
 }
 
 
