@@ -81,7 +81,7 @@ class FrameHeader:
         Raises:
             WireError: too few bytes, another format or version, damage, a longer payload.
         """
-        raw = host_bytes(as_tensor(data)[: cls.SIZE])
+        raw = data[: cls.SIZE] if isinstance(data, bytes) else host_bytes(as_tensor(data)[: cls.SIZE])
         if len(raw) < cls.SIZE:
             raise WireError(f"a frame header has {cls.SIZE} bytes, got {len(raw)}")
         magic, version, kind, index, layer, flags, length, check, stream, reserved = cls._LAYOUT.unpack(raw[:-4])

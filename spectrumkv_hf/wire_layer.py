@@ -1,9 +1,7 @@
 """One layer of a cache as metadata and tensors, and back."""
 
-import functools
 from typing import Any
 
-import numpy as np
 import torch
 
 from spectrumkv_hf.layer import DTYPES, SlidingSpectrumLayer, SpectrumLayer
@@ -12,7 +10,8 @@ from spectrumkv_hf.store import Arena, TieredStore
 from spectrumkv_hf.wire_frame import WireError
 from spectrumkv_hf.wire_payload import Checks, Fields, Parts, Tensors
 from spectrumkv_hf.wire_stock import STOCK, decode_stock, encode_stock
-from spectrumkv_kernels import Quantized
+from spectrumkv_kernels import Quantized, operation
+from spectrumkv_kernels.tier_map import pack_map
 
 TIER_BY_BITS = {tier.bits: tier for tier in TIERS if tier != DROPPED}
 ABSENT = 3
@@ -121,33 +120,12 @@ def _tier_codes(store: TieredStore, shared: bool) -> torch.Tensor:
     return codes
 
 
-def pack_map(codes: torch.Tensor) -> torch.Tensor:
-    """Four 2-bit codes a byte, the first in the lowest bits: uint8 `[..., tokens]` to `[..., ceil(tokens / 4)]`."""
-    size = codes.shape[-1]
-    whole = codes.new_zeros(*codes.shape[:-1], -(-size // 4) * 4)
-    whole[..., :size] = codes
-    # The product's uppermost byte is the sum of the codes, each shifted to its place; lower bits never carry into it.
-    return (whole.view(torch.int32) * (1 << 24 | 1 << 18 | 1 << 12 | 1 << 6) >> 24).to(torch.uint8)
-
-
-def unpack_map(packed: torch.Tensor) -> torch.Tensor:
-    """The codes of `pack_map`, padding included, uint8 `[..., 4 * bytes]`."""
-    return _codes_of_bytes(packed.device)[packed.int()].view(torch.uint8)
-
-
-@functools.lru_cache(maxsize=8)
-def _codes_of_bytes(device: torch.device) -> torch.Tensor:
-    """The four codes of each byte, as the bytes of an int32 `[256]`."""
-    byte = torch.arange(256, dtype=torch.int32)
-    return (byte & 3 | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18).to(device)
-
-
 def read_map(held: Tensors, name: str, rows: tuple[int, int | None], size: int) -> torch.Tensor:
-    """The codes of a packed tier map of `size` tokens, uint8 `[*rows, size]`; its padding is refused unless it is 0."""
-    codes = unpack_map(held.take(name, (*rows, -(-size // 4)), torch.uint8))
+    """A packed tier map of `size` tokens, uint8 `[*rows, ceil(size / 4)]`; its padding is refused unless it is 0."""
+    packed = held.take(name, (*rows, -(-size // 4)), torch.uint8)
     if size % 4:
-        held.checks.refuse(codes[..., size:] != 0, "bits after the tier map's last token are not 0")
-    return codes[..., :size]
+        held.checks.refuse(packed[..., -1] >> 2 * (size % 4) != 0, "bits after the tier map's last token are not 0")
+    return packed
 
 
 def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: int, length: int) -> None:
@@ -225,14 +203,7 @@ def read_side(
         exact = held.take(name, (batch, heads, size, dim), like.dtype)
         return exact, exact.shape[2]
     codes = held.take(f"{name}.codes", (batch, heads, size, dim * tier.bits // 8), torch.uint8)
-    affine = held.floats(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2), torch.float16)
-    if affine.numel():
-        message = f"tensor {name + '.affine'!r} has scales below 0"
-        if symmetric:
-            held.checks.expect(affine.amin(), lambda least: least >= 0, message)
-        else:  # a scale is the lower half of a word; its bits are above those of -0 where it is negative
-            words = (affine.clone() if affine.data_ptr() % 4 else affine).view(torch.int32)
-            held.checks.expect((words & 0xFFFF).amax(), lambda bits: bits <= 0x8000, message)
+    affine = held.affine(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2))
     return Quantized(codes, affine), codes.shape[2]
 
 
@@ -248,58 +219,35 @@ def _positions(
         if size and batch and not store.drops:
             raise WireError(f"{size} tokens before the tail have no tier")
         return []
-    codes = read_map(held, "map", (batch, None), size)
-    if codes.shape[1] not in (1, heads):
-        raise WireError(f"the tier map is for {codes.shape[1]} heads; the layer has {heads}")
+    packed = read_map(held, "map", (batch, None), size)
+    if packed.shape[1] not in (1, heads):
+        raise WireError(f"the tier map is for {packed.shape[1]} heads; the layer has {heads}")
     sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
-    if codes.is_cpu:  # NumPy takes a tenth of PyTorch's time to compare bytes
-        seen = [torch.from_numpy(codes.numpy() == code) for code in range(len(sides))]
-        counts = [mask.sum(-1) for mask in seen]
-    else:
-        seen = [(codes == code).cumsum(-1) for code in range(len(sides))]
-        counts = [ranks[..., -1] for ranks in seen]
-    checks = held.checks
+    found, counts = operation("tier_positions", packed.device)(packed, size, sizes, start)
     if batch:
-        if len(sides) < ABSENT or not store.drops:  # else every code is one
-            known = sum(counts[1:], counts[0]) + ((codes == ABSENT).sum(-1) if store.drops else 0)
-            checks.expect(known.amin(), lambda least: least == size, "tokens of the tier map are in no tier")
-        for n, count in zip(sizes, counts, strict=True):
-            _check_count(layer.store, checks, count, n)
-    if codes.is_cpu:
-        checks.settle()  # what follows relies on them
-    find = _find if codes.is_cpu else _find_unseen
-    found = [find(tokens, count, n, start) for n, tokens, count in zip(sizes, seen, counts, strict=True)]
-    return [positions.expand(-1, heads, -1).contiguous() for positions in found]
+        _check_counts(store, held.checks, counts, sizes)
+    return found if packed.shape[1] == heads else [t.expand(-1, heads, -1).contiguous() for t in found]
 
 
-def _check_count(store: TieredStore, checks: Checks, count: torch.Tensor, size: int) -> None:
-    """Refuse more than `size` tokens in a row of a tier; rows with fewer make the store ragged."""
+def _check_counts(store: TieredStore, checks: Checks, counts: torch.Tensor, sizes: list[int]) -> None:
+    """Refuse codes of no tier, and more tokens in a row of a tier than it has; with fewer the store is ragged.
 
-    def note(least: int) -> None:
-        store.ragged |= least < size
-
-    least, most = count.aminmax()
-    checks.expect(most, lambda number: number <= size, "the tier map gives a tier more tokens than it has")
-    checks.ask(least, note)
-
-
-def _find(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
-    """Places of the `count` True in each row of `mask`, `[batch, heads, tokens]`, counted from `start`, behind -1.
-
-    Returns:
-        int32 `[batch, heads, size]`.
+    Args:
+        counts: Tokens of each code, `[batch, heads, 4]`.
+        sizes: Tokens of each tier.
     """
-    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    rows, tokens = count.numel(), mask.shape[-1]
-    if len(places) == rows * size:
-        begins = torch.arange(rows) * tokens - start
-        return places.view(rows, size).sub_(begins.unsqueeze(1)).to(torch.int32).view(*count.shape, size)
-    found = torch.full((*count.shape, size), -1, dtype=torch.int32)
-    found[torch.arange(size) >= size - count.unsqueeze(-1)] = (places % tokens + start).to(torch.int32)
-    return found
+    absent = ABSENT if store.drops else ABSENT + 1
 
+    def known(most: list[int]) -> bool:
+        return not any(most[len(sizes) : absent])
 
-def _find_unseen(ranks: torch.Tensor, count: torch.Tensor, size: int, start: int) -> torch.Tensor:
-    """`_find` of the mask whose running sum is `ranks`, for devices: the host need not know how many True there are."""
-    wanted = torch.arange(1 - size, 1, device=ranks.device) + count.unsqueeze(-1)  # the first of them, the second, ...
-    return (torch.searchsorted(ranks, wanted, out_int32=True) + start).masked_fill_(wanted < 1, -1)
+    def fits(most: list[int]) -> bool:
+        return all(n <= size for n, size in zip(most, sizes, strict=False))
+
+    def note(least: list[int]) -> None:
+        store.ragged |= any(n < size for n, size in zip(least, sizes, strict=False))
+
+    least, most = counts.flatten(0, 1).aminmax(dim=0)
+    checks.expect(most, known, "tokens of the tier map are in no tier")
+    checks.expect(most, fits, "the tier map gives a tier more tokens than it has")
+    checks.ask(least, note)

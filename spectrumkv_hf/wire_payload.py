@@ -25,6 +25,7 @@ from spectrumkv_hf.wire_frame import (
     sums_of,
 )
 from spectrumkv_kernels import operation
+from spectrumkv_kernels.affine import NEGATIVE, NOT_FINITE
 
 MAX_JSON = 1 << 20
 """Bytes of JSON in a payload."""
@@ -208,18 +209,27 @@ def _tensors(described: dict[str, Any], data: torch.Tensor) -> dict[str, torch.T
         end = stop
     if end != len(data):
         raise WireError(f"tensors fill {end} of {len(data)} bytes")
-    return {name: _view(data[begin:stop], dtype, shape) for begin, stop, name, dtype, shape in spans}
+    memory = data.numpy().data if data.is_cpu else None
+    return {name: _view(data, memory, begin, stop, dtype, shape) for begin, stop, name, dtype, shape in spans}
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < MAX_INTEGER for n in value)
+    return isinstance(value, list) and not [n for n in value if type(n) is not int or not 0 <= n < MAX_INTEGER]
 
 
-def _view(data: torch.Tensor, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    if not data.numel():
+def _view(
+    data: torch.Tensor, memory: memoryview | None, begin: int, end: int, dtype: torch.dtype, shape: list[int]
+) -> torch.Tensor:
+    """A tensor of some bytes of `data`, whose `memory` is given on the CPU.
+
+    It has a storage of just its bytes: it counts, copies and pickles as what it is.
+    """
+    if begin == end:
         return torch.empty(shape, dtype=dtype, device=data.device)
-    # Through DLPack the view has a storage of just its bytes: it counts, copies and pickles as what it is.
-    return from_dlpack(to_dlpack(data.view(dtype).view(shape)))
+    if memory is not None:
+        count = (end - begin) // dtype.itemsize
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
+    return from_dlpack(to_dlpack(data[begin:end].view(dtype).view(shape)))
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -230,10 +240,11 @@ def parse_json(text: bytes) -> dict[str, Any]:
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        if len(set(keys)) < len(keys):
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
             raise WireError(f"duplicate name in JSON: {max(keys, key=keys.count)!r}")
-        return dict(items)
+        return found
 
     def constant(name: str) -> NoReturn:
         raise WireError(f"{name} in JSON")
@@ -304,18 +315,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+_FLAWS = {NOT_FINITE: "NaN or infinity", NEGATIVE: "scales below 0"}
+
+
 class Checks:
     """Conditions on tensors, asked of the device all at once."""
 
     def __init__(self) -> None:
         self._asked: list[tuple[torch.Tensor, Callable[[Any], None]]] = []
+        self._affines: list[tuple[str, torch.Tensor]] = []
 
     def ask(self, value: torch.Tensor, then: Callable[[Any], None]) -> None:
-        """Have `then` called with the number in `value`, of no dimension."""
+        """Have `then` called with the number in `value`, or with a list of those in one of one dimension."""
         self._asked.append((value, then))
 
     def expect(self, value: torch.Tensor, sound: Callable[[Any], bool], message: str) -> None:
-        """`message`, unless the number in `value` is `sound`."""
+        """`message`, unless what is in `value` is `sound`."""
 
         def check(number: Any) -> None:
             if not sound(number):
@@ -327,15 +342,30 @@ class Checks:
         """`message`, where any of `failed`, bool, is True."""
         self.expect(failed.any(), lambda any_failed: not any_failed, message)
 
+    def affine(self, name: str, affine: torch.Tensor) -> None:
+        """Refuse numbers that are not finite, and scales below 0."""
+        self._affines.append((name, affine))
+
     def settle(self) -> None:
         """Raise the first message that applies, as a `WireError`."""
+        affines, self._affines = self._affines, []
+        if affines:
+            flaws = operation("affine_flaws", affines[0][1].device)([affine for _, affine in affines])
+            for (name, _), flaw in zip(affines, flaws, strict=True):
+                if flaw:
+                    raise WireError(f"tensor {name!r} has {_FLAWS[flaw]}")
         asked, self._asked = self._asked, []
-        alike: dict[torch.dtype, list[torch.Tensor]] = {}
+        alike: dict[Any, list[torch.Tensor]] = {}
         for value, _ in asked:
-            alike.setdefault(value.dtype, []).append(value)
-        numbers = {dtype: iter(torch.stack(values).tolist()) for dtype, values in alike.items()}
+            if not value.is_cpu:
+                alike.setdefault((value.dtype, value.shape), []).append(value)
+        numbers = {kind: iter(torch.stack(values).tolist()) for kind, values in alike.items()}
         for value, then in asked:
-            then(next(numbers[value.dtype]))
+            then(value.tolist() if value.is_cpu else next(numbers[value.dtype, value.shape]))
+
+
+def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(sizes) == len(shape) and all(n in (None, size) for n, size in zip(shape, sizes, strict=True))
 
 
 class Tensors:
@@ -360,7 +390,7 @@ class Tensors:
         if tensor.dtype not in dtypes:
             raise WireError(f"tensor {name!r} has dtype {tensor.dtype}, not {' or '.join(str(t) for t in dtypes)}")
         sizes = tuple(tensor.shape)
-        if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
+        if sizes != shape and not _fits(sizes, shape):
             expected = ", ".join("any" if n is None else str(n) for n in shape)
             raise WireError(f"tensor {name!r} has shape {sizes}, not ({expected})")
         return tensor
@@ -370,9 +400,15 @@ class Tensors:
         tensor = self.take(name, shape, dtype)
         if tensor.numel():
             least, most = tensor.aminmax()  # NaN where there is one
-            message = f"tensor {name!r} has NaN or infinity"
+            message = f"tensor {name!r} has {_FLAWS[NOT_FINITE]}"
             self.checks.expect(least, lambda number: number > -math.inf, message)
             self.checks.expect(most, lambda number: number < math.inf, message)
+        return tensor
+
+    def affine(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+        """Scales, or scales and zeros, as of `Quantized`."""
+        tensor = self.take(name, shape, torch.float16)
+        self.checks.affine(name, tensor)
         return tensor
 
     def done(self) -> None:

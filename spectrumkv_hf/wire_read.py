@@ -285,6 +285,8 @@ class Beginnings:
 
     def at(self, start: int) -> bytes:
         """`BEGINNING` bytes from `start` on, or those up to the end of the buffer."""
+        if self._data.is_cpu:
+            return host_bytes(self._data[start : start + BEGINNING])
         if start not in self._read:
             size, step = min(BEGINNING, len(self._data) - start), self.length
             more = min((len(self._data) - start - size) // step, MOST) if step else 0

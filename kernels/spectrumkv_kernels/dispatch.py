@@ -27,11 +27,15 @@ OPERATIONS = {
     "attention_scores": "scores",
     "digest_sums": "checksum",
     "write_sums": "checksum",
+    "tier_positions": "tier_map",
+    "affine_flaws": "affine",
 }
 """The module of each operation."""
 
-COMPILED = ("tiered_attention", "digest_sums", "write_sums")
+COMPILED = ("tiered_attention", "digest_sums", "write_sums", "tier_positions", "affine_flaws")
 """What `cpp` implements; for other operations it stands for torch."""
+WITHOUT_TRITON = ("tier_positions", "affine_flaws")
+"""For these `triton` stands for torch."""
 
 
 @functools.cache
@@ -63,7 +67,7 @@ def _compiled(name: str) -> None:
 def _load(name: str, implementation: str) -> Callable[..., Any]:
     if implementation == "cpp" and name in COMPILED:
         _compiled(name)
-    elif implementation == "cpp":
+    elif implementation == "cpp" or (implementation == "triton" and name in WITHOUT_TRITON):
         implementation = "torch"
     module = OPERATIONS[name]
     try:

@@ -19,9 +19,10 @@ from spectrumkv_hf.importance import READS_QUERIES, importance
 from spectrumkv_hf.policy import DROPPED, FP16, Policy, Tier, increments
 from spectrumkv_hf.store import Arena, TieredStore
 from spectrumkv_hf.wire_frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor
-from spectrumkv_hf.wire_layer import pack_map, read_map, read_side
+from spectrumkv_hf.wire_layer import read_map, read_side
 from spectrumkv_hf.wire_payload import Payload, Tensors, read_payload
-from spectrumkv_kernels import Codec, Rotary
+from spectrumkv_kernels import Codec, Rotary, operation
+from spectrumkv_kernels.tier_map import pack_map
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """Types of keys and values that can be compressed."""
@@ -308,11 +309,11 @@ class BlockCodec:
         if len(sizes) == 1:
             every = torch.arange(spec.tokens, dtype=torch.int32, device=device)
             return [every.expand(layers, spec.kv_heads, -1)]
-        codes = read_map(held, f"{prefix}map", rows, spec.tokens)
+        packed = read_map(held, f"{prefix}map", rows, spec.tokens)
+        positions, found = operation("tier_positions", packed.device)(packed, spec.tokens, sizes, 0)
         for code, n in enumerate(sizes):
-            held.checks.refuse((codes == code).sum(-1) != n, "the tier map has other counts than its policy")
+            held.checks.refuse(found[..., code] != n, "the tier map has other counts than its policy")
         held.checks.settle()
-        positions = [(codes == code).nonzero()[:, -1].to(torch.int32).view(*rows, n) for code, n in enumerate(sizes)]
         return [where.expand(-1, spec.kv_heads, -1) for where in positions]
 
 

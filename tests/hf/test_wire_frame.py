@@ -17,7 +17,6 @@ from wire_forge import CONFIG, forged, golden_cache, opened, payload_of, sealed,
 
 from spectrumkv_hf import SpectrumCache, wire, wire_read
 from spectrumkv_hf.wire_frame import FrameHeader, WireError, _send, as_tensor, digest, host_bytes, put
-from spectrumkv_hf.wire_layer import _find, _find_unseen, pack_map, unpack_map
 from spectrumkv_hf.wire_payload import BEGINNING, Later
 from spectrumkv_hf.wire_read import Assembler, Beginnings, _read
 
@@ -127,21 +126,6 @@ class TestDigest:
         assert digest(signs.view(torch.uint8)) != before
 
 
-@pytest.mark.parametrize("counts", [(4, 4), (4, 0), (1, 3), (0, 0)])
-def test_places_are_found_on_a_device_as_on_the_host(counts):
-    mask = torch.zeros(1, 2, 9, dtype=torch.bool)
-    for row, count in enumerate(counts):
-        mask[0, row, torch.randperm(9)[:count]] = True
-    count = mask.sum(-1)
-    for size in range(max(counts), 9):
-        found = _find(mask, count, size, 5)
-        places = [
-            [-1] * (size - n) + [5 + i for i in range(9) if row[i]] for row, n in zip(mask[0], counts, strict=True)
-        ]
-        assert found.dtype == torch.int32 and found[0].tolist() == places
-        assert torch.equal(_find_unseen(mask.cumsum(-1), count, size, 5), found)
-
-
 def test_pieces_go_to_a_device_as_to_the_host():
     pieces = [(128, bytes(range(64))), (64, b"x" * 64), (320, bytes(range(128)))]
     ours, theirs = torch.full((2, 512), 7, dtype=torch.uint8)
@@ -155,8 +139,12 @@ def test_pieces_go_to_a_device_as_to_the_host():
 @pytest.mark.parametrize(
     ("lengths", "most"), [((4160, 5120, 5120, 5120, 5120, 320), 4), ((6400, 64, 64, 64, 128, 9000, 9000, 64), 8)]
 )
-def test_beginnings_wherever_frames_begin(monkeypatch, lengths, most):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_beginnings_wherever_frames_begin(monkeypatch, lengths, most, ahead):
+    """A device is read ahead of, the CPU is not."""
     reads = []
+    if ahead:
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
     monkeypatch.setattr(wire_read, "host_bytes", lambda data: reads.append(data) or host_bytes(data))
     data = torch.randint(0, 256, (sum(lengths),), dtype=torch.uint8)
     beginnings, at = Beginnings(data), 0
@@ -164,17 +152,7 @@ def test_beginnings_wherever_frames_begin(monkeypatch, lengths, most):
         assert beginnings.at(at) == data[at : at + BEGINNING].numpy().tobytes()
         at += length
         beginnings.length = length
-    assert len(reads) <= most
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 300])
-def test_tier_maps_are_packed_and_back(tokens):
-    codes = torch.randint(0, 4, (2, 3, tokens), dtype=torch.uint8)
-    packed = pack_map(codes)
-    assert packed.shape == (2, 3, -(-tokens // 4))
-    assert torch.equal(unpack_map(packed)[..., :tokens], codes)
-    byte = int(packed[0, 0, 0])
-    assert [byte >> 2 * i & 3 for i in range(min(tokens, 4))] == codes[0, 0, :4].tolist()
+    assert len(reads) <= most if ahead else sum(map(len, reads)) <= len(lengths) * BEGINNING
 
 
 class TestDamage:
@@ -353,6 +331,17 @@ def poked(name, value, dtype, at=0):
     return data
 
 
+def map_of(heads):
+    """Another tier map behind all other tensors, for so many heads."""
+
+    def data(entries, raw):
+        entries["old"], size = entries["map"], 2 * heads * 4
+        entries["map"] = {"dtype": "U8", "shape": [2, heads, 4], "data_offsets": [len(raw), len(raw) + size]}
+        return raw + bytes(size)
+
+    return data
+
+
 def replaced(text, by):
     return lambda encoded: encoded.replace(text, by, 1)
 
@@ -427,6 +416,9 @@ LAYER_EDITS = {
     # Positions: the map can name none twice and none out of range, but too many, too few or unknown tiers
     "too many FP16": ({"data": poked("map", 0, torch.uint8)}, "more tokens than it has"),
     "tokens of no tier": ({"data": poked("map", 0xFF, torch.uint8)}, "in no tier"),
+    "map of three heads": ({"data": map_of(3)}, "the tier map is for 3 heads; the layer has 2"),
+    "map of a million heads": ({"data": map_of(10**6)}, "the tier map is for 1000000 heads; the layer has 2"),
+    "map of no heads": ({"data": map_of(0)}, "the tier map is for 0 heads; the layer has 2"),
 }
 
 

@@ -9,10 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectrumkv_kernels import attention, attention_cpp, build_cpp, checksum_cpp, dispatch, operation
+from spectrumkv_kernels import (
+    affine_cpp,
+    attention,
+    attention_cpp,
+    build_cpp,
+    checksum_cpp,
+    dispatch,
+    operation,
+    tier_map_cpp,
+)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
+MODULES = (affine_cpp, attention_cpp, checksum_cpp, tier_map_cpp)
 
 needs_compiler = pytest.mark.skipif(not build_cpp.compilers(), reason="no C++ compiler")
 
@@ -20,7 +30,8 @@ needs_compiler = pytest.mark.skipif(not build_cpp.compilers(), reason="no C++ co
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and nothing remembered from other tests."""
-    remembered = (dispatch.default_implementation, dispatch._load, attention_cpp.library, checksum_cpp.library)
+    libraries = [module.library for module in MODULES]
+    remembered = (dispatch.default_implementation, dispatch._load, *libraries)
     for function in remembered:
         function.cache_clear()
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
@@ -93,7 +104,7 @@ def test_forced_where_nothing_can_be_built(cache, monkeypatch, no_compiler):
 
 
 def test_nothing_is_built_before_it_is_needed(cache, monkeypatch):
-    for module in (attention_cpp, checksum_cpp):
+    for module in MODULES:
         monkeypatch.setattr(module, "library", lambda: pytest.fail("built"))
     for name in set(dispatch.OPERATIONS) - set(dispatch.COMPILED):
         operation(name, CPU)

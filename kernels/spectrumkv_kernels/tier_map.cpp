@@ -1,0 +1,98 @@
+// Twin of tier_positions in tier_map.py for CPUs.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+using Int = int64_t;
+using Word = uint64_t;
+
+namespace {
+
+constexpr Int CODES = 4;      // as in tier_map.py
+constexpr Int PER_BYTE = 4;   // tokens in a byte,
+constexpr Int PER_WORD = 32;  // and in a word
+constexpr Int STEP = 8;       // tokens whose positions are written together
+constexpr Word LOW = 0x5555555555555555;  // the lower bit of each code
+
+// Which bits of a byte are set, from the lowest on.
+using Places = std::array<uint8_t, STEP>;
+
+constexpr std::array<Places, 256> all_places() {
+    std::array<Places, 256> all{};
+    for (int byte = 0; byte < 256; ++byte) {
+        for (int i = 0, n = 0; i < STEP; ++i) {
+            if (byte >> i & 1) all[byte][n++] = uint8_t(i);
+        }
+    }
+    return all;
+}
+
+constexpr auto PLACES = all_places();
+
+// A bit for each of a word's first `tokens` that has `code`, the first in the lowest.
+inline uint32_t having(Word codes, Int code, Int tokens) {
+    const Word other = codes ^ (LOW * Word(code));
+    Word z = ~(other | other >> 1) & LOW;
+    if (tokens < PER_WORD) z &= (Word(1) << 2 * tokens) - 1;
+    z = (z | z >> 1) & 0x3333333333333333;
+    z = (z | z >> 2) & 0x0F0F0F0F0F0F0F0F;
+    z = (z | z >> 4) & 0x00FF00FF00FF00FF;
+    z = (z | z >> 8) & 0x0000FFFF0000FFFF;
+    return uint32_t(z | z >> 16);
+}
+
+// Writes the positions of the first `size` tokens of a row that have `code`, behind -1 where there are fewer. Returns how
+// many there are.
+Int find(const uint8_t *packed, Int tokens, int32_t start, Int code, Int size, int32_t *__restrict out) {
+    Int count = 0;
+    for (Int t = 0; t < tokens; t += PER_WORD) {
+        const Int here = std::min(PER_WORD, tokens - t);
+        Word codes = 0;
+        if (here == PER_WORD) {
+            std::memcpy(&codes, packed + t / PER_BYTE, sizeof(codes));
+        } else {
+            std::memcpy(&codes, packed + t / PER_BYTE, (here + PER_BYTE - 1) / PER_BYTE);
+        }
+        const uint32_t mask = having(codes, code, here);
+        Int n = count;
+        for (Int i = 0; i < PER_WORD && n < size; i += STEP) {
+            unsigned bits = mask >> i & 0xFF;
+            const Int number = __builtin_popcount(bits);
+            const int32_t first = start + int32_t(t + i);
+            if (n + STEP <= size) {  // room for eight, of which `number` stay
+                const Places &places = PLACES[bits];
+                int32_t eight[STEP];
+                for (Int j = 0; j < STEP; ++j) eight[j] = first + places[j];
+                std::memcpy(out + n, eight, sizeof(eight));
+            } else {
+                for (Int j = n; bits && j < size; bits &= bits - 1) out[j++] = first + __builtin_ctz(bits);
+            }
+            n += number;
+        }
+        count += __builtin_popcount(mask);
+    }
+    if (count < size) {
+        std::copy_backward(out, out + count, out + size);
+        std::fill_n(out, size - count, -1);
+    }
+    return count;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Positions of the tokens of each code in each row, to `out[code]`, `[rows, sizes[code]]`; counts: `[rows, CODES]`.
+void tier_positions(const uint8_t *packed, Int rows, Int tokens, Int start, const Int *sizes, int32_t *const *out, Int *counts) {
+    const Int width = (tokens + PER_BYTE - 1) / PER_BYTE;
+    for (Int r = 0; r < rows; ++r) {
+        for (Int code = 0; code < CODES; ++code) {
+            int32_t *to = sizes[code] ? out[code] + r * sizes[code] : nullptr;
+            counts[r * CODES + code] = find(packed + r * width, tokens, int32_t(start), code, sizes[code], to);
+        }
+    }
+}
+
+}  // extern "C"
