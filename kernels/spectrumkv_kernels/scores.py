@@ -75,16 +75,17 @@ def attention_scores(
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = keys.shape[1:3]
     rows = probe_rows(real_tokens(mask, queries), queries, recent, strided, query.device).expand(batch, -1)
-    k = keys.float().transpose(-1, -2).unsqueeze(2)
+    k = keys.float().transpose(-1, -2)
     columns = torch.arange(tokens, device=query.device)
     mass = torch.zeros(batch, kv_heads, tokens, device=query.device)
     seen_by = torch.zeros(batch, 1, tokens, device=query.device)
     for chunk in rows.split(QUERY_CHUNK, dim=-1):
         index = chunk.clamp(min=0)[:, None, :, None]
-        q = query.gather(2, index.expand(-1, heads, -1, query.shape[-1])).float()
-        scores = (q.unflatten(1, (kv_heads, -1)) @ k).flatten(1, 2) * scale  # [batch, heads, probes, tokens]
+        q = query.gather(2, index.expand(-1, heads, -1, query.shape[-1])).float() * scale
+        scores = q.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ k  # a group's heads as rows of one product
+        scores = scores.view(batch, heads, -1, tokens)  # [batch, heads, probes, tokens]
         if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         if mask is None:
             ahead = tokens - queries + index - columns
             allowed = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
@@ -93,15 +94,15 @@ def attention_scores(
             part = part.gather(2, index.expand(-1, part.shape[1], -1, tokens))
             allowed = _allowed(part)
             if mask.dtype != torch.bool:
-                scores = scores + part
+                scores += part
         allowed = allowed & (chunk >= 0)[:, None, :, None]
-        scores = scores.masked_fill(~allowed, -torch.inf)
+        scores.masked_fill_(~allowed, -torch.inf)
         if sinks is not None:
             scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
-        probabilities = torch.softmax(scores, dim=-1)[..., :tokens].nan_to_num()  # a padding query sees nothing
-        mass += probabilities.unflatten(1, (kv_heads, -1)).mean(2).sum(2)
+        probabilities = torch.softmax(scores, dim=-1)[..., :tokens].nan_to_num_()  # a padding query sees nothing
+        mass += probabilities.unflatten(1, (kv_heads, -1)).sum((2, 3))
         seen_by += allowed.any(1, keepdim=True).sum(2)
-    return mass / seen_by.clamp(min=1.0)
+    return mass.div_(heads // kv_heads) / seen_by.clamp(min=1.0)
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
