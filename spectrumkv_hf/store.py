@@ -1,7 +1,7 @@
 """The tensors of one layer: an arena per tier, and a tail of recent tokens that are exact."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -215,9 +215,8 @@ class TieredStore:
         """
         self.settle_mean(policy.sinks)
         keys, values = (t[:, :, :tokens] for t in self.tail)
-        tier_of, sizes = self._assign(tokens, policy, score, floor)
-        order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
-        for tier, chosen in zip(TIERS, order.split(sizes, dim=-1), strict=True):
+        assign = self._assign if self.pads is None else self._assign_padded
+        for tier, chosen in zip(TIERS, assign(tokens, policy, score, floor), strict=True):
             if not chosen.shape[-1]:
                 continue
             if tier == DROPPED:
@@ -235,21 +234,27 @@ class TieredStore:
         self._resize(left, left, skip=tokens)
         self.tail_start += tokens
 
-    def _assign(
+    def _assign(self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None) -> Sequence[torch.Tensor]:
+        """The tokens that go to each of `TIERS`: ascending, int64 `[batch, kv_heads, any]`."""
+        row = lifted(increments(policy, self.tail_start, tokens), floor)
+        if self.tail_start < policy.sinks:
+            score = score.clone()
+            score[..., : policy.sinks - self.tail_start] = torch.inf
+        ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
+        return [part.sort(-1).values for part in ranked.split([row.get(tier, 0) for tier in TIERS], dim=-1)]
+
+    def _assign_padded(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Index into `TIERS` of each token, int64 `[batch, kv_heads, tokens]`, and how many a row has of each.
+    ) -> Sequence[torch.Tensor]:
+        """`_assign` for rows that begin at different places.
 
         The real tokens of each row take the documented counts for their number. The longest row sizes the arenas, and
         the padding of the others fills them up.
         """
         batch, heads = score.shape[:2]
         place = self._row_index(tokens)
-        if self.pads is None:  # known here, so that a GPU need not be waited for
-            before, now = [self.tail_start], [tokens]
-        else:
-            before = place[:, 0].clamp(min=0).tolist()
-            now = (place >= 0).sum(-1).tolist()
+        before = place[:, 0].clamp(min=0).tolist()
+        now = (place >= 0).sum(-1).tolist()
         rows = [lifted(increments(policy, had, new), floor) for had, new in zip(before, now, strict=True)]
         own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
         sizes = own.amax(0)
@@ -257,27 +262,22 @@ class TieredStore:
         sizes[last] += tokens - sizes.sum()
 
         def tier_by(rank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            edges = counts.cumsum(-1)
-            if len(edges) == 1:
-                return torch.stack([rank >= edge for edge in edges[0].tolist()]).sum(0)
-            edges = edges[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
+            edges = counts.cumsum(-1)[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
             return torch.searchsorted(edges, rank, right=True)
 
         score = score.masked_fill((place < policy.sinks)[:, None], torch.inf)
         score = score.masked_fill((place < 0)[:, None], -torch.inf)
         ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(ranked)
-        rank.scatter_(-1, ranked, torch.arange(tokens, device=self.device).expand_as(ranked).contiguous())
-        tier_of = tier_by(rank, own)
-        if self.pads is not None:
-            filler = (rank - torch.tensor(now, device=self.device)[:, None, None]).clamp(min=0)
-            tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_of)
-            # Where one row has its sinks among many others' middle, tiers may want more than all tokens together. The
-            # least precise then gives some up; said here, so that positions stay in order within each tier.
-            order = torch.argsort(tier_of, dim=-1, stable=True)
-            places = torch.arange(tokens, device=self.device).expand_as(order).contiguous()
-            tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
-        return tier_of, sizes.tolist()
+        places = torch.arange(tokens, device=self.device).expand_as(ranked).contiguous()
+        rank = torch.empty_like(ranked).scatter_(-1, ranked, places)
+        filler = (rank - torch.tensor(now, device=self.device)[:, None, None]).clamp(min=0)
+        tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_by(rank, own))
+        # Where one row has its sinks among many others' middle, tiers may want more than all tokens together. The least
+        # precise then gives some up; said here, so that positions stay in order within each tier.
+        order = torch.argsort(tier_of, dim=-1, stable=True)
+        tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
+        order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
+        return order.split(sizes.tolist(), dim=-1)
 
     def _encode(
         self, tier: Tier, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor

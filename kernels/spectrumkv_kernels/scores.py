@@ -1,5 +1,7 @@
 """Attention mass that each key receives from a sample of the queries."""
 
+import functools
+
 import torch
 
 QUERY_CHUNK = 16
@@ -34,7 +36,7 @@ def probe_rows(
         int64 `[batch or 1, probes]`; -1 where a row has fewer real queries than probes.
     """
     if real is None:
-        real = torch.ones(1, queries, dtype=torch.bool, device=device)
+        return _probes_of_all(queries, recent, strided, device)
     order = torch.argsort(real.logical_not().to(torch.uint8), dim=-1, stable=True)  # real ones first, in order
     count = real.sum(-1, keepdim=True)
     early = (count - recent).clamp(min=0)
@@ -43,6 +45,12 @@ def probe_rows(
     last = count - torch.arange(min(recent, queries), 0, -1, device=device)
     picked = torch.cat((spread, last), dim=-1)
     return order.gather(-1, picked.clamp(min=0)).where(picked >= 0, -1)
+
+
+@functools.lru_cache(maxsize=8)
+def _probes_of_all(queries: int, recent: int, strided: int, device: torch.device) -> torch.Tensor:
+    """`probe_rows` where no query is padding: the same for all layers."""
+    return probe_rows(torch.ones(1, queries, dtype=torch.bool, device=device), queries, recent, strided, device)
 
 
 def attention_scores(
