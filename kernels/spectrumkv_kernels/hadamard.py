@@ -18,16 +18,19 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     Returns:
         A new tensor of the shape and dtype of `x`.
     """
-    channels = x.shape[-1]
+    given, channels = x.shape, x.shape[-1]
     block = channels & -channels  # the largest power of two that divides it
-    y = x.reshape(*x.shape[:-1], channels // block, block)
-    half = 1
+    x = x.reshape(-1, channels // block, block)
+    y, other, half = x, torch.empty_like(x), 1
     while half < block:
-        pairs = y.unflatten(-1, (block // (2 * half), 2, half))
-        low, high = pairs.unbind(-2)
-        y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        shape = (*x.shape[:2], block // (2 * half), 2, half)
+        low, high = y.view(shape).unbind(-2)
+        sums, differences = other.view(shape).unbind(-2)
+        torch.add(low, high, out=sums)
+        torch.sub(low, high, out=differences)
+        y, other = other, torch.empty_like(x) if y is x else y
         half *= 2
-    return (y * block**-0.5).flatten(-2)
+    return (y * block**-0.5).view(given)
 
 
 @functools.lru_cache(maxsize=16)
