@@ -37,7 +37,7 @@ def filled_cache(args: argparse.Namespace, budget: float) -> SpectrumCache:
         assert isinstance(layer, SpectrumLayer)
         keys, values = (torch.randn(shape, generator=generator, device=args.device) for _ in range(2))
         layer.update(keys.to(args.dtype), values.to(args.dtype))
-        layer._settle()  # as no attention runs here
+        layer.settle()  # as no attention runs here
     return cache
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from spectrumkv_hf.attention import install
 from spectrumkv_hf.identity import model_identity
-from spectrumkv_hf.layer import SharedRanking, SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.layer import Indices, SharedRanking, SlidingSpectrumLayer, SpectrumLayer
 from spectrumkv_hf.memory import FP16_BYTES, MemoryReport, storage_bytes
 from spectrumkv_hf.policy import Policy, get_policy
 from spectrumkv_hf.rope import rotary_of
@@ -72,6 +72,7 @@ class SpectrumCache(Cache):
         self.policy = get_policy(policy, budget, **policy_options)
         self.codec = CODECS[codec]
         self._notes: dict[int, str] = {}
+        self._broken = ""  # why the cache can't be used until it is reset
         text_config = config.get_text_config(decoder=True)
         self.identity = model_identity(text_config)
         super().__init__(layers=self._build_layers(text_config))
@@ -150,7 +151,7 @@ class SpectrumCache(Cache):
         ranking = SharedRanking() if self.policy.scope == "token" else None
         rotary = functools.cache(functools.partial(rotary_of, config))
         layers: list[Any] = []
-        self._stock: dict[int, Callable[[], Any]] = {}
+        self._stock: dict[int, functools.partial[Any]] = {}
         for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
             if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
                 raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
@@ -204,13 +205,90 @@ class SpectrumCache(Cache):
         least = f", {floor.name} or better" if floor else ""
         return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}"
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values, `[batch, kv_heads, tokens, dim]`, of a layer; see `SpectrumLayer.update`.
+
+        Raises:
+            RuntimeError: an earlier forward or operation ended before it had reached all layers.
+        """
+        self.check_whole()
+        layer = self.layers[layer_idx]
+        if isinstance(layer, SpectrumLayer):
+            before = next((b for b in reversed(self.layers[:layer_idx]) if isinstance(b, SpectrumLayer)), None)
+            if before is not None and before.get_seq_length() != layer.get_seq_length() + key_states.shape[-2]:
+                raise RuntimeError(
+                    f"layer {before.layer_idx} holds {before.get_seq_length()} tokens, layer {layer_idx} would hold "
+                    f"{layer.get_seq_length() + key_states.shape[-2]}: a forward was interrupted. Call reset(), and "
+                    "give the whole prompt again"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_whole(self) -> None:
+        """Refuse to go on with a cache in which an operation ended halfway.
+
+        Raises:
+            RuntimeError: until `reset`.
+        """
+        if self._broken:
+            raise RuntimeError(f"{self._broken}. Call reset(), and give the whole prompt again")
+
+    def _change(self, what: str, change: Callable[[Any], None]) -> None:
+        """Change every layer. An error that comes after the first of them leaves a cache that refuses use."""
+        self.check_whole()
+        # Layers that may refuse a change come first: where they do, nothing has happened yet.
+        order = sorted(self.layers, key=lambda layer: isinstance(layer, SpectrumLayer) and not layer.is_sliding)
+        self._broken = f"{what} ended before it had reached all layers"
+        for done, layer in enumerate(order):
+            try:
+                change(layer)
+            except Exception as problem:
+                # A tiered layer changes as a whole or not at all; others may be left between keys and values.
+                memory = isinstance(problem, torch.OutOfMemoryError | MemoryError)
+                if not done and (isinstance(layer, SpectrumLayer) or not memory):
+                    self._broken = ""
+                raise
+        self._broken = ""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; 0 removes none.
+
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: tokens would be seen again that a sliding window has left; see `activate_past_recording`.
+        """
+        self._change("crop", lambda layer: layer.crop(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Indices) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        rows = torch.as_tensor(beam_idx)
+        self._change("reorder_cache", lambda layer: layer.reorder_cache(rows))
+
+    def batch_select_indices(self, indices: Indices) -> None:
+        """Keep the rows `indices`."""
+        rows = torch.as_tensor(indices)
+        self._change("batch_select_indices", lambda layer: layer.batch_select_indices(rows))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._change("batch_repeat_interleave", lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys and values of each layer, dequantised, and its sliding window, as `DynamicCache` gives them."""
+        for layer in self.layers:
+            window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
+
     def reset(self) -> None:
-        """Forget all tokens, so that the cache serves another prompt."""
+        """Forget all tokens, so that the cache serves another prompt. The layers stay the same objects."""
         for index, layer in enumerate(self.layers):
-            if index in self._stock:  # up to Transformers 5.17 theirs would keep its length
-                self.layers[index] = self._stock[index]()
+            if (made := self._stock.get(index)) is not None:
+                # Their own reset keeps the length up to Transformers 5.17.
+                type(layer).__init__(layer, *made.args, **made.keywords)
             else:
                 layer.reset()
+        self._broken = ""
 
     def on_layer(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Call `callback` with a tiered layer's index whenever what the layer holds is final until its next update.
@@ -237,6 +315,7 @@ class SpectrumCache(Cache):
 
         Raises:
             WireError: a layer or policy that can't be serialised, or layers of different lengths.
+            RuntimeError: an operation ended before it had reached all layers.
         """
         from spectrumkv_hf import wire
 

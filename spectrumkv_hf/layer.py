@@ -1,7 +1,11 @@
 """Cache layers that keep their tokens in tiers."""
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +17,12 @@ from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.store import TAIL_STEP, TieredStore
 from spectrumkv_kernels import Codec, Rotary, operation, real_tokens
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Indices = torch.Tensor | Sequence[int]
+"""Rows of a batch."""
 
 FUSED_QUERIES = 32
 """With more queries than this, one dequantisation of the layer costs less than reading its codes query by query."""
@@ -32,6 +41,15 @@ def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+@functools.cache
+def _warn_of_lost_gradients() -> None:
+    logger.warning(
+        "SpectrumCache keeps keys and values without their gradients, as every cache of rounded values does: what is "
+        "learnt through cached tokens is lost. To generate or to score, run the model under torch.no_grad(); to train "
+        "it, pass use_cache=False."
+    )
+
+
 class Attention(NamedTuple):
     """An attention over a layer's last update, as `spectrumkv_kernels.tiered_attention` takes it."""
 
@@ -43,6 +61,40 @@ class Attention(NamedTuple):
     sinks: torch.Tensor | None
 
 
+class Stage(Enum):
+    """What is left to do for the tokens of an update."""
+
+    UNSEEN = "no attention has taken note of them"
+    DEFERRED = "attention has; they are tiered at the next update"
+    SETTLED = "nothing"
+
+
+@dataclass
+class OpenUpdate:
+    """A layer's last update.
+
+    Attributes:
+        tokens: That it added.
+        read_from: Position of the first token that its attention reads.
+        stage: What is left to do for it.
+        scores: Attention that the tail's tokens got, float32 `[batch, kv_heads, tail_length]`; None where it is not
+            known.
+    """
+
+    tokens: int = 0
+    read_from: int = 0
+    stage: Stage = Stage.SETTLED
+    scores: torch.Tensor | None = None
+
+
+class Offer(NamedTuple):
+    """Scores of a layer's tail from position `start` on, float32 `[batch, kv_heads, tokens]`."""
+
+    layer: "SpectrumLayer"
+    start: int
+    score: torch.Tensor
+
+
 class SharedRanking:
     """One importance for all layers and heads (scope `token`): the mean of what the layers offer.
 
@@ -51,28 +103,39 @@ class SharedRanking:
 
     def __init__(self) -> None:
         self.members = 0
-        self.offers: list[tuple[SpectrumLayer, torch.Tensor]] = []
+        self._offers: dict[int, Offer] = {}
+        self._total: torch.Tensor | None = None
 
     def offer(self, layer: "SpectrumLayer", score: torch.Tensor) -> None:
-        """Add the scores of a layer's oldest tail tokens, `[batch, kv_heads, tokens]`."""
-        self.offers.append((layer, score))
-        if len(self.offers) == self.members:
+        """Add the scores of a layer's oldest tail tokens, `[batch, kv_heads, tokens]`, or replace what it offered."""
+        self._offers[layer.layer_idx] = Offer(layer, layer.store.tail_start, score.nan_to_num(nan=0.0))
+        if len(self._offers) == self.members:
             self.settle()
 
+    def waits(self, layer: "SpectrumLayer") -> bool:
+        """Whether a layer has offered scores by which it is not tiered yet."""
+        return layer.layer_idx in self._offers
+
+    def clear(self) -> None:
+        """Forget all offers."""
+        self._offers.clear()
+        self._total = None
+
     def settle(self) -> None:
-        """Tier every layer that has offered."""
-        offers, self.offers = self.offers, []
-        if not offers:
-            return
-        end = max(layer.store.tail_start + score.shape[-1] for layer, score in offers)
-        total = offers[0][1].new_zeros(offers[0][1].shape[0], end)
-        for layer, score in offers:
-            start = layer.store.tail_start
-            total[:, start : start + score.shape[-1]] += score.mean(1).to(total.device)
-        for layer, score in offers:
-            start = layer.store.tail_start
-            shared = total[:, None, start : start + score.shape[-1]].to(score.device).expand_as(score)
-            layer._compress(score.shape[-1], shared)
+        """Tier every layer that has offered. After an error the others are still to be tiered, by the same ranking."""
+        if self._total is None and self._offers:
+            offers = list(self._offers.values())
+            end = max(offer.start + offer.score.shape[-1] for offer in offers)
+            total = offers[0].score.new_zeros(offers[0].score.shape[0], end)
+            for _, start, score in offers:
+                total[:, start : start + score.shape[-1]] += score.mean(1).to(total.device)
+            self._total = total
+        for index, (layer, start, score) in list(self._offers.items()):
+            if layer.store.tail_start == start and self._total is not None:  # else an interrupt came behind its tiering
+                shared = self._total[:, None, start : start + score.shape[-1]].to(score.device)
+                layer.compress(score.shape[-1], shared.expand_as(score))
+            del self._offers[index]
+        self._total = None
 
 
 class SpectrumLayer(CacheLayerMixin):
@@ -118,12 +181,9 @@ class SpectrumLayer(CacheLayerMixin):
         self.is_initialized = False
         self._store: TieredStore | None = None
         self.generation = getattr(self, "generation", 0) + 1
-        self.new_tokens = 0
-        self._attended = True
-        self._deferred = False
-        self._pending: torch.Tensor | None = None
+        self._open = OpenUpdate()
         if self.shared is not None:
-            self.shared.offers.clear()
+            self.shared.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         silent = dict.fromkeys(("on_update", "on_attention", "on_final"))
@@ -139,6 +199,11 @@ class SpectrumLayer(CacheLayerMixin):
         """The layer's tensors; there are some from the first update on."""
         assert self._store is not None
         return self._store
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the last update."""
+        return self._open.tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Set up for tensors like these, `[batch, kv_heads, any, dim]`."""
@@ -157,23 +222,31 @@ class SpectrumLayer(CacheLayerMixin):
         self._store = TieredStore(key_states, value_states, self.codec, self.rotary)
         self.is_initialized = True
 
+    def adopt(self, store: TieredStore) -> None:
+        """Hold a store that was assembled elsewhere, in the place of what the layer held."""
+        keys, values = store.tail
+        self.reset()
+        self.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+        self._store = store
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values, `[batch, kv_heads, tokens, dim]`, and return what attention reads.
 
+        Gradients are not kept: keys and values are detached, with a warning.
+
         Returns:
             `SpectrumHandle`s of the layer, or plain tensors where the policy is lossless.
 
         Raises:
-            ValueError: gradients are required, or the shape does not fit the tokens held.
+            ValueError: the shape does not fit the tokens held.
             TypeError: an unsupported dtype.
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise ValueError(
-                "SpectrumCache carries no gradients: run the model under torch.no_grad() or torch.inference_mode(), "
-                "or train with use_cache=False"
-            )
+        if key_states.requires_grad or value_states.requires_grad:
+            if torch.is_grad_enabled():
+                _warn_of_lost_gradients()
+            key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         store, given = self.store, key_states.shape
@@ -194,18 +267,17 @@ class SpectrumLayer(CacheLayerMixin):
                 f"layer {self.layer_idx} lies on {held_keys.device}, got keys on {key_states.device}: "
                 "SpectrumCache.deserialize and load take a device"
             )
-        self._settle()
+        self.settle()
         kv_length, _ = self.get_mask_sizes(given[2])
+        self.generation += 1
         store.append(key_states, value_states)
+        self._open = OpenUpdate(given[2], store.length - kv_length, Stage.UNSEEN)
         if self.on_update is not None:
             self.on_update(self.layer_idx, key_states, value_states)
-        self.generation += 1
-        self.new_tokens, self._attended = given[2], False
-        self._read_from = store.length - kv_length
         if self.policy.lossless:
-            self._attended = True
+            self._open.stage = Stage.SETTLED
             self._announce()
-            return store.dense(self._read_from)
+            return store.dense(self._open.read_from)
         shape = (*given[:2], kv_length)
         return (
             SpectrumHandle(self, "keys", (*shape, key_states.shape[3]), key_states.dtype),
@@ -233,7 +305,7 @@ class SpectrumLayer(CacheLayerMixin):
     def dense_for(self, generation: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised keys and values for handles of `generation`, `[batch, kv_heads, length, dim]`."""
         self.check(generation)
-        return self.store.dense(self._read_from)
+        return self.store.dense(self._open.read_from)
 
     def check(self, generation: int) -> None:
         """Refuse a handle that is older than the layer's last change."""
@@ -268,8 +340,18 @@ class SpectrumLayer(CacheLayerMixin):
 
         Returns:
             `[batch, heads, queries, value_dim]`.
+
+        Raises:
+            RuntimeError: the handles are stale.
+            ValueError: the mask has another number of columns than there are tokens.
         """
         self.check(generation)
+        length = self.store.length - self._open.read_from
+        if mask is not None and mask.shape[-1] != length:
+            raise ValueError(
+                f"layer {self.layer_idx} has {length} tokens to attend to, the attention mask is for {mask.shape[-1]}"
+            )
+        fused = fused and not (query.requires_grad and torch.is_grad_enabled())  # only the stock attention has those
         if fused and self.store.arenas and query.shape[2] <= FUSED_QUERIES:
             with _own_precision(query.device):
                 out = self.read(query, mask, scale, softcap, sinks)
@@ -300,9 +382,10 @@ class SpectrumLayer(CacheLayerMixin):
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        store: TieredStore | None = None,
     ) -> torch.Tensor:
-        """Attention over the store where it lies; arguments and result as of `spectrumkv_kernels.tiered_attention`."""
-        store = self.store
+        """Attention over the store, or another, where it lies; see `spectrumkv_kernels.tiered_attention`."""
+        store = self.store if store is None else store
         return operation("tiered_attention", query.device)(
             query,
             store.segments(),
@@ -337,42 +420,42 @@ class SpectrumLayer(CacheLayerMixin):
         """
         if self.on_attention is not None:
             self.on_attention(Attention(self, query, mask, scale, softcap, sinks))
-        if self._attended:  # by another layer that shares these keys and values
+        if self._open.stage is not Stage.UNSEEN:  # another layer that shares these keys and values came before
             return
-        self._attended = True
-        fits = mask is None or (mask.dim() == 4 and mask.shape[-2] == self.new_tokens)
-        if self.new_tokens > 1 and fits and (real := real_tokens(mask, self.new_tokens)) is not None:
-            self.store.note_padding(real.expand(self.store.batch_size, -1))
-        tokens = self._due()
-        if not tokens:
-            self._announce()
-            return
-        scores = None
-        reads = self.policy.importance in READS_QUERIES
-        if reads and keys is not None and fits and self.new_tokens > TAIL_STEP:
-            score = operation("attention_scores", query.device)
-            scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
-            scores = scores[..., keys.shape[2] - self.store.tail_length :]
-        if self.defer:
-            self._deferred, self._pending = True, scores
+        tokens = self._open.tokens
+        fits = mask is None or (mask.dim() == 4 and mask.shape[-2] == tokens)
+        with torch.no_grad():
+            if tokens > 1 and fits and (real := real_tokens(mask, tokens)) is not None:
+                self.store.note_padding(real.expand(self.store.batch_size, -1))
+            reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
+            if reads and keys is not None and self._due():
+                score = operation("attention_scores", query.device)
+                scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
+                self._open.scores = scores[..., keys.shape[2] - self.store.tail_length :]
+        if self.defer and self._due():
+            self._open.stage = Stage.DEFERRED
         else:
-            self._tier(scores)
+            self._finish()
 
     def _due(self) -> int:
         """How many of the oldest tail tokens are to be tiered now."""
         excess = self.store.tail_length - self.policy.recent_window
         if self.policy.lossless or excess <= TAIL_STEP:
             return 0
-        return excess if self.new_tokens > TAIL_STEP else excess // TAIL_STEP * TAIL_STEP
+        return excess if self._open.tokens > TAIL_STEP else excess // TAIL_STEP * TAIL_STEP
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Finish what the last update left open: its tiering was deferred, or no attention took note of it."""
-        if not self._attended or self._deferred:
-            scores, self._pending = self._pending, None
-            self._attended, self._deferred = True, False
-            self._tier(scores)
-        if self.shared is not None and any(layer is self for layer, _ in self.shared.offers):
+        if self._open.stage is not Stage.SETTLED:
+            self._finish()
+        if self.shared is not None and self.shared.waits(self):
             self.shared.settle()
+
+    def _finish(self) -> None:
+        """Tier what is due. After an error it is still due."""
+        with torch.no_grad():
+            self._tier(self._open.scores)
+        self._open.stage, self._open.scores = Stage.SETTLED, None
 
     def _tier(self, scores: torch.Tensor | None) -> None:
         """Tier what is due, by attention scores of the tail or without."""
@@ -394,9 +477,10 @@ class SpectrumLayer(CacheLayerMixin):
         if self.shared is not None:
             self.shared.offer(self, score)
         else:
-            self._compress(tokens, score)
+            self.compress(tokens, score)
 
-    def _compress(self, tokens: int, score: torch.Tensor) -> None:
+    def compress(self, tokens: int, score: torch.Tensor) -> None:
+        """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`."""
         self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx))
         self._announce()
 
@@ -412,10 +496,32 @@ class SpectrumLayer(CacheLayerMixin):
         """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update."""
         return self._visible()[0]
 
+    @keys.setter
+    def keys(self, keys: torch.Tensor) -> None:
+        self._replace(keys=keys)
+
     @property
     def values(self) -> torch.Tensor | None:
         """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update."""
         return self._visible()[1]
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        self._replace(values=values)
+
+    def _replace(self, **side: torch.Tensor) -> None:
+        """Other exact keys or values, as of `TieredStore.replace_tail`.
+
+        Raises:
+            AttributeError: the layer keeps tiers, or nothing yet.
+        """
+        if not self.policy.lossless or self._store is None:
+            raise AttributeError(
+                f"layer {self.layer_idx}: keys and values can be assigned to where policy 'fp16' holds some, not "
+                f"{'before the first update' if self.policy.lossless else f'in tiers of policy {self.policy.name!r}'}"
+            )
+        self.store.replace_tail(**side)
+        self.generation += 1
 
     def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return (None, None) if self._store is None else self._store.dense()
@@ -437,23 +543,25 @@ class SpectrumLayer(CacheLayerMixin):
             )
         if self._store is None or not tokens_to_remove:
             return
-        self._settle()
+        self.settle()
         self.store.crop(max(self.store.length + tokens_to_remove, 0))
         self.generation += 1
 
     def _map(self, function: Any) -> None:
         if self._store is not None:
-            self._settle()
+            self.settle()
             self._store.map(function)
             self.generation += 1
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Indices) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        rows = torch.as_tensor(beam_idx)
+        self._map(lambda t: t.index_select(0, rows.to(t.device)))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Indices) -> None:
         """Keep the rows `indices`."""
-        self._map(lambda t: t[indices.to(t.device)])
+        rows = torch.as_tensor(indices)
+        self._map(lambda t: t[rows.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -529,6 +637,6 @@ class SlidingSpectrumLayer(SpectrumLayer):
             )
         super().crop(tokens_to_remove)
         if self.record_past:
-            self._settle()
+            self.settle()
             if self._first_needed() - self.store.first_kept >= TAIL_STEP:
                 self.store.discard(self._first_needed())

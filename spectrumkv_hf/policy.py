@@ -124,6 +124,18 @@ def lifted(counts: Counts, floor: Tier | None) -> Counts:
     return kept | {floor: kept.get(floor, 0) + sum(counts[tier] for tier in low)}
 
 
+def exempt(counts: Counts, tokens: int) -> Counts:
+    """The counts with up to `tokens` more in FP16, taken from the least precise tiers."""
+    moved = dict(counts)
+    for tier in reversed(TIERS[1:]):
+        some = min(moved.get(tier, 0), tokens)
+        if some:
+            tokens -= some
+            moved[tier] -= some
+            moved[FP16] = moved.get(FP16, 0) + some
+    return moved
+
+
 def _fill(tokens: int, shares: dict[Tier, Fraction], rest: Tier) -> Counts:
     counts = {tier: int(share * tokens) for tier, share in shares.items()}
     return {tier: n for tier, n in counts.items() if n} | {rest: tokens - sum(counts.values())}

@@ -83,7 +83,7 @@ def _encode_tiered(layer: SpectrumLayer) -> Parts:
     window = {"window": layer.window, "record_past": getattr(layer, "record_past", False)}
     if not layer.is_initialized:
         return {"initialized": False, **window}, {}
-    layer._settle()
+    layer.settle()
     store = layer.store
     tensors: dict[str, torch.Tensor] = {}
     for tier, arena in store.arenas.items():
@@ -158,12 +158,6 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     if not heads or not value_dim or key_dim < max(2 * len(layer.rotary.inv_freq), 1):
         raise WireError(f"{heads} KV heads, {key_dim} channels in keys and {value_dim} in values, not this model's")
 
-    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-    store = layer.store
-    store.adopt_tail(keys, values)
-    store.length, store.tail_start, store.first_kept, store.drops = length, tail_start, first_kept, drops
-    if isinstance(layer, SlidingSpectrumLayer):
-        layer.record_past = record_past
     sides: dict[Tier, tuple[Any, Any]] = {}
     for tier in tiers:
         n = None
@@ -172,18 +166,28 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
             side, n = read_side(held, f"{tier.name}.{name}", tier, like, n, codec.symmetric)
             both.append(side)
         sides[tier] = (both[0], both[1])
-    positions = _positions(held, layer, tail_start - first_kept, first_kept, heads, [s[0] for s in sides.values()])
-    for (tier, (k, v)), where in zip(sides.items(), positions, strict=True):
-        store.arenas[tier] = Arena(tier, k, v, where)
+    stored = [keys_of_tier for keys_of_tier, _ in sides.values()]
+    positions, counts = _positions(held, (batch, heads), tail_start - first_kept, first_kept, stored, drops)
+    arenas = [Arena(tier, k, v, where) for (tier, (k, v)), where in zip(sides.items(), positions, strict=True)]
+    mean = pads = None
     if "mean" in held or (codec.center and any(tier.bits < 16 for tier in tiers)):
         if not codec.center:
             raise WireError(f"codec {codec.name!r} has no mean")
-        store.mean = held.floats("mean", (batch, heads, key_dim), torch.float32)
+        mean = held.floats("mean", (batch, heads, key_dim), torch.float32)
     if "pads" in held:
-        store.pads = held.take("pads", (batch,), torch.int64)
+        pads = held.take("pads", (batch,), torch.int64)
         if batch:
-            for number in store.pads.aminmax():
+            for number in pads.aminmax():
                 held.checks.expect(number, lambda n: 0 <= n <= length, f"paddings are not from 0 to {length}")
+    store = TieredStore.assemble(
+        keys, values, codec, layer.rotary, length=length, arenas=arenas, tail_start=tail_start,
+        first_kept=first_kept, mean=mean, pads=pads, drops=drops,
+    )  # fmt: skip
+    if counts is not None:
+        _check_counts(store, held.checks, counts, [arena.positions.shape[-1] for arena in arenas])
+    layer.adopt(store)
+    if isinstance(layer, SlidingSpectrumLayer):
+        layer.record_past = record_past
 
 
 def _tiers(fields: Fields) -> list[Tier]:
@@ -208,25 +212,27 @@ def read_side(
 
 
 def _positions(
-    held: Tensors, layer: SpectrumLayer, size: int, start: int, heads: int, sides: list[torch.Tensor | Quantized]
-) -> list[torch.Tensor]:
-    """Positions of each arena's tokens, int32 `[batch, kv_heads, tokens]`, from the tier map."""
-    store = layer.store
-    batch = store.batch_size
+    held: Tensors, rows: tuple[int, int], size: int, start: int, sides: list[torch.Tensor | Quantized], drops: bool
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Positions of each arena's tokens, int32 `[batch, kv_heads, tokens]`, from the tier map.
+
+    Returns:
+        They, and how many tokens have each code, `[batch, kv_heads or 1, 4]`, or None where there is nothing to check.
+    """
+    batch, heads = rows
     if not sides or not size:
         if sides:
             raise WireError("tiers without tokens")
-        if size and batch and not store.drops:
+        if size and batch and not drops:
             raise WireError(f"{size} tokens before the tail have no tier")
-        return []
+        return [], None
     packed = read_map(held, "map", (batch, None), size)
     if packed.shape[1] not in (1, heads):
         raise WireError(f"the tier map is for {packed.shape[1]} heads; the layer has {heads}")
     sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
     found, counts = operation("tier_positions", packed.device)(packed, size, sizes, start)
-    if batch:
-        _check_counts(store, held.checks, counts, sizes)
-    return found if packed.shape[1] == heads else [t.expand(-1, heads, -1).contiguous() for t in found]
+    positions = found if packed.shape[1] == heads else [t.expand(-1, heads, -1).contiguous() for t in found]
+    return positions, counts if batch else None
 
 
 def _check_counts(store: TieredStore, checks: Checks, counts: torch.Tensor, sizes: list[int]) -> None:
@@ -245,7 +251,8 @@ def _check_counts(store: TieredStore, checks: Checks, counts: torch.Tensor, size
         return all(n <= size for n, size in zip(most, sizes, strict=False))
 
     def note(least: list[int]) -> None:
-        store.ragged |= any(n < size for n, size in zip(least, sizes, strict=False))
+        if any(n < size for n, size in zip(least, sizes, strict=False)):
+            store.note_ragged()
 
     least, most = counts.flatten(0, 1).aminmax(dim=0)
     checks.expect(most, known, "tokens of the tier map are in no tier")

@@ -175,25 +175,8 @@ def apply(cache: SpectrumCache, frame: Buffer) -> None:
     everywhere[..., start : start + size] = wanted
     if bool(everywhere[..., : store.first_kept].any()) or base != _base(store, target, everywhere):
         raise WireError(f"layer {header.layer}: the tokens have changed since the patch was requested")
-    _lift(store, everywhere, Arena(target, k, v, positions))
+    store.lift(everywhere, Arena(target, k, v, positions))
     layer.generation += 1
-
-
-def _lift(store: TieredStore, wanted: torch.Tensor, arena: Arena) -> None:
-    """Put the tokens of `arena` in the place of those `wanted`, bool `[batch, kv_heads, tail_start]`."""
-    arenas: dict[Tier, Arena] = {}
-    for tier, old in store.arenas.items():
-        leaves = wanted.gather(2, old.positions.clamp(min=0).long())
-        stays = (old.positions >= 0) & ~leaves
-        arenas[tier] = old if bool(stays.all()) else old.kept(stays)
-    # `extended` copies, so that nothing of the frame stays alive.
-    empty = arena.map(lambda t: t[:, :, :0])
-    joined = arenas.get(arena.tier, empty).extended(arena)
-    order = torch.argsort(joined.positions, dim=-1, stable=True)
-    joined = joined.map(lambda t: take(t, order))
-    arenas[arena.tier] = joined.kept(joined.positions >= 0)
-    store.arenas = {tier: arenas[tier] for tier in TIERS if tier in arenas and len(arenas[tier])}
-    store.ragged = any(bool((a.positions[..., :1] < 0).any()) for a in store.arenas.values())
 
 
 # -- what requests and patches share ----------------------------------------------------------------------------------
@@ -207,10 +190,11 @@ def _target(name: str) -> Tier:
 
 
 def _tiered(cache: SpectrumCache, index: int) -> SpectrumLayer:
+    cache.check_whole()
     layer = cache.layers[index] if 0 <= index < len(cache.layers) else None
     if not isinstance(layer, SpectrumLayer) or not layer.is_initialized:
         raise ValueError(f"layer {index} is no tiered layer that holds tokens")
-    layer._settle()
+    layer.settle()
     return layer
 
 

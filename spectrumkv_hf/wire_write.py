@@ -200,6 +200,7 @@ class FrameWriter:
         return self._extent
 
     def header_payload(self) -> Payload:
+        self.cache.check_whole()
         policy, (batch, length) = self.cache.policy, self.extent
         if POLICIES.get(policy.name) is not type(policy):
             raise WireError(f"{policy!r} can't be serialised: a receiver knows {', '.join(POLICIES)}")

@@ -4,7 +4,7 @@ from spectrumkv_kernels.attention import Segment, tiered_attention
 from spectrumkv_kernels.codec import CODECS, Codec, decode, dense, encode, key_mean, take
 from spectrumkv_kernels.dispatch import operation
 from spectrumkv_kernels.hadamard import hadamard
-from spectrumkv_kernels.quantize import Quantized, dequantize, pack, quantize, unpack
+from spectrumkv_kernels.quantize import Quantized, dequantize, pack, quantize, saturated, unpack
 from spectrumkv_kernels.rotary import Rotary
 from spectrumkv_kernels.scores import attention_scores, real_tokens
 
@@ -25,6 +25,7 @@ __all__ = [
     "pack",
     "quantize",
     "real_tokens",
+    "saturated",
     "take",
     "tiered_attention",
     "unpack",

@@ -63,7 +63,8 @@ def quantize(x: torch.Tensor, bits: int, symmetric: bool = False) -> Quantized:
 
     Asymmetric: `zero = min`, `scale = (max - min) / (2**bits - 1)`. Symmetric (the paper's abs-max, arXiv 2606.08635):
     `scale = max|x| / (2**(bits - 1) - 1)`. Both are rounded to float16 first and used in their stored form. Ties round
-    to even. Zeros and scales beyond float16 saturate.
+    to even. Vectors that are not finite, or whose zero or scale is beyond float16, are not represented: their scale or
+    zero is the largest number of float16, by which `saturated` knows them.
 
     Args:
         x: float32 `[..., channels]`.
@@ -75,18 +76,25 @@ def quantize(x: torch.Tensor, bits: int, symmetric: bool = False) -> Quantized:
     top = 2**bits - 1
     if symmetric:
         offset = 2 ** (bits - 1)
-        scale = (x.abs().amax(-1) / (offset - 1)).clamp(max=FLOAT16_MAX).half()
+        most = x.abs().amax(-1)
+        scale = (most / (offset - 1)).where(most < torch.inf, FLOAT16_MAX).clamp(max=FLOAT16_MAX).half()
         affine, lowest = scale.unsqueeze(-1), 1
         shifted = x
     else:
         low, high = x.aminmax(dim=-1)
-        zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-        scale = ((high - low) / top).clamp(max=FLOAT16_MAX).half()
+        finite = high - low < torch.inf  # False for NaN too
+        zero = low.where(finite, 0.0).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+        scale = ((high - low) / top).where(finite, FLOAT16_MAX).clamp(max=FLOAT16_MAX).half()
         affine, offset, lowest = torch.stack((scale, zero), dim=-1), 0, 0
         shifted = x - zero.float().unsqueeze(-1)
     inverse = torch.where(scale > 0, scale.float().reciprocal(), 0.0).unsqueeze(-1)
     codes = ((shifted * inverse).round() + offset).clamp(lowest, top).to(torch.uint8)
     return Quantized(pack(codes, bits), affine)
+
+
+def saturated(quantized: Quantized) -> torch.Tensor:
+    """Which vectors `quantize` could not represent, bool `[...]`."""
+    return (quantized.affine.abs() >= FLOAT16_MAX).any(-1)
 
 
 def dequantize(quantized: Quantized, bits: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ def store_codes(
     TOP: tl.constexpr = 2**BITS - 1
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     STEP: tl.constexpr = 1 if zeros is None else 2
+    finite = tl.sum(tl.abs(y), 1) < float("inf")  # minima and maxima pass over NaN
     if zeros is None:
         scale = tl.max(tl.abs(y), 1) * NORM * (1 / (MIDDLE - 1))
         zero = tl.zeros([ROWS], tl.float32)
@@ -33,7 +34,7 @@ def store_codes(
         lowest = ROUND + 1
     else:
         real = (tl.arange(0, WIDTH) < DIM)[None, :]
-        low = tl.min(tl.where(real, y, float("inf")), 1) * NORM
+        low = tl.where(finite, tl.min(tl.where(real, y, float("inf")), 1) * NORM, 0.0)
         high = tl.max(tl.where(real, y, float("-inf")), 1) * NORM
         scale = (high - low) * (1 / TOP)
         stored = tl.minimum(tl.maximum(low, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
@@ -41,7 +42,7 @@ def store_codes(
         zero = stored.to(tl.float32)
         offset = ROUND
         lowest = ROUND
-    scale = tl.minimum(scale, FLOAT16_MAX).to(tl.float16)
+    scale = tl.where(finite, tl.minimum(scale, FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
     tl.store(scales + tokens * STEP, scale, mask=inside)
     step = scale.to(tl.float32)
     inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)

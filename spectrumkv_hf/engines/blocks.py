@@ -258,16 +258,15 @@ class BlockCodec:
         """The tensors of some layers, which stand where a store has the rows of a batch."""
         tokens = keys.shape[2]
         counts = self._counts(tokens)
-        extremes = torch.stack([extreme for side in (keys, values) for extreme in side.aminmax()])
-        if counts.keys() != {FP16} and not bool(extremes.isfinite().all()):
-            raise ValueError("keys or values have NaN or infinity, which no code stands for")
         score = importance(self.policy, None, keys, values, start=0, seen=tokens)
         if self.policy.scope == "token":
             score = score.mean(0, keepdim=True).expand_as(score)
-        store = TieredStore(keys, values, self.codec, rotary)
-        store.adopt_tail(keys, values)
-        store.length = tokens
+        store = TieredStore.assemble(keys, values, self.codec, rotary, length=tokens)
         store.compress(tokens, self.policy, score)
+        if {tier: len(arena) for tier, arena in store.arenas.items()} != counts:
+            raise ValueError(
+                "keys or values have NaN, infinity or numbers beyond the scales of float16, which no code stands for"
+            )
         tensors: dict[str, torch.Tensor] = {}
         codes = torch.empty(*keys.shape[:3], dtype=torch.uint8, device=keys.device)
         for code, arena in enumerate(store.arenas.values()):
@@ -292,12 +291,16 @@ class BlockCodec:
             ]
             for tier, n in counts.items()
         }
-        store = TieredStore(like, like, self.codec, rotary)
-        store.length = store.tail_start = spec.tokens
+        mean = None
         if self._centred(counts):
-            store.mean = held.floats(f"{prefix}mean", (count, spec.kv_heads, spec.head_dim), torch.float32)
-        for tier, positions in zip(counts, self._positions(held, prefix, spec, count, device), strict=True):
-            store.arenas[tier] = Arena(tier, sides[tier][0], sides[tier][1], positions)
+            mean = held.floats(f"{prefix}mean", (count, spec.kv_heads, spec.head_dim), torch.float32)
+        positions = self._positions(held, prefix, spec, count, device)
+        arenas = [
+            Arena(tier, sides[tier][0], sides[tier][1], where) for tier, where in zip(counts, positions, strict=True)
+        ]
+        store = TieredStore.assemble(
+            like, like, self.codec, rotary, length=spec.tokens, tail_start=spec.tokens, arenas=arenas, mean=mean
+        )
         return store.dense()
 
     def _positions(

@@ -197,7 +197,7 @@ class _Measurement:
         self._cache = self._prefilled(Greedy(budget=1.0, recent_window=0))
         layers = [layer for layer in self._cache.layers if isinstance(layer, SpectrumLayer)]
         for layer in layers:
-            layer._settle()
+            layer.settle()
         self.tiered = [layer.layer_idx for layer in layers if layer.is_initialized and FP16 in layer.store.arenas]
         if not self.tiered:
             raise ProbeError(f"no layer of the model is tiered:\n{self._cache.summary()}")
@@ -223,8 +223,9 @@ class _Measurement:
         """KL with layers recoded."""
         cache = copy.deepcopy(self._cache)
         for index, coding in codings.items():
-            store = cache.layers[index].store
-            store.arenas[FP16] = _recoded(cache.layers[index], store.arenas[FP16], coding)
+            layer = cache.layers[index]
+            arenas = {**layer.store.arenas, FP16: _recoded(layer, layer.store.arenas[FP16], coding)}
+            layer.adopt(layer.store.with_arenas(list(arenas.values())))
         return mean_kl(self._exact, self._continued(cache))
 
     def policy_kl(self, budget: float) -> float:
@@ -247,11 +248,8 @@ class _Measurement:
                 mask = mask[:, :, -n:]
 
             def output(arena: Arena) -> torch.Tensor:
-                held = store.arenas
-                store.arenas = {FP16: arena}
-                out = layer.read(seen.query[:, :, -n:], mask, seen.scale, seen.softcap, seen.sinks)
-                store.arenas = held
-                return out.float()
+                held = store.with_arenas([arena])
+                return layer.read(seen.query[:, :, -n:], mask, seen.scale, seen.softcap, seen.sinks, held).float()
 
             exact = store.arenas[FP16]
             expected = output(exact)

@@ -8,7 +8,7 @@ from families import config
 
 from spectrumkv_hf import SpectrumCache
 from spectrumkv_hf.policy import TIERS
-from spectrumkv_hf.store import Arena
+from spectrumkv_hf.store import Arena, TieredStore
 from spectrumkv_hf.wire_frame import ALIGNMENT, FrameHeader, digest, padded
 from spectrumkv_kernels import Quantized
 
@@ -29,10 +29,7 @@ def golden_cache():
     cache = SpectrumCache(CONFIG, policy="sink_protect", budget=0.3, recent_window=2)
     layer = cache.layers[0]
     keys, values = (_counting((2, 2, 2, 8), torch.float16, start) for start in (7, 90))
-    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-    store = layer.store
-    store.append(keys, values)
-    store.length, store.tail_start = 15, 13
+    arenas = []
     row, other = [[0, 1, 2], [3, 4, 5, 11, 12], [6, 7, 8, 9, 10]], [[0, 1, 7], [2, 9, 10, 11], [3, 4, 5, 6, 8, 12]]
     for code, tier in enumerate(TIERS[:3]):
         n = (3, 5, 6)[code]
@@ -46,10 +43,21 @@ def golden_cache():
             codes = _counting((2, 2, n, tier.bits), torch.uint8, start)
             scale, zero = _counting((2, 2, n), torch.float16, start), -_counting((2, 2, n), torch.float16, start + 3)
             sides.append(Quantized(codes, torch.stack((scale, zero), dim=-1)))
-        store.arenas[tier] = Arena(tier, *sides, positions)
-    store.ragged = True
-    store.mean = _counting((2, 2, 8), torch.float32)
-    store.pads = torch.tensor([0, 4])
+        arenas.append(Arena(tier, *sides, positions))
+    mean, pads = _counting((2, 2, 8), torch.float32), torch.tensor([0, 4])
+    store = TieredStore.assemble(
+        keys,
+        values,
+        layer.codec,
+        layer.rotary,
+        length=15,
+        tail_start=13,
+        arenas=arenas,
+        mean=mean,
+        pads=pads,
+        ragged=True,
+    )
+    layer.adopt(store)
     return cache
 
 
