@@ -61,7 +61,7 @@ def install() -> None:
     stock = ALL_ATTENTION_FUNCTIONS.get_interface
 
     def get_interface(attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return _routed(stock(attn_implementation, default), attn_implementation)
+        return functools.partial(_route, stock(attn_implementation, default), attn_implementation)
 
     ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
 
@@ -71,22 +71,26 @@ def uninstall() -> None:
     vars(ALL_ATTENTION_FUNCTIONS).pop("get_interface", None)
 
 
-@functools.cache
-def _routed(stock: Callable[..., Any], name: str) -> Callable[..., Any]:
-    def attention(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not isinstance(key, SpectrumHandle):
-            return stock(module, query, key, value, *args, **kwargs)
-        return _on_handles(stock, name, module, query, key, value, *args, **kwargs)
-
-    return attention
+def _route(
+    stock: Callable[..., Any],
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not isinstance(key, SpectrumHandle):
+        return stock(module, query, key, value, *args, **kwargs)
+    return _on_handles(stock, name, module, query, key, value, *args, **kwargs)
 
 
 def _unset(argument: Any) -> bool:
     return argument is None or argument is False
 
 
+@torch.compiler.disable
 def _on_handles(
     stock: Callable[..., Any],
     name: str,

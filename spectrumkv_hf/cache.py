@@ -205,6 +205,7 @@ class SpectrumCache(Cache):
         least = f", {floor.name} or better" if floor else ""
         return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}"
 
+    @torch.compiler.disable  # of what is behind it nothing can be traced: C++, kernels, decisions on the host
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,6 +274,11 @@ class SpectrumCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         self._change("batch_repeat_interleave", lambda layer: layer.batch_repeat_interleave(repeats))
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: no bound; PEFT asks for it by this name."""
+        return self.get_max_length()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Keys and values of each layer, dequantised, and its sliding window, as `DynamicCache` gives them."""

@@ -302,6 +302,7 @@ class SpectrumLayer(CacheLayerMixin):
 
     # -- what attention calls -------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def dense_for(self, generation: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised keys and values for handles of `generation`, `[batch, kv_heads, length, dim]`."""
         self.check(generation)
@@ -315,6 +316,7 @@ class SpectrumLayer(CacheLayerMixin):
                 "returned them"
             )
 
+    @torch.compiler.disable
     def attend(
         self,
         generation: int,
@@ -524,7 +526,9 @@ class SpectrumLayer(CacheLayerMixin):
         self.generation += 1
 
     def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return (None, None) if self._store is None else self._store.dense()
+        if self._store is None:
+            return None, None
+        return self._store.sides if self.policy.lossless else self._store.dense()
 
     def tier_map(self) -> torch.Tensor:
         """Bits of every token, int64 `[batch, kv_heads, length]`; 0 for one that was dropped or left the window."""

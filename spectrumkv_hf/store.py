@@ -512,13 +512,17 @@ class TieredStore:
     def replace_tail(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         """Other exact keys or values, `[batch, kv_heads, any, dim]`, in the place of all that are held.
 
-        The store's length is that of the shorter side, so that the two can be given one after the other.
+        The two can be given one after the other; until both are as long, the length is that of the shorter.
         """
-        sides = [
-            owned(new.detach()) if new is not None else old for new, old in zip((keys, values), self.tail, strict=True)
-        ]
-        length = min(side.shape[2] for side in sides)
-        self._now = Contents(sides[0], sides[1], {}, length=length)
+        given = zip((keys, values), self.sides, strict=True)
+        keys, values = (owned(old if new is None else new.detach()) for new, old in given)
+        self._now = Contents(keys, values, {}, length=min(keys.shape[2], values.shape[2]))
+
+    @property
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tail`, and between two calls of `replace_tail` the new keys beside the old values, or the reverse."""
+        halfway = self._now.keys.shape[2] != self._now.values.shape[2]
+        return self.buffers if halfway else self.tail
 
     def map(self, function: TensorMap) -> None:
         """Replace every tensor by `function` of it, for operations on the batch and moves between devices."""

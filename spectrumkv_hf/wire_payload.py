@@ -36,6 +36,7 @@ MAX_LENGTH = 1 << 24
 MAX_INTEGER = 1 << 48
 
 DTYPES = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,

@@ -111,8 +111,8 @@ def tiered_attention(
         sink_scores = sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, queries, -1)
         scores = torch.cat((scores, sink_scores.reshape(batch, kv_heads, rows, 1)), dim=-1)
     p = torch.softmax(scores, dim=-1)
-    if hides:
-        p = p.nan_to_num()  # a query that sees nothing gets 0
+    if hides:  # a query that sees nothing gets 0; NaN, which a token may bring, stays
+        p = p.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
     shares = list(p[..., : sum(sizes)].split(sizes, dim=-1))
 
     out: torch.Tensor | None = None

@@ -451,3 +451,22 @@ def test_arguments_are_left_as_they_were():
 
 def tensors(stored):
     return [t for t in stored if t is not None] if isinstance(stored, Quantized) else [stored]
+
+
+@pytest.mark.parametrize("side", [1, 2], ids=["key", "value"])
+@pytest.mark.parametrize("masked", [False, True], ids=["decode", "mask"])
+def test_a_token_that_is_not_a_number_is_not_hidden(side, masked):
+    """Its head gets NaN, as from any attention, and no other head is touched."""
+    case = build(((8, 40), (4, 70), (16, 9)), head_dim=32)
+    query = randn(1, 4, 2 if masked else 1, 32)
+    mask = torch.ones(1, 1, 2, case.length, dtype=torch.bool) if masked else None
+
+    def attend():
+        how = {"scale": 0.2, "codec": case.codec, "mean": case.mean, "rotary": case.rotary, "mask": mask}
+        return operation("tiered_attention", query.device)(query, case.segments, length=case.length, **how)
+
+    sound = attend()
+    case.segments[-1][side][0, 0, 3] = torch.nan
+    out = attend()
+    assert out[:, :2].isnan().all()
+    assert torch.equal(out[:, 2:], sound[:, 2:])
