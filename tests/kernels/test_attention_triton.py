@@ -270,3 +270,17 @@ def test_a_captured_graph_reads_tokens_that_came_later(device):
             scale=0.1, ragged=True,
         )  # fmt: skip
         assert error(out, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("side", [1, 2], ids=["key", "value"])
+@pytest.mark.parametrize("masked", [False, True], ids=["decode", "mask"])
+def test_a_token_that_is_not_a_number_is_not_hidden(side, masked, device):
+    """Its head gets NaN, as from any attention, and no other head is touched."""
+    case = build(((8, 40), (4, 70), (16, 9)), head_dim=32)
+    query = randn(1, 4, 2 if masked else 1, 32)
+    mask = torch.ones(1, 1, 2, case.length, dtype=torch.bool) if masked else None
+    sound = attend(case, query, device, scale=0.2, mask=mask)
+    case.segments[-1][side][0, 0, 3] = torch.nan
+    out = attend(case, query, device, scale=0.2, mask=mask)
+    assert out[:, :2].isnan().all()
+    assert torch.equal(out[:, 2:], sound[:, 2:])
