@@ -135,6 +135,7 @@ class SharedRanking:
                 shared = self._total[:, None, start : start + score.shape[-1]].to(score.device)
                 layer.compress(score.shape[-1], shared.expand_as(score))
             del self._offers[index]
+            layer.announce()
         self._total = None
 
 
@@ -276,7 +277,7 @@ class SpectrumLayer(CacheLayerMixin):
             self.on_update(self.layer_idx, key_states, value_states)
         if self.policy.lossless:
             self._open.stage = Stage.SETTLED
-            self._announce()
+            self.announce()
             return store.dense(self._open.read_from)
         shape = (*given[:2], kv_length)
         return (
@@ -463,7 +464,7 @@ class SpectrumLayer(CacheLayerMixin):
         """Tier what is due, by attention scores of the tail or without."""
         tokens, store = self._due(), self.store
         if not tokens:
-            self._announce()
+            self.announce()
             return
         keys, values = (t[:, :, :tokens] for t in store.tail)
         score = importance(
@@ -480,13 +481,13 @@ class SpectrumLayer(CacheLayerMixin):
             self.shared.offer(self, score)
         else:
             self.compress(tokens, score)
+            self.announce()
 
     def compress(self, tokens: int, score: torch.Tensor) -> None:
         """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`."""
         self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx))
-        self._announce()
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         """Say that the layer holds what it will hold until the next update; once an update."""
         if self.on_final is not None:
             self.on_final(self.layer_idx)

@@ -265,7 +265,7 @@ class BlockCodec:
         store.compress(tokens, self.policy, score)
         if {tier: len(arena) for tier, arena in store.arenas.items()} != counts:
             raise ValueError(
-                "keys or values have NaN, infinity or numbers beyond the scales of float16, which no code stands for"
+                "keys or values have NaN or infinity, or numbers beyond the scales of float16: no code stands for them"
             )
         tensors: dict[str, torch.Tensor] = {}
         codes = torch.empty(*keys.shape[:3], dtype=torch.uint8, device=keys.device)

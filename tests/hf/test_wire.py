@@ -523,10 +523,10 @@ def test_layers_and_policies_that_can_not_travel():
     for number in ({"seed": 2**60}, {"decay": float("inf")}):
         with pytest.raises(WireError, match="out of range|Out of range"):
             SpectrumCache(config("llama"), **number).serialize()
-    double = SpectrumCache(config("deepseek_v3"))
-    double.layers[0].update(*(torch.ones(1, 4, 3, 16, dtype=torch.float64) for _ in range(2)))
-    with pytest.raises(WireError, match="'keys' has dtype torch.float64"):
-        double.serialize()
+    whole = SpectrumCache(config("deepseek_v3"))
+    whole.layers[0].update(*(torch.ones(1, 4, 3, 16, dtype=torch.int32) for _ in range(2)))
+    with pytest.raises(WireError, match="'keys' has dtype torch.int32"):
+        whole.serialize()
     cache = SpectrumCache(config("llama"))
     cache.layers[1] = object()
     with pytest.raises(WireError, match="layers of class object can't be serialised"):
