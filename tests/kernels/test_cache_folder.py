@@ -6,6 +6,7 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,8 +74,8 @@ class TestLocation:
 
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.delenv("HOME")
-        home = pwd.getpwuid(os.getuid()).pw_dir
-        assert location("some") == Path(home, ".cache", "spectrumkv", "some")
+        monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir="/home/known"))
+        assert location("some") == Path("/home/known/.cache/spectrumkv/some")
         monkeypatch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
         with pytest.raises(OSError, match="XDG_CACHE_HOME or HOME"):
             location("some")
