@@ -16,7 +16,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it can't be built here.
     """
-    loaded = build_cpp.load("affine")
+    loaded = build_cpp.load("affine", ("affine_flaws",))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.affine_flaws.argtypes, loaded.affine_flaws.restype = (pointer, integer, pointer), None
     return loaded

@@ -114,15 +114,17 @@ def attend_kernel(
     """
     if ROWS_PAD <= R:
         bh = tl.program_id(0).to(tl.int64)
-        row = tl.arange(0, R)
+        first = 0
     else:
         blocks = tl.cdiv(rows, R)
         bh = (tl.program_id(0) // blocks).to(tl.int64)
-        row = tl.program_id(0) % blocks * R + tl.arange(0, R)
+        first = tl.program_id(0) % blocks * R
+    row = first + tl.arange(0, R)
     real = row < rows
     q_at = length - queries + row % queries
     head = (bh % kv_heads) * (rows // queries) + row // queries
-    row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head + (row % queries) * mask_query
+    row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
+    row_mask += (row % queries).to(tl.int64) * mask_query
     part = tl.program_id(1)
     for i in tl.static_range(len(BITS)):
         size = (sizes[i][0] - 3) // 2
@@ -130,12 +132,13 @@ def attend_kernel(
         chunk = (chunks[i] - 3) // 2
         begin = tl.program_id(1) * chunk
         if begin < size:
-            end = tl.minimum(begin + chunk, size)
+            # Tokens are counted from `begin` on: the offsets of a program's own fit 32 bits, those from the start of
+            # all rows, heads and tokens need not.
+            count = tl.minimum(chunk, size - begin)
+            base = bh * room + begin
             at_row = (bh * splits + part) * rows + row
             out = floats + at_row[None, :] * DV
-            positions = segments[i][2]
-            if not SHARED[i]:
-                positions += bh * room
+            positions = segments[i][2] + (begin if SHARED[i] else base)
             N: tl.constexpr = TILES[i]
             m = tl.full([R], float("-inf"), tl.float32)
             total = tl.zeros([N, R], tl.float32)
@@ -143,14 +146,14 @@ def attend_kernel(
                 BLOCK_D: tl.constexpr = pad(D)
                 BLOCK_V: tl.constexpr = pad(DV)
                 d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-                keys = segments[i][0] + bh * room * D
-                values = segments[i][1] + bh * room * DV
+                keys = segments[i][0] + base * D
+                values = segments[i][1] + base * DV
                 q = tl.load(query + (bh * rows + row)[None, :] * D + d[:, None], mask=real[None, :] & (d < D)[:, None])
                 q = tl.where(real[None, :] & (d < D)[:, None], q, 0.0).to(keys.dtype.element_ty)
                 acc = tl.zeros([BLOCK_V, R], tl.float32)
-                for start in tl.range(begin, end, N, num_stages=STAGES):
+                for start in tl.range(0, count, N, num_stages=STAGES):
                     token = start + tl.arange(0, N)
-                    live = token < end
+                    live = token < count
                     k = tl.load(keys + token[:, None] * D + d[None, :], mask=live[:, None] & (d < D), other=0)
                     bias = tl.where(live, 0.0, float("-inf"))[:, None]
                     s = dot(k, q, tl.zeros([N, R], tl.float32)) * scale + bias
@@ -176,10 +179,10 @@ def attend_kernel(
                 WV: tl.constexpr = DV * B // 16
                 wk, wv = tl.arange(0, pad(WK)), tl.arange(0, pad(WV))
                 WIDE: tl.constexpr = 1 if SYMMETRIC else 2
-                keys = segments[i][0].to(tl.pointer_type(tl.int16)) + bh * room * WK
-                values = segments[i][1].to(tl.pointer_type(tl.int16)) + bh * room * WV
-                key_affine = segments[i][3] + bh * room * WIDE
-                value_affine = segments[i][4] + bh * room * WIDE
+                keys = segments[i][0].to(tl.pointer_type(tl.int16)) + base * WK
+                values = segments[i][1].to(tl.pointer_type(tl.int16)) + base * WV
+                key_affine = segments[i][3] + base * WIDE
+                value_affine = segments[i][4] + base * WIDE
                 unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
                 spread = tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
                 planes = ()
@@ -193,12 +196,12 @@ def attend_kernel(
                     planes = planes + ((q * 2.0 ** (-B * (j // 2))).to(tl.float16),)
                     accs = accs + (tl.zeros([pad(WV), R], tl.float32),)
                 # A row's score of the mean comes as one more channel of the key.
-                term = tl.arange(0, pad(ROWS_PAD))
+                term = first + tl.arange(0, pad(min(ROWS_PAD, R)))
                 pick = (term[:, None] == row[None, :]).to(tl.float16)
                 zeros = tl.zeros([N, R], tl.float32)
-                for start in tl.range(begin, end, N, num_stages=STAGES):
+                for start in tl.range(0, count, N, num_stages=STAGES):
                     token = start + tl.arange(0, N)
-                    live = token < end
+                    live = token < count
                     k = tl.load(keys + token[:, None] * WK + wk[None, :], mask=live[:, None] & (wk < WK), other=0)
                     ks, kz = _affine(key_affine, token, live, SYMMETRIC, B)
                     vs, vz = _affine(value_affine, token, live, SYMMETRIC, B)
@@ -209,7 +212,7 @@ def attend_kernel(
                     s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
                     if MEAN:
                         at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
-                        place = halves + bh * length * ROWS_PAD + at[:, None] * ROWS_PAD + term[None, :]
+                        place = halves + (bh * length + at)[:, None] * ROWS_PAD + term[None, :]
                         c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
                         s += dot(c, pick, tl.zeros([N, R], tl.float32))
                     s = _capped(s, bias, softcap, SOFTCAP)

@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: they can't be built here.
     """
-    loaded = build_cpp.load("attention")
+    loaded = build_cpp.load("attention", ("workspace_floats", "tiered_attention"))
     pointer, real = ctypes.c_void_p, ctypes.c_float
     loaded.workspace_floats.argtypes, loaded.workspace_floats.restype = (pointer,), ctypes.c_int64
     loaded.tiered_attention.argtypes = (pointer, pointer, pointer, real, real, real)

@@ -249,7 +249,7 @@ def tiered_attention(
         # It may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both at
         # their predecessors' start was slower: programs that wait take the places of others.
         options = {"launch_pdl": True} if overlaps else {}
-        launch(merge_kernel, (flat, rows, 1), tensors, numbers, constants, known, **options)
+        launch(merge_kernel, (flat * rows, 1, 1), tensors, numbers, constants, known, **options)
     return out
 
 

@@ -1,14 +1,25 @@
 """Builds the C++ sources of this folder with the system's compiler, once for each machine, and loads them."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from spectrumkv_kernels import cache_folder
+from spectrumkv_kernels.cache_folder import Folder
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -17,35 +28,103 @@ FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 """Not -ffast-math: masks are infinities, and linked with it a library changes how the whole process rounds."""
-TIMEOUT = 120
-"""Seconds that a compiler may take."""
+SECONDS = 60.0
+"""What all compilers together may take in a process, for all libraries. It is some 3 s, where nothing is amiss."""
+KIND = "compiled"
+"""Of files, for `cache_folder`."""
 
 
-def load(name: str) -> ctypes.CDLL:
+class _Tried(NamedTuple):
+    """What the compilers have done in this process."""
+
+    seconds: float = 0.0
+    problem: str | None = None
+
+
+_tried = _Tried()
+
+
+def load(name: str, functions: Sequence[str]) -> ctypes.CDLL:
     """The library of `name`.cpp, built unless an earlier process has done so.
 
-    It lies in `$XDG_CACHE_HOME/spectrumkv` (`~/.cache/spectrumkv`), named after the sources, the compiler, its flags
-    and the processor. Processes may build it at the same time: each moves a whole file to its place.
+    It lies in a folder as `cache_folder` has it, which no other user may write. Its name says what it was made of and
+    from (source, compiler, flags, processor) and has a checksum of its contents, which is compared before a byte of it
+    runs: that finds damage, and the folder's owner and mode keep strangers out. Files are written to disk before they
+    get their names, and never change; processes may build at the same time.
+
+    Whatever fails, fails for the rest of the process: nothing is tried again. Compilers get `SECONDS` in all, and are
+    killed then with what they have started.
+
+    Args:
+        functions: Names that the library must have. One that was found without them is built anew.
 
     Raises:
-        OSError: there is no compiler, none of them could build it, or the folder can't be written.
+        OSError: there is no compiler, none of them could build it, or the folder can't be used.
     """
+    global _tried
+    if _tried.problem is not None:
+        raise OSError(_tried.problem)
+    try:
+        with cache_folder.opened(KIND) as folder:
+            if os.fstatvfs(folder.handle).f_flag & getattr(os, "ST_NOEXEC", 0):
+                raise OSError(f"{folder.path} lies where no code may be run from (it is mounted noexec)")
+            return _load(folder, name, functions)
+    except OSError as error:
+        _tried = _tried._replace(problem=str(error))
+        raise
+
+
+def _load(folder: Folder, name: str, functions: Sequence[str]) -> ctypes.CDLL:
     problems = []
     for compiler in compilers():
         try:
-            path = _cached(name, compiler)
-            if path.exists():
-                try:
-                    return ctypes.CDLL(str(path))
-                except OSError:
-                    pass  # damaged, or of another system: built anew
-            _build(name, compiler, path)
-            return ctypes.CDLL(str(path))
-        except subprocess.CalledProcessError as error:
-            problems.append(f"{compiler}: {_last_line(error.stderr)}")
-        except (OSError, subprocess.TimeoutExpired) as error:
+            prefix = f"{name}-{_key(name, compiler)}-"
+            return _stored(folder, prefix, functions) or _built(folder, prefix, functions, name, compiler)
+        except OSError as error:
             problems.append(f"{compiler}: {error}")
     raise OSError("; ".join(problems) or f"no C++ compiler: $CXX, {', '.join(COMPILERS)}")
+
+
+def _stored(folder: Folder, prefix: str, functions: Sequence[str]) -> ctypes.CDLL | None:
+    """A library that was built before; several have the same prefix where a compiler gave several results."""
+    for file in folder.names():
+        if not (file.startswith(prefix) and file.endswith(".so")):
+            continue
+        try:
+            if file != _file(prefix, folder.read(file)):
+                folder.remove(file)
+                raise OSError(f"{file} is damaged")
+            return _linked(folder, file, functions)
+        except OSError as problem:  # also one of a machine with other system libraries, which needs its own
+            logger.info("the compiled %s is built anew: %s", prefix.partition("-")[0], problem)
+    return None
+
+
+def _built(folder: Folder, prefix: str, functions: Sequence[str], name: str, compiler: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(prefix="spectrumkv-") as place:
+        out = Path(place, f"{name}.so")
+        _run(compiler, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(out))
+        data = out.read_bytes()
+    file = _file(prefix, data)
+    folder.write(file, data)
+    try:
+        return _linked(folder, file, functions)
+    except OSError:
+        folder.remove(file)
+        raise
+
+
+def _file(prefix: str, data: bytes) -> str:
+    return f"{prefix}{hashlib.blake2b(data, digest_size=16).hexdigest()}.so"
+
+
+def _linked(folder: Folder, file: str, functions: Sequence[str]) -> ctypes.CDLL:
+    library = ctypes.CDLL(folder.path_of(file))
+    missing = [function for function in functions if not hasattr(library, function)]
+    if missing:
+        folder.remove(file)
+        raise OSError(f"{file} has no function {', '.join(missing)}")
+    return library
 
 
 def compilers() -> list[str]:
@@ -55,17 +134,15 @@ def compilers() -> list[str]:
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
-def _cached(name: str, compiler: str) -> Path:
+def _key(name: str, compiler: str) -> str:
     about = [_version(compiler), " ".join(FLAGS), _processor()]
     about += [source.read_text() for source in (FOLDER / f"{name}.cpp", *sorted(FOLDER.glob("*.h")))]
-    key = hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(caches) / "spectrumkv" / f"{name}-{key}.so"
+    return hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
+    return _run(compiler, "--version")
 
 
 def _processor() -> str:
@@ -78,16 +155,33 @@ def _processor() -> str:
     return platform.machine() + "\n".join(sorted({line for line in lines if line.startswith(named)}))
 
 
-def _build(name: str, compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    try:
-        command = [compiler, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", draft]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT)
-        os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
+def _run(*command: str) -> str:
+    """What a compiler prints, within what is left of `SECONDS`.
+
+    Raises:
+        OSError: it fails, or takes longer; then it is killed with all that it has started.
+    """
+    global _tried
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:  # a pipe may outlive who is killed
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True
+        )  # fmt: skip
+        try:
+            process.wait(SECONDS - _tried.seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"killed: compiling may take {SECONDS:g} s in all") from None
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            _tried = _tried._replace(seconds=_tried.seconds + time.monotonic() - started)
+        if process.returncode:
+            errors.seek(0)
+            raise OSError(_last_line(errors.read().decode(errors="replace")))
+        out.seek(0)
+        return out.read().decode(errors="replace")
 
 
 def _last_line(text: str) -> str:

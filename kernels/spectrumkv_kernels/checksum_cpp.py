@@ -17,7 +17,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it can't be built here.
     """
-    loaded = build_cpp.load("checksum")
+    loaded = build_cpp.load("checksum", ("write_sums",))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.write_sums.argtypes = (pointer, integer, pointer, pointer, pointer, integer)
     loaded.write_sums.restype = None

@@ -39,16 +39,16 @@ def _load_residual(
 
 @triton.jit
 def _encode_tokens(
-    x, stride, index, positions, mean, factors, codes, scales, zeros, first, n,
+    x, stride, index, positions, mean, factors, codes, scales, zeros, first, block, n,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token = block * TOKENS + tl.arange(0, TOKENS)
     inside = token < n
     at = tl.load(positions + first + token, mask=inside, other=0) if mean is not None else token
-    source = token.to(tl.int64) if index is None else tl.load(index + token, mask=inside, other=0)
-    x += source[:, None] * stride
+    source = token if index is None else tl.load(index + token, mask=inside, other=0)
+    x += source.to(tl.int64)[:, None] * stride
     if WIDTH == DIM and WIDTH >= 32:
         channels = tl.arange(0, WIDTH // 4)
         y0 = _load_residual(x, inside, at, mean, factors, channels, DIM, PAIRS, INTERLEAVED)
@@ -70,24 +70,26 @@ def _encode_kernel(
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of tokens, batch x heads, keys and values."""
-    row = tl.program_id(1).to(tl.int64)
+    """Grid: blocks of tokens x batch x heads, keys and values."""
+    blocks = tl.cdiv(n, TOKENS)
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = row // heads, row % heads
     first = row * n
     if index is not None:
         index += batch * index_batch + head * index_head
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         keys += batch * key_batch + head * key_head
         if mean is not None:
             mean += row * KEY_DIM
         _encode_tokens(
-            keys, key_token, index, positions, mean, factors, key_codes, key_scale, key_zero, first, n,
+            keys, key_token, index, positions, mean, factors, key_codes, key_scale, key_zero, first, block, n,
             KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
         )  # fmt: skip
     else:
         values += batch * value_batch + head * value_head
         _encode_tokens(
-            values, value_token, index, positions, None, None, value_codes, value_scale, value_zero, first, n,
+            values, value_token, index, positions, None, None, value_codes, value_scale, value_zero, first, block, n,
             VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
         )  # fmt: skip
 
@@ -145,11 +147,14 @@ def _dense_kernel(
     HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     SCATTER: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of tokens of all segments, batch x heads, keys and values."""
-    block = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
+    """Grid: blocks of tokens of all segments x batch x heads, keys and values."""
     counts = (count0, count1, count2, count3)
+    all_blocks = 0
+    for i in tl.static_range(len(BITS)):
+        all_blocks += tl.cdiv(counts[i], TOKENS)
+    block = tl.program_id(0) % all_blocks
+    row = (tl.program_id(0) // all_blocks).to(tl.int64)
+    batch, head = row // heads, row % heads
     for i in tl.static_range(len(BITS)):
         n = counts[i]
         blocks = tl.cdiv(n, TOKENS)
@@ -158,7 +163,7 @@ def _dense_kernel(
             keys, key_scale, key_zero, values, value_scale, value_zero, positions = segments[i]
             if not SHARED[i]:
                 positions += row * n
-            if tl.program_id(2) == 0:
+            if tl.program_id(1) == 0:
                 keys += batch * key_batch + head * key_head
                 if mean is not None:
                     mean += row * KEY_DIM
@@ -222,7 +227,7 @@ def key_mean(
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
     sizes = {"DIM": dim, "WIDTH": width, **rotation}
     with on_device(keys):
-        sums_kernel[splits, batch * heads](
+        sums_kernel[(splits * batch * heads,)](
             keys, positions, weights, factors, sums, tokens, heads, *keys.stride()[:3],
             TOKENS=max(1, ELEMENTS // 2 // width), SPLIT=max(SPLIT, 1), **sizes,
         )  # fmt: skip
@@ -256,7 +261,7 @@ def encode(
     sizes = _widths(keys.shape[-1], values.shape[-1])
     k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
     with on_device(keys):
-        _encode_kernel[triton.cdiv(n, sizes["TOKENS"]), batch * heads, 2](
+        _encode_kernel[triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2](
             keys, values, index, positions.contiguous(), None if mean is None else mean.contiguous(), factors,
             *_parts(k), *_parts(v),
             n, heads, *keys.stride()[:3], *values.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
@@ -323,7 +328,7 @@ def _read(
         blocks = sum(triton.cdiv(n, sizes["TOKENS"]) for n in counts)
         tensors, strides, bits, once = zip(*part, strict=True)
         with on_device(out[0]):
-            _dense_kernel[blocks, batch * heads, 2](
+            _dense_kernel[blocks * batch * heads, 2](
                 tensors, strides, *counts, *[0] * (SEGMENTS - len(counts)), *out,
                 None if mean is None else mean.contiguous(), factors, start, size, heads,
                 BITS=bits, SHARED=once, HADAMARD=codec.hadamard, SCATTER=scatter, **sizes, **rotation,

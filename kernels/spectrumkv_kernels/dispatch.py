@@ -37,24 +37,34 @@ COMPILED = ("tiered_attention", "digest_sums", "write_sums", "tier_positions", "
 WITHOUT_TRITON = ("tier_positions", "affine_flaws")
 """For these `triton` stands for torch."""
 
+_unusable: set[str] = set()
+"""Implementations that failed in this process, which is logged once for all operations."""
+
 
 @functools.cache
 def default_implementation(name: str, device_type: str) -> str:
     """The implementation of an operation for a type of device.
 
     Triton where there is a CUDA device and Triton is installed; C++ on a CPU where there is one that can be built,
-    which the first call does; else torch.
+    which the first call does; else torch, also where the other one fails to load, whatever the reason.
     """
-    if device_type == "cuda" and importlib.util.find_spec("triton"):
-        return "triton"
-    if device_type == "cpu" and name in COMPILED:  # for others nothing is built
+    if device_type == "cuda" and name in OPERATIONS and importlib.util.find_spec("triton"):
+        best = "triton"
+    elif device_type == "cpu" and name in COMPILED:  # for others nothing is built
+        best = "cpp"
+    else:
+        return "torch"
+    if best not in _unusable:
         try:
-            _compiled(name)
-        except OSError as problem:
-            logger.warning("SpectrumKV runs %s in plain torch, which is slower: not compiled (%s)", name, problem)
+            _load(name, best)
+        except Exception as problem:
+            _unusable.add(best)
+            what = {"triton": "in Triton, for CUDA", "cpp": "in C++, for the CPU"}[best]
+            logger.warning("SpectrumKV runs in plain torch, slower: kernels %s, can't be used (%s)", what, problem)
         else:
-            logger.info("SpectrumKV runs %s on the CPU in compiled C++", name)
-            return "cpp"
+            if best == "cpp":
+                logger.info("SpectrumKV runs %s on the CPU in compiled C++", name)
+            return best
     return "torch"
 
 
@@ -72,8 +82,9 @@ def _load(name: str, implementation: str) -> Callable[..., Any]:
     module = OPERATIONS[name]
     try:
         return getattr(importlib.import_module(f"spectrumkv_kernels.{module}{IMPLEMENTATIONS[implementation]}"), name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the {implementation} implementation of {name} can't be loaded: {error}") from error
+    except Exception as error:  # an AttributeError, where another version of Triton lacks what a module uses
+        kind = ModuleNotFoundError if isinstance(error, ModuleNotFoundError) else ImportError
+        raise kind(f"the {implementation} implementation of {name} can't be loaded: {error}") from error
 
 
 def operation(name: str, device: torch.device) -> Callable[..., Any]:
@@ -83,7 +94,7 @@ def operation(name: str, device: torch.device) -> Callable[..., Any]:
 
     Raises:
         ValueError: `SPECTRUMKV_KERNELS` names no implementation.
-        ModuleNotFoundError: it names one that is not installed.
+        ImportError: it names one that is not installed or doesn't run on what is.
         OSError: it names `cpp`, which can't be built here.
     """
     chosen = os.environ.get(VARIABLE) or default_implementation(name, device.type)

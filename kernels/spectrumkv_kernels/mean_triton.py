@@ -12,15 +12,17 @@ def sums_kernel(
     DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `SPLIT` tokens of keys times cosine and keys times sine. Grid: splits, batch x heads."""
-    row = tl.program_id(1).to(tl.int64)
+    """Sums over `SPLIT` tokens of keys times cosine and keys times sine. Grid: splits x batch x heads."""
+    splits = tl.cdiv(tokens, SPLIT)
+    split = tl.program_id(0) % splits
+    row = (tl.program_id(0) // splits).to(tl.int64)
     batch, head = row // heads, row % heads
     keys += batch * batch_stride + head * head_stride
     channels = tl.arange(0, WIDTH)
     along = tl.zeros([TOKENS, WIDTH], tl.float32)
     across = tl.zeros([TOKENS, WIDTH], tl.float32)
     for i in range(SPLIT // TOKENS):
-        token = tl.program_id(0) * SPLIT + i * TOKENS + tl.arange(0, TOKENS)
+        token = split * SPLIT + i * TOKENS + tl.arange(0, TOKENS)
         inside = token < tokens
         place = keys + token.to(tl.int64)[:, None] * token_stride + channels[None, :]
         x = tl.load(place, mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
@@ -33,7 +35,7 @@ def sums_kernel(
             across += x * sin
         else:
             along += x
-    sums += (row * tl.num_programs(0) + tl.program_id(0)) * 2 * WIDTH
+    sums += (row * splits + split) * 2 * WIDTH
     tl.store(sums + channels, tl.sum(along, 0))
     if PAIRS:
         tl.store(sums + WIDTH + channels, tl.sum(across, 0))

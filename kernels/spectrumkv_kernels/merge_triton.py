@@ -50,12 +50,12 @@ def merge_kernel(
     S: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Join the parts of one row."""
+    """Join the parts of one row. Grid: batch x heads x rows."""
     if OVERLAPS:
         gdc_wait()
     state = partial + state_at
-    bh = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
+    bh = (tl.program_id(0) // rows).to(tl.int64)
+    row = tl.program_id(0) % rows
     d = tl.arange(0, BLOCK)
     top = tl.full([S], float("-inf"), tl.float32)
     for start in range(0, splits, S):

@@ -47,7 +47,7 @@ def prepare_kernel(
     d = tl.arange(0, BLOCK_D)
     if tl.program_id(0) < turning:
         rotated, factor = halves + rotated_at, floats + factor_at
-        line = tl.program_id(0) * TURNED + tl.arange(0, TURNED)
+        line = tl.program_id(0).to(tl.int64) * TURNED + tl.arange(0, TURNED)
         given = line < flat * rows
         x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0)
         if HADAMARD:
@@ -65,7 +65,7 @@ def prepare_kernel(
     elif MEAN:
         pid = tl.program_id(0) - turning
         place = pid % row_blocks * R + tl.arange(0, R)
-        head, row = place // ROWS_PAD, place % ROWS_PAD
+        head, row = (place // ROWS_PAD).to(tl.int64), place % ROWS_PAD
         real = (row < rows) & (head < flat)
         at = head * rows + row
         rest = tl.zeros([R], tl.float32)
@@ -90,7 +90,7 @@ def prepare_kernel(
         t = tl.arange(0, POSITIONS)
         cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
         sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
-        out = halves + head.to(tl.int64) * length * ROWS_PAD + row
+        out = halves + head * length * ROWS_PAD + row
         start = pid // row_blocks * blocks
         stop = tl.minimum(start + blocks, tl.cdiv(length, POSITIONS))
         c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=live & (start < stop), other=0.0)
@@ -105,4 +105,4 @@ def prepare_kernel(
             scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
             position = block * POSITIONS + t
             mask = (position < length)[:, None] & (head < flat)[None, :]
-            tl.store(out[None, :] + position[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)
+            tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)

@@ -79,13 +79,15 @@ def _normalisers_kernel(
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of each row's scores over `span` of the keys, `lse` `[splits, batch * kv_heads, rows]`."""
-    split, pair = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row_blocks = tl.cdiv(probes * GROUP, BLOCK_R)
+    row_block, pair = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
+    pairs, split = tl.num_programs(0) // row_blocks, tl.program_id(1)
     batch, head = pair // KV_HEADS, pair % KV_HEADS
-    r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    r, d = row_block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     p, g = r // GROUP, r % GROUP
     row, at = _places(rows + batch * probes, p, probes, offset)
     query += (batch * probes * KV_HEADS + head) * GROUP * D
-    q_at = query + (p * KV_HEADS * GROUP + g)[:, None] * D + d[None, :]
+    q_at = query + (p.to(tl.int64) * (KV_HEADS * GROUP) + g)[:, None] * D + d[None, :]
     q = tl.load(q_at, mask=(p < probes)[:, None] & (d < D)[None, :], other=0.0)
     keys += batch * key_batch + head * key_head
     if mask is not None:
@@ -109,7 +111,7 @@ def _normalisers_kernel(
         new_top = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
         top = new_top
-    out = lse + (split * tl.num_programs(2) + pair) * probes * GROUP + r
+    out = lse + (split * pairs + pair) * probes * GROUP + r
     tl.store(out, (top + tl.log2(total)) * LN2, mask=p < probes)
 
 
@@ -122,9 +124,10 @@ def _mass_kernel(
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mean probability of a block of keys, `out` `[batch * kv_heads, tokens]`."""
-    pair = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // KV_HEADS, pair % KV_HEADS
-    n, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    n, d = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_at = keys + batch * key_batch + head * key_head + n[:, None].to(tl.int64) * key_token + d[None, :]
     k = tl.load(k_at, mask=(n < tokens)[:, None] & (d < D)[None, :], other=0.0)
     rows += batch * probes
@@ -155,7 +158,7 @@ def _mass_kernel(
         p, g = r // GROUP, r % GROUP
         row, at = _places(rows, p, probes, offset)
         norm = tl.load(lse + r, mask=p < probes, other=float("inf")) * LOG2E
-        q_at = query + (p * KV_HEADS * GROUP + g)[None, :] * D + d[:, None]
+        q_at = query + (p.to(tl.int64) * (KV_HEADS * GROUP) + g)[None, :] * D + d[:, None]
         q = tl.load(q_at, mask=(p < probes)[None, :] & (d < D)[:, None], other=0.0)
         mask_at = mask
         if mask is not None:
@@ -234,7 +237,7 @@ def attention_scores(
     parts = torch.empty(splits, batch, kv_heads, probes, group, device=query.device)
     out = torch.empty(batch, kv_heads, tokens, device=query.device)
     with torch.cuda.device_of(query):
-        _normalisers_kernel[(row_blocks, splits, pairs)](
+        _normalisers_kernel[(row_blocks * pairs, splits)](
             probing, keys, rows, mask, parts, scale, softcap, window, hidden, tokens, probes, tokens - queries, span,
             *strides, **shape, **first,
         )  # fmt: skip
@@ -242,7 +245,7 @@ def attention_scores(
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.float().view(kv_heads, 1, group))
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no probability where a row sees nothing
-        _mass_kernel[(triton.cdiv(tokens, second["BLOCK_N"]), pairs)](
+        _mass_kernel[(triton.cdiv(tokens, second["BLOCK_N"]) * pairs,)](
             probing, keys, rows, mask, lse, out, scale, softcap, window, hidden, tokens, probes, tokens - queries,
             mask_heads, *strides, **shape, **second, BLOCK_P=32,
         )  # fmt: skip

@@ -17,7 +17,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it can't be built here.
     """
-    loaded = build_cpp.load("tier_map")
+    loaded = build_cpp.load("tier_map", ("tier_positions",))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.tier_positions.argtypes = (pointer, integer, integer, integer, pointer, pointer, pointer)
     loaded.tier_positions.restype = None

@@ -75,7 +75,7 @@ def probe_model(
         raise ProbeError(f"{type(model).__name__} is an encoder-decoder: the probe continues a text, as decoders do")
     ids = probe.inputs(model, tokenizer)
     key = key_of(model, probe, ids)
-    name = storage.path_of(key).name
+    name = storage.name_of(key)
     if not fresh:
         if name in _remembered:
             return _remembered[name]

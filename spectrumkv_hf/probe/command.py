@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> None:
     probe = probe_from(args)
     model, tokenizer = load_from(args)
     verdict = probe_model(model, tokenizer, probe, fresh=args.fresh)
-    path = storage.path_of(key_of(model, probe, probe.inputs(model, tokenizer)))
+    file = storage.stored_at(key_of(model, probe, probe.inputs(model, tokenizer)))
+    path = str(file) if file else None
     budgets = args.budget or []
     if args.json:
-        print(json.dumps(_described(verdict, budgets) | {"model": args.model, "stored": str(path)}, indent=1))
+        print(json.dumps(_described(verdict, budgets) | {"model": args.model, "stored": path}, indent=1))
         return
     if isinstance(verdict, CalibrationVerdict):
         _show_calibration(verdict)
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
         _show_paper(verdict)
     for budget in budgets:
         print(f"policy at b={budget:g}: {_named(verdict.policy(budget))}")
-    print(f"stored in {path}")
+    if path:  # else a warning has said why not
+        print(f"stored in {path}")
 
 
 def _described(verdict: Verdict, budgets: list[float]) -> dict[str, Any]:

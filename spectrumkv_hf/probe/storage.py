@@ -1,14 +1,13 @@
 """Verdicts on disk, by what they depend on.
 
-One file a verdict, `$XDG_CACHE_HOME/spectrumkv/probe/<digest of the key>.json` (`~/.cache` where the variable is
-unset). A file appears whole, under its final name, so processes may write and read at the same time: the last one wins,
-and all have measured the same.
+One file a verdict, `<digest of the key>.json` in the folder `probe` of those that `spectrumkv_kernels.cache_folder` has
+rules for. A file appears whole, under its final name, so processes may write and read at the same time: the last one
+wins, and all have measured the same.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrumkv_hf.whole_file import whole_file
+from spectrumkv_kernels import cache_folder
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+KIND = "probe"
+"""Of files, for `cache_folder`."""
 MOST_SAMPLES = 1 << 16
 """Samples of a tensor's rows, and of its columns, at most."""
 INCIDENTAL = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Fields of a config that say where a model comes from, not what it computes."""
-
-
-def folder() -> Path:
-    """Where verdicts lie. A relative `XDG_CACHE_HOME` counts as unset, as its specification has it."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".cache") / "spectrumkv" / "probe"
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -74,21 +69,30 @@ def digest(ids: torch.Tensor) -> str:
     return hashlib.blake2b(ids.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def path_of(key: dict[str, Any]) -> Path:
-    """The file of a key."""
-    return folder() / f"{_checksum(key)}.json"
+def name_of(key: dict[str, Any]) -> str:
+    """The name of a key's file."""
+    return f"{_checksum(key)}.json"
+
+
+def stored_at(key: dict[str, Any]) -> Path | None:
+    """The file that holds the verdict for a key; None where there is none."""
+    return None if read(key) is None else cache_folder.location(KIND) / name_of(key)
 
 
 def read(key: dict[str, Any]) -> Any:
-    """The verdict stored for a key, as JSON has it; None where there is none or the file is damaged."""
-    path = path_of(key)
+    """The verdict stored for a key, as JSON has it; None where there is none or the file can't be relied on."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        with cache_folder.opened(KIND, create=False) as folder:
+            entry = json.loads(folder.read(name_of(key)))
         if entry["format"] != FORMAT or entry["key"] != key or entry["checksum"] != _checksum(entry["verdict"]):
             raise ValueError("its parts do not fit together")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+    except OSError as problem:  # it says where
+        logger.warning("ignoring a verdict of the probe: %s", problem)
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+        path = cache_folder.location(KIND) / name_of(key)
         logger.warning("ignoring the probe's verdict in %s: %s", path, problem)
         return None
     return entry["verdict"]
@@ -96,12 +100,10 @@ def read(key: dict[str, Any]) -> Any:
 
 def write(key: dict[str, Any], verdict: Any) -> None:
     """Store a verdict, as JSON has it. Where that can't be done a warning says so."""
-    path = path_of(key)
     entry = {"format": FORMAT, "key": key, "verdict": verdict, "checksum": _checksum(verdict)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(json.dumps(entry, indent=1).encode())
+        with cache_folder.opened(KIND) as folder:
+            folder.write(name_of(key), json.dumps(entry, indent=1).encode())
     except OSError as problem:
         logger.warning("the probe's verdict can't be stored: %s", problem)
 

@@ -13,6 +13,7 @@ from outliers import healthy, with_outliers
 
 from spectrumkv_hf.probe import CalibrationProbe, CalibrationVerdict, PaperVerdict, Trial, auto, probe_model, storage
 from spectrumkv_hf.probe.auto import key_of
+from spectrumkv_kernels import cache_folder
 
 PROBE = CalibrationProbe(context=100, continuation=8)
 
@@ -30,7 +31,7 @@ def key(m, probe=PROBE, tokenizer=None):
 def stored(m):
     """The verdict on a model and the file that holds it."""
     found = probe_model(m, None, PROBE)
-    (file,) = storage.folder().iterdir()
+    (file,) = cache_folder.location(storage.KIND).iterdir()
     return found, file
 
 
@@ -81,7 +82,7 @@ class TestKey:
             keys.append(key(healthy(), CalibrationProbe(**settings)))
         monkeypatch.setattr(auto, "VERSION", auto.VERSION + 1)
         keys.append(key(healthy()))
-        assert len({storage.path_of(each) for each in keys}) == len(keys)
+        assert len({storage.name_of(each) for each in keys}) == len(keys)
 
     def test_another_codec_under_the_same_name(self, monkeypatch):
         before = key(healthy())
@@ -182,17 +183,30 @@ class TestFiles:
     def test_a_write_that_fails_leaves_the_old_file(self, monkeypatch, caplog):
         _, file = stored(healthy())
         before = file.read_bytes()
-        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setattr(os, "replace", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         storage.write(key(healthy()), {"other": 1})
-        assert file.read_bytes() == before and list(storage.folder().iterdir()) == [file]
+        assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
         assert "can't be stored: full" in caplog.text
 
-    def test_folder(self, tmp_path, monkeypatch):
-        assert storage.folder() == tmp_path / "spectrumkv" / "probe"
-        monkeypatch.setenv("HOME", "/home/somebody")
-        for value in ("", "relative/path"):
-            monkeypatch.setenv("XDG_CACHE_HOME", value)
-            assert str(storage.folder()) == "/home/somebody/.cache/spectrumkv/probe"
+    def test_folder(self, tmp_path):
+        _, file = stored(healthy())
+        assert file.parent == tmp_path / "spectrumkv" / "probe" and file.stat().st_mode & 0o777 == 0o600
+        assert storage.stored_at(key(healthy())) == file
+
+    @pytest.mark.parametrize("where", ["", "probe"])
+    def test_a_folder_that_others_may_write(self, where, tmp_path, monkeypatch, caplog):
+        """They could plant a verdict that makes a model's answers worse."""
+        found, file = stored(healthy())
+        (tmp_path / "spectrumkv" / where).chmod(0o777)
+        monkeypatch.setattr(auto, "_remembered", {})
+        planted = copy.deepcopy(found.to_json()) | {"seconds": 12345.0}
+        entry = {"format": 1, "key": key(healthy()), "verdict": planted, "checksum": storage._checksum(planted)}
+        file.write_text(json.dumps(entry))
+        before = file.read_bytes()
+        assert probe_model(healthy(), None, PROBE).seconds != 12345.0
+        assert "ignoring a verdict" in caplog.text and "chmod go-w" in caplog.text
+        assert "can't be stored" in caplog.text and file.read_bytes() == before
+        assert storage.stored_at(key(healthy())) is None
 
 
 def _write_and_read(number, failed):
@@ -214,4 +228,4 @@ def test_processes_at_the_same_time():
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4 and not failed.is_set()
-    assert [path.name for path in storage.folder().iterdir()] == [storage.path_of({"key": 1}).name]
+    assert [path.name for path in cache_folder.location(storage.KIND).iterdir()] == [storage.name_of({"key": 1})]

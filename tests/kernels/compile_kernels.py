@@ -20,10 +20,14 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 run, compiled = JITFunction.run, set()
+SHARED = 227 << 10
+"""Bytes that a program has on an H100."""
 
 
 def compile_only(self, *args, grid, warmup, **options):
-    run(self, *args, grid=grid, warmup=True, **options)
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    shared = kernel.metadata.shared
+    assert shared <= SHARED, f"{self.__name__} takes {shared} bytes of shared memory, of {SHARED}: it can't be launched"
     compiled.add(self.__name__)
 
 
@@ -56,5 +60,11 @@ for head_dim, codec, fillers, options in (
         codec_triton.encode(keys, keys, positions.expand(1, 2, -1).contiguous(), bits, *fields.values())
     many = randn(1, 4, 90, head_dim).bfloat16()
     scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
+# Most query rows of a KV head: 48 heads and 32 queries.
+case = build(((16, 5), (4, 71)), head_dim=128, kv_heads=1, dtype=torch.bfloat16)
+fields = {"codec": case.codec, "mean": case.mean, "rotary": case.rotary}
+attention_triton.tiered_attention(
+    randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
+)
 checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
 print(*sorted(compiled))

@@ -61,6 +61,14 @@ def test_groups(group, device):
     check(build(TIERS, batch=2, head_dim=32), randn(2, 2 * group, 1, 32, seed=4), device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropped", [0, 1_300_000])
+def test_most_query_rows(dropped, device):
+    """48 query heads on a KV head and 32 queries, also past 2^20 positions: shared memory, and offsets of 64 bits."""
+    case = build(((8, 600), (16, 33)), kv_heads=1, head_dim=128, dropped=dropped)
+    check(case, randn(1, 48, 32, 128), device)
+
+
 @pytest.mark.parametrize("group, queries", [(1, 2), (4, 3), (3, 32), (7, 17)])
 def test_several_queries_see_what_is_before_them(group, queries, device):
     case = build(((16, 5), (8, 67), (4, 71), (16, 33)), head_dim=32)

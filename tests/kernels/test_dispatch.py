@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,3 +87,47 @@ def test_an_implementation_that_is_not_installed(monkeypatch):
 def test_unknown_operation():
     with pytest.raises(KeyError, match="no-such-operation"):
         operation("no-such-operation", CPU)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    ["", "raise RuntimeError('of another machine')", "import no_such_module", "raise SyntaxError('of another Python')"],
+    ids=["lacks everything", "raises", "lacks a module", "is no Python"],
+)
+def test_torch_on_cuda_where_triton_is_of_no_use(contents, tmp_path):
+    """Whatever an odd version raises: one line in the log for all operations, and one sentence where it is forced."""
+    package = tmp_path / "triton"
+    for folder in (package, package / "language"):
+        folder.mkdir()
+        (folder / "__init__.py").write_text(contents)
+    code = """
+import logging, os
+logging.basicConfig(format="log: %(levelname)s %(message)s")
+import torch
+from spectrumkv_kernels import dispatch
+for name in 2 * tuple(dispatch.OPERATIONS):
+    print(dispatch.operation(name, torch.device("cuda")).__module__.rpartition(".")[2] == dispatch.OPERATIONS[name])
+os.environ[dispatch.VARIABLE] = "triton"
+try:
+    dispatch.operation("decode", torch.device("cuda"))
+except ImportError as error:
+    print(error)
+"""
+    root = Path(__file__).resolve().parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(root / "kernels")))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    *same, refusal = done.stdout.splitlines()
+    assert same == ["True"] * 2 * len(OPERATIONS)
+    assert refusal.startswith("the triton implementation of decode can't be loaded: ")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("log: ")]
+    assert line.startswith("log: WARNING SpectrumKV runs in plain torch, slower: kernels in Triton, for CUDA, can't be")
+
+
+def test_an_unknown_operation_spoils_nothing(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "_unusable", set())
+    for device in (CPU, CUDA):
+        with pytest.raises(KeyError):
+            operation("no-such-operation", device)
+    assert not dispatch._unusable
