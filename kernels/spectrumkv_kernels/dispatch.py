@@ -2,9 +2,9 @@
 
 import functools
 import importlib
-import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,10 +42,10 @@ WITHOUT_TRITON = ("tier_positions", "affine_flaws")
 def default_implementation(name: str, device_type: str) -> str:
     """The implementation of an operation for a type of device.
 
-    Triton where there is a CUDA device and Triton is installed; C++ on a CPU where there is one that can be built,
-    which the first call does; else torch.
+    Triton for a CUDA device where its modules can be imported; C++ on a CPU where there is one that can be built, which
+    the first call does; else torch.
     """
-    if device_type == "cuda" and importlib.util.find_spec("triton"):
+    if device_type == "cuda" and triton_works():
         return "triton"
     if device_type == "cpu" and name in COMPILED:  # for others nothing is built
         try:
@@ -56,6 +56,28 @@ def default_implementation(name: str, device_type: str) -> str:
             logger.info("SpectrumKV runs %s on the CPU in compiled C++", name)
             return "cpp"
     return "torch"
+
+
+@functools.cache
+def triton_works() -> bool:
+    """Whether the modules of all operations in Triton can be imported; where not, one log line says why.
+
+    What is missing may be Triton itself, or anything that its version does not have yet or has no more.
+    """
+    try:
+        for name, module in OPERATIONS.items():
+            if name not in WITHOUT_TRITON:
+                importlib.import_module(f"spectrumkv_kernels.{module}{IMPLEMENTATIONS['triton']}")
+    except Exception as problem:
+        logger.warning("SpectrumKV runs on CUDA in plain torch, which is slower: %s", _cause(problem))
+        return False
+    return True
+
+
+def _cause(problem: Exception) -> str:
+    """Why an import failed, with the version of Triton where that is there."""
+    version = getattr(sys.modules.get("triton"), "__version__", None)
+    return f"{type(problem).__name__}: {problem}" + (f" (Triton {version})" if version else "")
 
 
 def _compiled(name: str) -> None:
@@ -72,8 +94,9 @@ def _load(name: str, implementation: str) -> Callable[..., Any]:
     module = OPERATIONS[name]
     try:
         return getattr(importlib.import_module(f"spectrumkv_kernels.{module}{IMPLEMENTATIONS[implementation]}"), name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the {implementation} implementation of {name} can't be loaded: {error}") from error
+    except Exception as problem:
+        kind = type(problem) if isinstance(problem, ImportError) else ImportError
+        raise kind(f"the {implementation} implementation of {name} can't be loaded: {_cause(problem)}") from problem
 
 
 def operation(name: str, device: torch.device) -> Callable[..., Any]:
@@ -83,7 +106,7 @@ def operation(name: str, device: torch.device) -> Callable[..., Any]:
 
     Raises:
         ValueError: `SPECTRUMKV_KERNELS` names no implementation.
-        ModuleNotFoundError: it names one that is not installed.
+        ImportError: it names one that can't be imported; ModuleNotFoundError where it is not installed.
         OSError: it names `cpp`, which can't be built here.
     """
     chosen = os.environ.get(VARIABLE) or default_implementation(name, device.type)
