@@ -23,13 +23,14 @@ def cache_argument(cache: Cache, model: torch.nn.Module | None = None) -> dict[s
         model: For a call of `model(...)` itself, whose code may come from elsewhere and have the other name; None: for
             `generate`, and for models of Transformers.
     """
-    return {_name(GenerationMixin if model is None else type(model)): cache}
+    kind: type = GenerationMixin if model is None else type(model)
+    return {_name(kind): cache}
 
 
 @functools.cache
 def _name(kind: type) -> str:
     """The argument of a class of models, or of `generate`; of wrappers that show no name, that of `generate`."""
-    function = kind.prepare_inputs_for_generation if kind is GenerationMixin else kind.forward
-    parameters = inspect.signature(function).parameters
+    method = "prepare_inputs_for_generation" if kind is GenerationMixin else "forward"
+    parameters = inspect.signature(getattr(kind, method)).parameters
     found = next((name for name in NAMES if name in parameters), None)
     return found or _name(GenerationMixin)
