@@ -1,4 +1,4 @@
-"""The name by which models take a cache, which Transformers 5.24 changed: this package never passes the old one there."""
+"""The name by which models take a cache, which Transformers 5.24 changed: this package never passes the old one."""
 
 from contextlib import nullcontext
 
@@ -90,9 +90,11 @@ def test_either_name(call):
 
 
 @pytest.mark.skipif(NEW, reason="takes either name")
-def test_the_new_name_on_an_old_version_is_refused_by_generate():
+def test_the_new_name_on_an_old_version_is_refused():
     """Nothing is answered from another cache than the one that was given."""
     m = model("llama")
+    with pytest.raises(TypeError, match="takes a cache as past_key_values"), torch.inference_mode():
+        m(prompt(20), cache=SpectrumCache(m.config))
     with pytest.raises(ValueError, match="cache"):
         m.generate(prompt(20), max_new_tokens=2, cache=SpectrumCache(m.config))
 
