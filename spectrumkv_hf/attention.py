@@ -81,8 +81,8 @@ def _routed(stock: Callable[..., Any], name: str) -> Callable[..., Any]:
         if not isinstance(key, SpectrumHandle):
             if isinstance(kwargs.get("cache"), Cache):  # before 5.24 models pass on what they don't know, unused
                 raise TypeError(
-                    f"Transformers {transformers.__version__} takes a cache as past_key_values=..., not as cache=..., which "
-                    "is its name from 5.24 on"
+                    f"Transformers {transformers.__version__} takes a cache as past_key_values=..., not as cache=..., "
+                    "which is its name from 5.24 on"
                 )
             return stock(module, query, key, value, *args, **kwargs)
         return _on_handles(stock, name, module, query, key, value, *args, **kwargs)
