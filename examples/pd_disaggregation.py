@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from spectrumkv_hf import Policy, SpectrumCache, get_policy
+from spectrumkv_hf import Policy, SpectrumCache, cache_argument, get_policy
 from spectrumkv_hf.bypass import TransferCosts, choose_policy
 from spectrumkv_hf.engines.directory import DirectoryReceiver, DirectorySender
 from spectrumkv_hf.evaluation.environment import environment
@@ -119,7 +119,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, cache: SpectrumCache, to
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=tokens,
         logits_processor=[clock],
         **options,

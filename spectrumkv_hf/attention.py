@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -82,6 +84,11 @@ def _route(
     **kwargs: Any,
 ) -> Any:
     if not isinstance(key, SpectrumHandle):
+        if isinstance(kwargs.get("cache"), Cache):  # before 5.24 models pass on what they don't know, unused
+            raise TypeError(
+                f"Transformers {transformers.__version__} takes a cache as past_key_values=..., not as cache=..., "
+                "which is its name from 5.24 on"
+            )
         return stock(module, query, key, value, *args, **kwargs)
     return _on_handles(stock, name, module, query, key, value, *args, **kwargs)
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class SpectrumCache(Cache):
     """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
 
-    Drop-in for `model.generate(past_key_values=...)`: prefill attends over exact keys and values, then tokens move
+    Drop-in for the cache of `model.generate(...)`: prefill attends over exact keys and values, then tokens move
     into FP16, INT8 and INT4 tiers, and decoding reads those directly.
 
     Args:
@@ -47,7 +47,7 @@ class SpectrumCache(Cache):
     Example:
         ```python
         cache = SpectrumCache(config=model.config, policy="sink_protect", budget=0.3)
-        output = model.generate(**inputs, past_key_values=cache)
+        output = model.generate(**inputs, cache=cache)  # past_key_values=cache before Transformers 5.24
         print(cache.memory())
         ```
     """

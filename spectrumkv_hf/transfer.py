@@ -107,7 +107,7 @@ class CacheSender:
     Example:
         ```python
         with CacheSender(cache, dst=1) as sender:
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(cache))
         print(sender.report)
         ```
     """

@@ -131,7 +131,7 @@ class Emitter:
     Example:
         ```python
         with Emitter(cache, emit=lambda frame: socket.sendall(frame.numpy())):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(cache))
         ```
     """
 

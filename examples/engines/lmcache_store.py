@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from spectrumkv_hf import cache_argument
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter
 from spectrumkv_hf.evaluation.text import passage
@@ -98,7 +99,7 @@ def load(manager: StorageManager, keys: list[Any], layout: Any) -> list[torch.Te
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache, tokens: int) -> torch.Tensor:
     """New tokens after `ids`, greedily; what the cache lacks is prefilled first."""
-    return model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+    return model.generate(ids, **cache_argument(cache), max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
 
 
 def parse_args() -> argparse.Namespace:
@@ -123,9 +124,9 @@ def main() -> None:
     if args.chunk < 1 or ids.shape[1] <= args.chunk:
         sys.exit(f"the prompt has {ids.shape[1]} tokens: it takes one more than a chunk of {args.chunk}")
     exact = DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=exact)  # the last token is left to generate from
+    model(ids[:, :-1], **cache_argument(exact, model))  # the last token is left to generate from
     chunks = chunks_of(exact, args.chunk)
-    text = model.generate(ids, past_key_values=exact, max_new_tokens=args.new_tokens, do_sample=False)[
+    text = model.generate(ids, **cache_argument(exact), max_new_tokens=args.new_tokens, do_sample=False)[
         0, ids.shape[1] :
     ]
 
@@ -154,7 +155,7 @@ def main() -> None:
     print(f"chunks stored {len(chunks)}, loaded {len(loaded)} in {seconds:.3f} s")
     print(f"bytes {sum(sizes)}, at FP16 {fp16}, ratio {sum(sizes) / fp16:.3f}; of a chunk {sorted(set(sizes))}")
     cache = cache_of(loaded, model, config.num_key_value_heads) if loaded else DynamicCache(config=model.config)
-    again = model.generate(ids, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False)[
+    again = model.generate(ids, **cache_argument(cache), max_new_tokens=args.new_tokens, do_sample=False)[
         0, ids.shape[1] :
     ]
     same = next((i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b), min(len(text), len(again)))

@@ -2,9 +2,9 @@
 
 import functools
 import importlib
-import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -45,10 +45,10 @@ _unusable: set[str] = set()
 def default_implementation(name: str, device_type: str) -> str:
     """The implementation of an operation for a type of device.
 
-    Triton where there is a CUDA device and Triton is installed; C++ on a CPU where there is one that can be built,
+    Triton for a CUDA device; C++ on a CPU where there is one that can be built,
     which the first call does; else torch, also where the other one fails to load, whatever the reason.
     """
-    if device_type == "cuda" and name in OPERATIONS and importlib.util.find_spec("triton"):
+    if device_type == "cuda" and name in OPERATIONS:
         best = "triton"
     elif device_type == "cpu" and name in COMPILED:  # for others nothing is built
         best = "cpp"
@@ -56,7 +56,8 @@ def default_implementation(name: str, device_type: str) -> str:
         return "torch"
     if best not in _unusable:
         try:
-            _load(name, best)
+            for needed in OPERATIONS if best == "triton" else (name,):  # Triton serves all operations or none
+                _load(needed, best)
         except Exception as problem:
             _unusable.add(best)
             what = {"triton": "in Triton, for CUDA", "cpp": "in C++, for the CPU"}[best]
@@ -66,6 +67,12 @@ def default_implementation(name: str, device_type: str) -> str:
                 logger.info("SpectrumKV runs %s on the CPU in compiled C++", name)
             return best
     return "torch"
+
+
+def _cause(problem: Exception) -> str:
+    """Why an import failed, with the version of Triton where that is there."""
+    version = getattr(sys.modules.get("triton"), "__version__", None)
+    return f"{type(problem).__name__}: {problem}" + (f" (Triton {version})" if version else "")
 
 
 def _compiled(name: str) -> None:
@@ -82,9 +89,9 @@ def _load(name: str, implementation: str) -> Callable[..., Any]:
     module = OPERATIONS[name]
     try:
         return getattr(importlib.import_module(f"spectrumkv_kernels.{module}{IMPLEMENTATIONS[implementation]}"), name)
-    except Exception as error:  # an AttributeError, where another version of Triton lacks what a module uses
-        kind = ModuleNotFoundError if isinstance(error, ModuleNotFoundError) else ImportError
-        raise kind(f"the {implementation} implementation of {name} can't be loaded: {error}") from error
+    except Exception as problem:
+        kind = type(problem) if isinstance(problem, ImportError) else ImportError
+        raise kind(f"the {implementation} implementation of {name} can't be loaded: {_cause(problem)}") from problem
 
 
 def operation(name: str, device: torch.device) -> Callable[..., Any]:
@@ -94,7 +101,7 @@ def operation(name: str, device: torch.device) -> Callable[..., Any]:
 
     Raises:
         ValueError: `SPECTRUMKV_KERNELS` names no implementation.
-        ImportError: it names one that is not installed or doesn't run on what is.
+        ImportError: it names one that can't be imported; ModuleNotFoundError where it is not installed.
         OSError: it names `cpp`, which can't be built here.
     """
     chosen = os.environ.get(VARIABLE) or default_implementation(name, device.type)

@@ -93,14 +93,17 @@ def prepare_kernel(
         out = halves + head * length * ROWS_PAD + row
         start = pid // row_blocks * blocks
         stop = tl.minimum(start + blocks, tl.cdiv(length, POSITIONS))
-        c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=live & (start < stop), other=0.0)
-        s = tl.load(coarse + start * (2 * PAIRS) + PAIRS + pair, mask=live & (start < stop), other=0.0)
+        # Conditions on scalars decide how many pairs are read: Triton 3.9's interpreter takes no mask made from them.
+        some = pair < tl.where(start < stop, PAIRS, 0)
+        c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=some, other=0.0)
+        s = tl.load(coarse + start * (2 * PAIRS) + PAIRS + pair, mask=some, other=0.0)
         for block in range(start, stop):
             x = (re * c[:, None] - im * s[:, None]).to(tl.float16)
             y = (re * s[:, None] + im * c[:, None]).to(tl.float16)
             ahead = (block + 1) * (2 * PAIRS) + pair
-            c = tl.load(coarse + ahead, mask=live & (block + 1 < stop), other=0.0)
-            s = tl.load(coarse + ahead + PAIRS, mask=live & (block + 1 < stop), other=0.0)
+            some = pair < tl.where(block + 1 < stop, PAIRS, 0)
+            c = tl.load(coarse + ahead, mask=some, other=0.0)
+            s = tl.load(coarse + ahead + PAIRS, mask=some, other=0.0)
             scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
             scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
             position = block * POSITIONS + t

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from spectrumkv_hf.calls import cache_argument
 from spectrumkv_hf.evaluation.methods import parse_method
 from spectrumkv_hf.evaluation.transfer import prefill
 from spectrumkv_hf.memory import MemoryReport
@@ -155,7 +156,7 @@ class SpectrumLM(HFLM):
                     memory = method.memory(cache)
                 with nullcontext() if start else method.prefilling(model):
                     positions = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
-                    out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+                    out = model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache, model))
                 logits.append(out.logits)
                 start = end
         self.use.add(memory)
@@ -171,7 +172,7 @@ class SpectrumLM(HFLM):
         """
         cache = self.method.cache(self.model)
         with self.method.prefilling(self.model):
-            ids = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+            ids = super()._model_generate(context, max_length, stop, **cache_argument(cache), **generation_kwargs)
         fed = ids.shape[1] - 1
         if (held := cache.get_seq_length()) < fed:
             raise ValueError(

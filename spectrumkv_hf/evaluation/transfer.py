@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from spectrumkv_hf.calls import cache_argument
 from spectrumkv_hf.evaluation.methods import Exact, Method
 
 POSITIONS_AT_ONCE = 32
@@ -66,7 +67,7 @@ def last_logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, start: 
     """
     positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **last_only)
+    out = model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache, model), **last_only)
     return out.logits[:, -1]
 
 
@@ -80,7 +81,8 @@ def continuation_logits(model: PreTrainedModel, ids: torch.Tensor, context: int,
     """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a cache prefilled with those before."""
     positions = torch.arange(context, ids.shape[1], device=ids.device)[None]
     rest = ids[:, context:]
-    return model(input_ids=rest, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+    out = model(input_ids=rest, position_ids=positions, use_cache=True, **cache_argument(cache, model))
+    return out.logits[0]
 
 
 def mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.cache import SpectrumCache
+from spectrumkv_hf.calls import cache_argument
 from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.evaluation.transfer import mean_kl
 from spectrumkv_hf.layer import FUSED_QUERIES, Attention, SpectrumLayer
@@ -209,7 +210,8 @@ class _Measurement:
         last = (
             {"logits_to_keep": logits} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
         )
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **last).logits[0, -logits:]
+        given = cache_argument(cache, self._model)
+        return self._model(input_ids=ids, use_cache=True, **given, **last).logits[0, -logits:]
 
     def _prefilled(self, policy: Greedy | SinkProtect) -> SpectrumCache:
         cache = SpectrumCache(self._model.config, policy=policy, codec=self._codec)

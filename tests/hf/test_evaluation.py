@@ -8,11 +8,14 @@ import torch
 from families import model, prompt
 from transformers import DynamicCache
 
+from spectrumkv_hf import cache_argument
 from spectrumkv_hf.evaluation.experiments.perplexity import summarise
 from spectrumkv_hf.evaluation.methods import at_budgets, family_of, parse_method
 from spectrumkv_hf.evaluation.report import markdown_table, with_error
 from spectrumkv_hf.evaluation.results import Results
 from spectrumkv_hf.evaluation.transfer import Quality, mean_kl, mean_loss, measure, transfer_quality
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 
 def test_transfer_numbers():
@@ -24,11 +27,11 @@ def test_transfer_numbers():
     with torch.no_grad():
         reference = llama(ids, use_cache=False).logits[0, context:].double().log_softmax(-1)
         stored = method.cache(llama)
-        llama(ids[:, :context], past_key_values=stored)
+        llama(ids[:, :context], **cache_argument(stored))
         dense = DynamicCache(config=llama.config)
         for index, layer in enumerate(stored.layers):
             dense.update(layer.keys.clone(), layer.values.clone(), index)
-        other = llama(ids[:, context:], past_key_values=dense).logits[0].double().log_softmax(-1)
+        other = llama(ids[:, context:], **cache_argument(dense)).logits[0].double().log_softmax(-1)
     rows, targets = torch.arange(59), ids[0, context + 1 :]
     kl = (reference.exp() * (reference - other)).sum(-1).mean()
     assert kl > 1e-4

@@ -8,7 +8,7 @@ import torch
 from families import model, prompt
 from transformers import DynamicCache
 
-from spectrumkv_hf import SpectrumCache
+from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.cli import main
 from spectrumkv_hf.evaluation import models
 from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
@@ -16,6 +16,8 @@ from spectrumkv_hf.evaluation.experiments.layer_error import layer_errors, vecto
 from spectrumkv_hf.evaluation.experiments.ttft import stages
 from spectrumkv_hf.evaluation.methods import parse_method
 from spectrumkv_hf.evaluation.skew import attention_mass, gini
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_layer_errors(family, changes):
     caches = {name: SpectrumCache(built.config, name, recent_window=0) for name in ("uniform_int8", "uniform_int4")}
     with torch.no_grad():
         for cache in (exact, *caches.values()):
-            built(ids, past_key_values=cache)
+            built(ids, **cache_argument(cache))
     errors = {name: layer_errors(cache, exact) for name, cache in caches.items()}
     for layer in (0, 1):
         keys = caches["uniform_int4"].layers[layer].keys

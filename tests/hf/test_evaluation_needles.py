@@ -6,8 +6,11 @@ from families import model
 from tiny import TEMPLATE, tokenizer
 from transformers import DynamicCache
 
+from spectrumkv_hf import cache_argument
 from spectrumkv_hf.evaluation.methods import parse_method
 from spectrumkv_hf.evaluation.needles import DEPTHS, NEEDLES, ask, found, needle_prompts, retrieve
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
@@ -46,7 +49,7 @@ def test_answers_equal_generate(before):
         out = llama.generate(
             prompts.ids,
             attention_mask=torch.ones_like(prompts.ids),
-            past_key_values=DynamicCache(config=llama.config),
+            **cache_argument(DynamicCache(config=llama.config)),
             max_new_tokens=12,
             do_sample=False,
         )

@@ -7,9 +7,11 @@ import torch
 from families import config, left_padded, model, prompt
 from wire_forge import forged, opened, split
 
-from spectrumkv_hf import SpectrumCache, get_policy
+from spectrumkv_hf import SpectrumCache, cache_argument, get_policy
 from spectrumkv_hf.policy import DROPPED, FP16, INT4, INT8, Greedy, SinkProtect, lifted
 from spectrumkv_hf.wire import Assembler, WireError
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 OPTIONS = {"budget": 0.3, "recent_window": 8, "floors": {1: "int8"}}
 
@@ -18,7 +20,7 @@ def filled(ids, mask=None, **options):
     m = model("llama", "sdpa", num_hidden_layers=3)
     cache = SpectrumCache(m.config, **{**OPTIONS, **options})
     with torch.no_grad():
-        m(ids, attention_mask=mask, past_key_values=cache)
+        m(ids, attention_mask=mask, **cache_argument(cache))
     return m, cache
 
 
@@ -83,7 +85,7 @@ def test_while_decoding_and_in_padded_rows():
     with torch.no_grad():
         for step in range(80):
             mask = torch.cat((mask, mask[:, :1] | 1), dim=1)
-            m(prompt(1, 2, seed=step), attention_mask=mask, past_key_values=cache)
+            m(prompt(1, 2, seed=step), attention_mask=mask, **cache_argument(cache))
     assert INT4 in sizes(cache.layers[0]) and INT4 in sizes(cache.layers[2])
     assert sizes(cache.layers[1]).keys() == {FP16, INT8}
     assert sum(sizes(cache.layers[1]).values()) == sum(sizes(cache.layers[0]).values()) == 292 + 64
@@ -110,7 +112,7 @@ def test_copies_and_bytes_keep_them():
         assert other.policy == cache.policy
         with torch.no_grad():
             for step in range(80):
-                m(prompt(1, seed=step), past_key_values=other)
+                m(prompt(1, seed=step), **cache_argument(other))
         assert sizes(other.layers[1]).keys() == {FP16, INT8}
     with pytest.raises(WireError, match="floors name layer 1, the model's layers are 0 to 0"):
         header_for(cache, config("llama", num_hidden_layers=1))

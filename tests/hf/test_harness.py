@@ -15,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from spectrumkv_hf import SpectrumCache, cli
+from spectrumkv_hf import SpectrumCache, cache_argument, cli
 from spectrumkv_hf.evaluation.methods import Method
 
 pytest.importorskip("lm_eval", reason="needs spectrumkv-hf[lm-eval]")
@@ -25,6 +25,8 @@ from lm_eval.models.huggingface import HFLM
 
 from spectrumkv_hf.evaluation.harness import task_manager
 from spectrumkv_hf.evaluation.lm_eval_model import SpectrumLM
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 WORDS = [f"w{i}" for i in range(3, families.COMMON["vocab_size"])]
 EXAMPLES = Path(__file__).parents[2] / "examples/lm_eval_tasks"
@@ -165,7 +167,7 @@ def over_cache(ids, split, context):
     cache = SpectrumCache(model.config, budget=0.3, recent_window=0)
     logits, start = [], 0
     for end in split:
-        logits.append(model(torch.tensor([ids[start:end]]), past_key_values=cache).logits[0])
+        logits.append(model(torch.tensor([ids[start:end]]), **cache_argument(cache)).logits[0])
         start = end
     return scored(torch.cat(logits)[context - 1 : -1], torch.tensor(ids[context:]))
 
@@ -204,7 +206,7 @@ def test_generation_is_generate_on_a_cache(tokenizer):
     ids, mask = families.left_padded([203, 170])
     got = ours._model_generate(ids, 230, ["w1 w1 w1"], attention_mask=mask)
     cache = SpectrumCache(ours.model.config, budget=0.3, recent_window=0)
-    expected = ours.model.generate(ids, attention_mask=mask, max_length=230, past_key_values=cache, do_sample=False)
+    expected = ours.model.generate(ids, attention_mask=mask, max_length=230, **cache_argument(cache), do_sample=False)
     assert torch.equal(got, expected)
 
 

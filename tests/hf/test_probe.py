@@ -11,13 +11,15 @@ import transformers
 from families import FAMILIES, config, model, prompt
 from outliers import healthy, with_outliers
 
-from spectrumkv_hf import SpectrumCache
+from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.evaluation.transfer import mean_kl
 from spectrumkv_hf.layer import SpectrumLayer
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
 from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, paper, probe_model
 from spectrumkv_hf.probe.calibration import LADDER, Coding, _Measurement
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 SHORT = {"context": 200, "continuation": 40}
 
@@ -95,8 +97,8 @@ class TestOutliers:
         def logits(policy):
             cache = SpectrumCache(m.config, policy, codec="absmax")
             with torch.no_grad():
-                m(ids[:, :200], past_key_values=cache)
-                return m(ids[:, 200:], past_key_values=cache).logits[0]
+                m(ids[:, :200], **cache_argument(cache))
+                return m(ids[:, 200:], **cache_argument(cache)).logits[0]
 
         exact = logits("fp16")
         floored, plain = (
@@ -115,7 +117,7 @@ class TestOutliers:
         assert cache.codec.name == "absmax"
         assert "b=0.3 would cost this model more than 0.01 nats" in caplog.text
         with torch.no_grad():
-            m(prompt(300), past_key_values=cache)
+            m(prompt(300), **cache_argument(cache))
         assert [INT4 in layer.store.arenas for layer in cache.layers] == [True, False, True]
         caplog.clear()
         cache = SpectrumCache.from_model(m, probe=CalibrationProbe(**SHORT), **options)
@@ -157,7 +159,7 @@ class TestMeasurement:
             measured._continued(cache)
             keys, values = cache.layers[2].keys, cache.layers[2].values
             coded = SpectrumCache(m.config, SinkProtect(budget=0.25, recent_window=0))
-            m(ids[:, :200], past_key_values=coded)
+            m(ids[:, :200], **cache_argument(coded))
             coded_keys, coded_values = keys.clone(), values.clone()
             coded_keys[:, :, :200], coded_values[:, :, :200] = coded.layers[2].keys, coded.layers[2].values
 

@@ -277,7 +277,9 @@ class TestMemory:
         with torch.no_grad():
             m(prompt(900), past_key_values=cache)
             m(prompt(1), past_key_values=cache)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as log:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            ) as log:
                 m(prompt(1, seed=1), past_key_values=cache)
         held = peak = 0
         for event in sorted(memory_events(log), key=lambda e: e[0]):

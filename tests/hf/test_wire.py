@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, config, left_padded, model, prompt
 from safetensors.torch import load as load_safetensors
 
-from spectrumkv_hf import POLICIES, SpectrumCache, wire
+from spectrumkv_hf import POLICIES, SpectrumCache, cache_argument, wire
 from spectrumkv_hf.layer import SpectrumLayer
 from spectrumkv_hf.wire import Assembler, Emitter, FrameHeader, Kind, WireError
 
@@ -34,7 +34,7 @@ def options(policy):
 def filled(m, ids, mask=None, **kwargs):
     cache = SpectrumCache(m.config, **{"recent_window": 8, "budget": 0.3, **kwargs})
     with torch.no_grad():
-        m(ids, past_key_values=cache, attention_mask=mask)
+        m(ids, attention_mask=mask, **cache_argument(cache))
     return cache
 
 

@@ -59,13 +59,44 @@ def test_triton_on_cuda_or_where_forced(monkeypatch, name):
     assert module_of(operation(name, CUDA)) == OPERATIONS[name]
 
 
-def test_torch_on_cuda_without_triton(monkeypatch):
-    dispatch.default_implementation.cache_clear()
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    try:
-        assert module_of(operation("decode", CUDA)) == "codec"
-    finally:
-        dispatch.default_implementation.cache_clear()
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [
+        ("sys.modules['triton'] = None", "ModuleNotFoundError"),
+        ("import triton; del triton.constexpr_function", "AttributeError"),  # as in Triton 3.4
+        ("import triton.language; del triton.language.inline_asm_elementwise, triton.jit", "AttributeError"),
+    ],
+)
+def test_torch_on_cuda_where_triton_or_a_part_of_it_is_missing(missing, error):
+    """One log line, and every operation in plain torch; where Triton is asked for, a clear refusal."""
+    if "None" not in missing:
+        pytest.importorskip("triton")
+    script = f"""
+import sys
+{missing}
+import logging, os, torch
+logging.basicConfig(format="LOG %(message)s", stream=sys.stdout)
+from spectrumkv_kernels import dispatch, operation
+modules = {{operation(name, torch.device("cuda")).__module__ for name in dispatch.OPERATIONS}}
+assert not any(name.endswith(("_triton", "_cpp")) for name in modules), modules
+os.environ[dispatch.VARIABLE] = "triton"
+try:
+    operation("tiered_attention", torch.device("cuda"))
+except ImportError as refusal:
+    print("REFUSED", refusal)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logged, refused = done.stdout.splitlines()
+    assert (
+        logged.startswith("LOG SpectrumKV runs in plain torch, slower: kernels in Triton, for CUDA, can't be used (")
+        and error in logged
+    )
+    assert (
+        refused.startswith("REFUSED the triton implementation of tiered_attention can't be loaded: ")
+        and error in refused
+    )
 
 
 def test_unknown_implementation(monkeypatch):

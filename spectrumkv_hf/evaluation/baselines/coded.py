@@ -120,7 +120,9 @@ class CodedLayer(DynamicLayer):
     def _held(self, side: int) -> list[torch.Tensor]:
         """Keys (side 0) or values (1) in order."""
         assert self.exact_start is not None
-        decoded = [self.codec.decode(pair[side].stored, pair[side].shape, self.dtype) for pair in self.coded]
+        decoded = [
+            self.codec.decode(pair[side].stored, pair[side].shape, self.exact_start[side].dtype) for pair in self.coded
+        ]
         return [self.exact_start[side], *decoded, self._tail[side]]
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 """Pruning by NVIDIA's kvpress: SnapKV (arXiv 2404.14469) and Expected Attention (arXiv 2510.00636), with its defaults.
 
-kvpress pins an older Transformers; scoring and pruning work on this one as they are, once `cache_position`, which
-attention layers are no longer given, is supplied. It prunes after the prefill only, by layer and KV head.
+kvpress pins an older Transformers; scoring and pruning work on this one as they are, once attention layers pass on what
+they no longer do: `cache_position`, and the cache by its former name. It prunes after the prefill only, by layer and KV
+head.
 """
 
 from collections.abc import Iterator
@@ -78,7 +79,10 @@ class Pressed(Method):
         class Press(getattr(_kvpress(), PRESSES[self.press])):  # type: ignore[misc]
             def forward_hook(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
                 states = kwargs["hidden_states"]
-                kwargs = kwargs | {"cache_position": torch.arange(states.shape[1], device=states.device)}
+                older = {"cache_position": torch.arange(states.shape[1], device=states.device)}
+                if "cache" in kwargs:  # the name from Transformers 5.24 on
+                    older["past_key_values"] = kwargs["cache"]
+                kwargs = kwargs | older
                 return super().forward_hook(module, args, kwargs, output)
 
         try:
