@@ -154,10 +154,10 @@ def check_expansion(rows: int, tokens: int, channels: int, nbytes: int) -> None:
         WireError: it stands for too much.
     """
     most = EXPANSION * (nbytes + SLACK)
-    if rows * max(tokens * channels, 1) > most:
+    if (elements := rows * max(tokens * channels, 1)) > most:
         raise WireError(
-            f"{tokens} tokens of {channels} channels in {rows} rows and heads, more than {EXPANSION} elements for each "
-            f"of its {nbytes} bytes: almost all of them are dropped"
+            f"{nbytes} bytes that stand for {elements} elements, {tokens} tokens of {rows} heads and {channels} "
+            f"channels, almost all of them dropped; they may stand for {most}"
         )
 
 

@@ -1,9 +1,10 @@
 """Reading caches: from frames as they come in, from one buffer or file."""
 
 import contextlib
-import mmap
 import os
 from dataclasses import dataclass, fields
+from mmap import ACCESS_COPY
+from mmap import mmap as Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.identity import model_identity
 from spectrumkv_hf.policy import POLICIES, Policy
+from spectrumkv_hf.whole_file import open_regular
 from spectrumkv_hf.wire_frame import (
     ALIGNMENT,
     Buffer,
@@ -311,11 +313,20 @@ class Beginnings:
 
 
 def load(
-    path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str | None = None
+    path: str | os.PathLike[str],
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    mmap: bool = True,
 ) -> SpectrumCache:
     """The cache in a file; see `SpectrumCache.load`."""
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
             raise WireError(f"{os.fspath(path)!r} is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing reaches the file
-    return deserialize(mapped, config, device)
+        data: Buffer
+        if mmap:
+            data = Mapping(file.fileno(), 0, access=ACCESS_COPY)  # private: nothing reaches the file
+        else:
+            data = torch.empty(size, dtype=torch.uint8)
+            data = data[: file.readinto(data.numpy().data)]
+    return deserialize(data, config, device)

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 SMALLEST_TABLE = 2048
 """Positions of a table; it doubles as longer sequences come."""
-LARGEST_TABLE = 1 << 17
+LARGEST_TABLE = 1 << 15
 """Positions up to which it does in any case; beyond, only where as many are asked for, since a layer with a window has
 few tokens however far the sequence has come."""
 FACTOR_ROWS = 2048

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrumkv_hf.whole_file import whole_file
+from spectrumkv_hf.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ def write(key: dict[str, Any], verdict: Any) -> None:
     entry = {"format": FORMAT, "key": key, "verdict": verdict, "checksum": _checksum(verdict)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(json.dumps(entry, indent=1).encode())
+        write_whole(path, json.dumps(entry, indent=1))
     except OSError as problem:
         logger.warning("the probe's verdict can't be stored: %s", problem)
 

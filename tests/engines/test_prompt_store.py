@@ -147,5 +147,5 @@ class TestDamage:
     )
     def test_other_shapes(self, tmp_path, like, blocks):
         ours = store(tmp_path)
-        with pytest.raises(WireError, match="'parts'"):
+        with pytest.raises(WireError, match="bytes, expected .* or of other tokens, heads or dtype|'parts'"):
             ours.load(saved(ours), 0, like, blocks)

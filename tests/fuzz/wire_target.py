@@ -4,11 +4,7 @@ The first byte chooses a reader, the rest is its stream. Checksums are put right
 """
 
 import functools
-import hashlib
-import re
-import struct
 import sys
-import zlib
 from pathlib import Path
 
 import torch
@@ -16,12 +12,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
 from families import config  # noqa: E402
-from wire_forge import CONFIG, _counting, golden_cache, split  # noqa: E402
+from wire_forge import CONFIG, _counting, golden_cache, resealed, split  # noqa: E402
 
 from spectrumkv_hf import SpectrumCache  # noqa: E402
 from spectrumkv_hf.layer import SpectrumLayer  # noqa: E402
 from spectrumkv_hf.wire import WireError  # noqa: E402
-from spectrumkv_hf.wire_frame import FrameHeader, digest, padded  # noqa: E402
+from spectrumkv_hf.wire_frame import FrameHeader  # noqa: E402
 from spectrumkv_hf.wire_patch import ExactCopy, request  # noqa: E402
 
 HYBRID = config("qwen3_next")
@@ -60,32 +56,6 @@ def used(cache: SpectrumCache) -> None:
     again = cache.serialize()
     config_of = next(c for c in CONFIGS if SpectrumCache(c).identity == cache.identity)
     assert torch.equal(SpectrumCache.deserialize(again, config=config_of).serialize(), again)
-
-
-def resealed(data: bytes) -> bytes:
-    """The stream with the checksums of its frames put right, as far as it has frames."""
-    out, digests, at = bytearray(data), [], 0
-    while at + FrameHeader.SIZE <= len(out):
-        (length,) = struct.unpack("<Q", out[at + 24 : at + 32])
-        start, end = at + FrameHeader.SIZE, at + FrameHeader.SIZE + padded(length)
-        if end > len(out):
-            break
-        if out[at + 10] == 3:  # the end frame has the digest of digests
-            total = digest_of(digests)
-            text = re.sub(rb'digest\\":\\"[0-9a-f]{16}', b'digest\\":\\"' + total, bytes(out[start:end]))
-            out[start:end] = text[: end - start]
-        out[start + length : end] = bytes(end - start - length)
-        payload = torch.frombuffer(out[start:end] or bytearray(64), dtype=torch.uint8)[: end - start]
-        out[at + 32 : at + 40] = struct.pack("<Q", digest(payload))
-        digests.append(bytes(out[at + 32 : at + 40]))
-        out[at + 60 : at + 64] = struct.pack("<I", zlib.crc32(out[at : at + 60]))
-        at = end
-    return bytes(out)
-
-
-def digest_of(digests: list[bytes]) -> bytes:
-    value = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
-    return f"{int.from_bytes(value, 'little'):016x}".encode()
 
 
 @functools.cache
