@@ -190,7 +190,7 @@ def pack_reply(status: int, reason: str) -> bytes:
 
 
 def pack_reason(reason: str) -> bytes:
-    """The beginning of any text, even of one that is no Unicode: whoever reports an error must not fail for its words."""
+    """The beginning of any text, even of one that is no Unicode: reporting an error must not fail for its words."""
     return reason.encode(errors="backslashreplace")[:REASON_BYTES]
 
 

@@ -13,8 +13,8 @@ import torch
 from wire_forge import CONFIG, golden_cache
 
 from spectrumkv_hf import SpectrumCache
-from spectrumkv_hf.wire import WireError
 from spectrumkv_hf.whole_file import whole_file, write_whole
+from spectrumkv_hf.wire import WireError
 
 ROOT = Path(__file__).parents[2]
 

@@ -79,7 +79,11 @@ def opened(frame):
 def sealed(header, payload):
     """A frame of any payload, with right checksums."""
     padding = bytes(padded(len(payload)) - len(payload))
-    check = digest(torch.frombuffer(bytearray(payload + padding) or bytearray(64), dtype=torch.uint8)[: len(payload) + len(padding)])
+    check = digest(
+        torch.frombuffer(bytearray(payload + padding) or bytearray(64), dtype=torch.uint8)[
+            : len(payload) + len(padding)
+        ]
+    )
     fields = {**vars(header), "length": len(payload), "digest": check}
     return FrameHeader(**fields).pack() + payload + padding
 

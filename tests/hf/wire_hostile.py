@@ -94,7 +94,7 @@ def nested(depth, edit=None, describe=None):
 
     def text(encoded):
         assert MARK.encode() in encoded
-        return encoded.replace(rf'\"{MARK}\"'.encode(), brackets).replace(f'"{MARK}"'.encode(), brackets)
+        return encoded.replace(rf"\"{MARK}\"".encode(), brackets).replace(f'"{MARK}"'.encode(), brackets)
 
     return lambda frame: forged(frame, edit, describe, text=text)
 
@@ -159,10 +159,14 @@ def streams():
         "repeated keys within": stream(
             golden, layer=lambda f: with_text(f, b'{"__metadata__":{"spectrumkv":"{%s}"}}' % (rb"\"a\":0," * 99_999))
         ),
-        "digits of a fraction": stream(golden, layer=lambda f: with_text(f, _wrapped(b'"a":0.%s1,' % (b"1" * 900_000)))),
+        "digits of a fraction": stream(
+            golden, layer=lambda f: with_text(f, _wrapped(b'"a":0.%s1,' % (b"1" * 900_000)))
+        ),
         "digits of an integer": stream(golden, layer=lambda f: with_text(f, _wrapped(b'"a":%s,' % (b"1" * 900_000)))),
         "many numbers": stream(golden, layer=lambda f: with_text(f, _wrapped(b'"a":[%s0],' % (b"0," * 450_000)))),
-        "many empty objects": stream(golden, layer=lambda f: with_text(f, _wrapped(b'"a":[%s0],' % (b"{}," * 300_000)))),
+        "many empty objects": stream(
+            golden, layer=lambda f: with_text(f, _wrapped(b'"a":[%s0],' % (b"{}," * 300_000)))
+        ),
         "many tensors": stream(golden, layer=_many_tensors),
         # Text that breaks messages
         "model of surrogates": stream(golden, lambda m: m["model"].update(model_type=SURROGATE)),
@@ -205,8 +209,9 @@ def streams():
     for name, shape in (("no head", [1, 0, MOST, 8]), ("no channel", [1, 4, MOST, 0])):
         fields = {"layer": 0, "class": "DynamicLayer", "initialized": True, "length": MOST}
         described = {"keys": empty(shape), "values": empty(shape)}
-        found[f"stock layer of {name}"] = MLA, stream(
-            mla, lambda m: m.update(length=MOST), lambda f, d=described, m=fields: layered(f, m, d)
+        found[f"stock layer of {name}"] = (
+            MLA,
+            stream(mla, lambda m: m.update(length=MOST), lambda f, d=described, m=fields: layered(f, m, d)),
         )
     return found
 
