@@ -24,6 +24,7 @@ from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.evaluation.transfer import prefill
+from spectrumkv_hf.whole_file import write_whole
 
 BASELINE = "dynamic"
 FILL_TOKENS = 4096
@@ -182,7 +183,7 @@ def main() -> None:
         print("-: out of memory")
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
+        write_whole(args.json, json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from spectrumkv_hf.evaluation.environment import versions
+from spectrumkv_hf.whole_file import whole_file, write_whole
 from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, operation
 
 SHAPES = {  # heads, KV heads, head_dim
@@ -261,7 +262,7 @@ def main() -> None:
     if args.output:
         about = {**versions(torch.device("cuda")), "triton": triton.__version__}
         report = {"versions": about, "copy GB/s": round(peak / 1e9), "rows": results}
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(args.output, json.dumps(report, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot)
 
@@ -288,7 +289,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylabel("speedup over SDPA, bf16")
     axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:] or None)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from spectrumkv_hf import SpectrumCache, wire
 from spectrumkv_hf.evaluation.environment import versions
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders
 from spectrumkv_hf.layer import SpectrumLayer
+from spectrumkv_hf.whole_file import write_whole
 from spectrumkv_hf.wire_frame import digest
 
 
@@ -133,7 +134,7 @@ def main() -> None:
     if args.json:
         settings = {**vars(args), "dtype": dtype, "json": str(args.json)}
         report = {"environment": versions(torch.device(args.device)), "settings": settings, "results": results}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_whole(args.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

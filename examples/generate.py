@@ -29,6 +29,7 @@ from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.text import passage, text_windows
 from spectrumkv_hf.evaluation.transfer import Quality, measure, prefill
+from spectrumkv_hf.whole_file import whole_file, write_whole
 
 INSTRUCTION = "Summarise the following text in four sentences, for a reader who knows nothing about the subject."
 PASSAGE_TOKENS = 650
@@ -164,7 +165,8 @@ def plot_tiers(path: Path, cache: SpectrumCache, title: str) -> None:
     legend.ax.set_yticklabels(["dropped", "INT4", "INT8", "FP16"])
     grey = "; grey: layers left as they are" if len(maps) < len(cache.layers) else ""
     axes.set(xlabel="token of the prompt", ylabel="layer", title=f"Bits per token after prefill: {title}{grey}")
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix[1:] or None)
 
 
 def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> list[str]:
@@ -273,7 +275,7 @@ def main() -> None:
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         report = {"environment": about, "settings": settings, "results": rows, "notes": remarks}
-        args.json.write_text(json.dumps(report, indent=2))
+        write_whole(args.json, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

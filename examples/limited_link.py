@@ -44,6 +44,7 @@ from spectrumkv_hf.bypass import TransferCosts
 from spectrumkv_hf.evaluation.environment import environment
 from spectrumkv_hf.evaluation.models import load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.whole_file import write_whole
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 """Of the prefill and the decode end of the link, a network of their own."""
@@ -290,7 +291,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 )
                 add_comparisons(report["rates"][-1])
                 if args.json:  # what is measured is not lost
-                    args.json.write_text(json.dumps(report, indent=2))
+                    write_whole(args.json, json.dumps(report, indent=2))
     report["break_even"] = {str(budget): break_even(report, budget) for budget in args.budgets}
     return report
 
@@ -440,7 +441,7 @@ def main() -> None:
         raise SystemExit(2) from None
     show(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2))
+        write_whole(args.json, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_
 from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
 from spectrumkv_hf.transport import ReceivingTransport, SendingTransport
+from spectrumkv_hf.whole_file import write_whole
 
 PREFILL, DECODE = 0, 1
 """Ranks."""
@@ -312,7 +313,7 @@ def run_decode(args: argparse.Namespace) -> None:
     )
     if args.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
+        write_whole(args.json, json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
 
 
 def work(rank: int, args: argparse.Namespace, address: str) -> None:

@@ -364,19 +364,43 @@ class SpectrumCache(Cache):
         wire_patch.apply(self, frame)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what `serialize` gives into a file, which appears at `path` whole or not at all."""
+        """Write what `serialize` gives into a file, which appears at `path` whole or not at all.
+
+        A regular file there is replaced and keeps its permissions, a symbolic link is followed; a new file has those
+        that the umask leaves of 0666. Caches of others who have mapped the old file stay as they are.
+
+        Raises:
+            WireError: as of `serialize`.
+            OSError: it can't be written, or something else than a regular file is there.
+        """
         from spectrumkv_hf import wire
 
         wire.save(self, path)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        mmap: bool = True,
     ) -> "SpectrumCache":
-        """The cache that `save` wrote; on the CPU its tensors are the mapped file. Arguments as of `deserialize`."""
+        """The cache that `save` wrote.
+
+        Args:
+            path: Of the file.
+            config, device: As of `deserialize`.
+            mmap: On the CPU the cache's tensors are the mapped file, of which only what is used is read. `save` may
+                replace it meanwhile, but who writes into it changes the cache, and who shortens it ends this process
+                with SIGBUS. False: the file is read into memory, for files that others can write into.
+
+        Raises:
+            WireError: as of `deserialize`, or the file is empty.
+            OSError: it can't be read, or is no regular file.
+        """
         from spectrumkv_hf import wire
 
-        return wire.load(path, config, device)
+        return wire.load(path, config, device, mmap)
 
     def _tiered(self) -> Iterator[SpectrumLayer]:
         return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)

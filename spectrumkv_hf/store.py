@@ -77,9 +77,15 @@ class Arena:
         return arena
 
 
-def _counting(length: int, device: torch.device) -> torch.Tensor:
-    """0, 1, 2, ...: int32 `[length or more]`, kept for all layers and steps."""
-    return _counting_to(max(1 << (length - 1).bit_length(), 4096), device)
+KEPT_COUNTING = 1 << 20
+"""Positions up to which they are kept, 4 MiB of them."""
+
+
+def _counting(start: int, length: int, device: torch.device) -> torch.Tensor:
+    """`start`, `start + 1`, ... up to `length`: int32 `[length - start]`, kept for all layers and steps."""
+    if length > KEPT_COUNTING:
+        return torch.arange(start, length, dtype=torch.int32, device=device)
+    return _counting_to(max(1 << (length - 1).bit_length(), 4096), device)[start:length]
 
 
 @functools.lru_cache(maxsize=8)
@@ -414,8 +420,8 @@ class TieredStore:
     def segments(self) -> list[Segment]:
         """Arenas and tail, as `tiered_attention` reads them."""
         keys, values = self.tail
-        counting = _counting(self.length, self.device)
-        positions = counting.as_strided(keys.shape[:3], (0, 0, 1), self.tail_start)
+        counting = _counting(self.tail_start, self.length, self.device)
+        positions = counting.as_strided(keys.shape[:3], (0, 0, 1))
         tail = Segment(FP16.bits, keys, values, positions)
         return [*[arena.segment for arena in self.arenas.values()], tail]
 

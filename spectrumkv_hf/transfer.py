@@ -34,6 +34,7 @@ from spectrumkv_hf.transfer_link import (
     layer_in,
     located,
     pack_reply,
+    unpack_reason,
 )
 from spectrumkv_hf.transport import HEAD_BYTES, RankTransport, ReceivingTransport, SendingTransport, TransportError
 from spectrumkv_hf.wire import FrameHeader, WireError
@@ -285,7 +286,7 @@ class CacheReceiver:
             transport.close()
             return TransferError(f"from {transport.peer}: {expected}: {problem}", layer)
         _, size, reason = STOP.unpack(head + host_bytes(rest))
-        text = reason[:size].decode(errors="replace")
+        text = unpack_reason(reason[:size])
         return refusal or TransferError(f"{transport.peer} gave up before {expected}: {text}", layer, True)
 
 

@@ -171,13 +171,13 @@ class FrameSender:
             transport.close()
             raise TransferError(f"{pending.name}: {transport.peer} replied {magic!r}", pending.layer)
         self._pending.popleft()
-        return pending, status, reason[:size].decode(errors="replace")
+        return pending, status, unpack_reason(reason[:size])
 
     def _stop(self, reason: str) -> None:
         """End the stream before its end, so that the transport stays usable."""
         while self._pending:
             self._acknowledge()
-        text = reason.encode()[:REASON_BYTES]
+        text = pack_reason(reason)
         stop = STOP.pack(STOP_MAGIC, len(text), text)
         self._push(torch.frombuffer(bytearray(stop), dtype=torch.uint8), "the end of the stream", -1)
         self._acknowledge()
@@ -185,8 +185,18 @@ class FrameSender:
 
 def pack_reply(status: int, reason: str) -> bytes:
     """An answer to a frame."""
-    text = reason.encode()[:REASON_BYTES]
+    text = pack_reason(reason)
     return REPLY.pack(REPLY_MAGIC, status, len(text), text)
+
+
+def pack_reason(reason: str) -> bytes:
+    """The beginning of any text, even of one that is no Unicode: reporting an error must not fail for its words."""
+    return reason.encode(errors="backslashreplace")[:REASON_BYTES]
+
+
+def unpack_reason(raw: bytes) -> str:
+    """A peer's text, in which what a terminal would obey is replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in raw.decode(errors="replace"))
 
 
 def describe(problem: BaseException) -> str:

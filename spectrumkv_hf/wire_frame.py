@@ -2,11 +2,13 @@
 
 import hashlib
 import mmap
+import reprlib
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -23,6 +25,19 @@ ALIGNMENT = 64
 
 class WireError(ValueError):
     """Bytes that are no sound cache, or not this model's; the message says what is wrong, and where."""
+
+
+_brief = reprlib.Repr()
+_brief.maxlevel, _brief.maxstring, _brief.maxlist, _brief.maxdict = 3, 60, 10, 6
+
+
+def shown(value: Any) -> str:
+    """A value of a peer's JSON for an error message: printable, at most 120 characters, at a cost that is bounded.
+
+    `repr` would write out a megabyte, and fail where lists are nested deeply.
+    """
+    text = _brief.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 class Kind(IntEnum):

@@ -7,8 +7,8 @@ import torch
 from spectrumkv_hf.layer import DTYPES, SlidingSpectrumLayer, SpectrumLayer
 from spectrumkv_hf.policy import DROPPED, TIERS, Tier
 from spectrumkv_hf.store import Arena, TieredStore
-from spectrumkv_hf.wire_frame import WireError
-from spectrumkv_hf.wire_payload import Checks, Fields, Parts, Tensors
+from spectrumkv_hf.wire_frame import WireError, shown
+from spectrumkv_hf.wire_payload import Checks, Fields, Parts, Tensors, check_expansion
 from spectrumkv_hf.wire_stock import STOCK, decode_stock, encode_stock
 from spectrumkv_kernels import Quantized, operation
 from spectrumkv_kernels.tier_map import pack_map
@@ -94,6 +94,7 @@ def _encode_tiered(layer: SpectrumLayer) -> Parts:
     for name in ("mean", "pads"):
         if (tensor := getattr(store, name)) is not None:
             tensors[name] = tensor
+    _check_expansion(store.tail, store.length - store.first_kept, sum(t.nbytes for t in tensors.values()))
     metadata = {
         "initialized": True,
         **window,
@@ -104,6 +105,13 @@ def _encode_tiered(layer: SpectrumLayer) -> Parts:
         "tiers": [tier.bits for tier in store.arenas],
     }
     return metadata, tensors
+
+
+def _check_expansion(tail: tuple[torch.Tensor, torch.Tensor], tokens: int, nbytes: int) -> None:
+    """`check_expansion` of a layer with such a tail."""
+    keys, values = tail
+    rows = max(keys.shape[0], 1) * max(keys.shape[1], 1)
+    check_expansion(rows, tokens, keys.shape[3] + values.shape[3], nbytes)
 
 
 def _tier_codes(store: TieredStore, shared: bool) -> torch.Tensor:
@@ -158,6 +166,7 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     if not heads or not value_dim or key_dim < max(2 * len(layer.rotary.inv_freq), 1):
         raise WireError(f"{heads} KV heads, {key_dim} channels in keys and {value_dim} in values, not this model's")
 
+    _check_expansion((keys, values), length - first_kept, held.nbytes)
     sides: dict[Tier, tuple[Any, Any]] = {}
     for tier in tiers:
         n = None
@@ -194,7 +203,7 @@ def _tiers(fields: Fields) -> list[Tier]:
     bits = fields.take("tiers", list)
     known = [tier.bits for tier in TIERS if tier.bits in TIER_BY_BITS]
     if not all(type(n) is int for n in bits) or bits != [n for n in known if n in bits]:
-        raise WireError(f"tiers are some of {known} in this order, got {str(bits)[:80]}")
+        raise WireError(f"tiers are some of {known} in this order, got {shown(bits)}")
     return [TIER_BY_BITS[n] for n in bits]
 
 
@@ -230,6 +239,8 @@ def _positions(
     if packed.shape[1] not in (1, heads):
         raise WireError(f"the tier map is for {packed.shape[1]} heads; the layer has {heads}")
     sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
+    if max(sizes) > size:
+        raise WireError(f"a tier of {max(sizes)} tokens, where {size} are in tiers")
     found, counts = operation("tier_positions", packed.device)(packed, size, sizes, start)
     positions = found if packed.shape[1] == heads else [t.expand(-1, heads, -1).contiguous() for t in found]
     return positions, counts if batch else None

@@ -65,7 +65,7 @@ def request(
         below = ", ".join(t.name for t in TIERS if t.bits < target.bits)
         raise ValueError(f"source is a tier below {tier!r}, one of {below}; got {source!r}")
     store = _tiered(cache, layer).store
-    bits = store.tier_map()[..., store.first_kept : store.tail_start]
+    bits = store.tier_map(store.first_kept)[..., : store.tail_start - store.first_kept]
     wanted = torch.isin(bits, torch.tensor([t.bits for t in sources], device=bits.device))
     if positions is not None:
         chosen = torch.as_tensor(positions if isinstance(positions, torch.Tensor) else list(positions))

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from spectrumkv_hf.wire_frame import (
     host_bytes,
     padded,
     put,
+    shown,
     sums_of,
 )
 from spectrumkv_kernels import operation
@@ -32,8 +34,15 @@ MAX_JSON = 1 << 20
 BEGINNING = 4096
 """Bytes of a frame that are read from a device together, as they mostly hold all that the host has to know."""
 MAX_LENGTH = 1 << 24
-"""Tokens of a sequence: positions size the tables of cos and sin that reading a cache needs."""
+"""Tokens of a sequence."""
 MAX_INTEGER = 1 << 48
+EXPANSION = 256
+"""Elements of keys and values that a layer may stand for, by byte of its tensors: the thriftiest policy keeps a token
+in a hundred, of two bytes an element."""
+SLACK = 4096
+"""Bytes that every layer is credited with, for those of few tokens that are all dropped."""
+FREE_LENGTH = 1 << 16
+"""Tokens that any stream may announce; more of them no more than it has bytes."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -128,9 +137,38 @@ def _dump(value: Any) -> str:
     try:
         text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise WireError(f"{_short(value)} can't be written: {error}") from None
-    parse_json(text.encode())  # a reader would refuse the same numbers
+        raise WireError(f"{shown(value)} can't be written: {error}") from None
+    parse_json(text)  # a reader would refuse the same numbers
     return text
+
+
+def check_expansion(rows: int, tokens: int, channels: int, nbytes: int) -> None:
+    """Refuse a layer that would take memory out of proportion to its bytes as soon as it is used.
+
+    Args:
+        rows: Batch times KV heads; where one of them is 0 it counts as 1.
+        tokens: That the layer stands for, dropped ones included, those that have left its window not.
+        channels: Of a key and a value together.
+        nbytes: Of the layer's tensors.
+
+    Raises:
+        WireError: it stands for too much.
+    """
+    most = EXPANSION * (nbytes + SLACK)
+    if (elements := rows * max(tokens * channels, 1)) > most:
+        raise WireError(
+            f"{nbytes} bytes that stand for {elements} elements, {tokens} tokens of {rows} heads and {channels} "
+            f"channels, almost all of them dropped; they may stand for {most}"
+        )
+
+
+def check_length(length: int, nbytes: int) -> None:
+    """Refuse a stream of `nbytes` bytes that announces more tokens than it can account for, as a `WireError`.
+
+    Layers of a window and of recurrent states hold no more for a longer sequence, but masks and positions do.
+    """
+    if length > FREE_LENGTH + nbytes:
+        raise WireError(f"{length} tokens in a stream of {nbytes} bytes; it can have {FREE_LENGTH + nbytes}")
 
 
 @dataclass
@@ -187,26 +225,29 @@ def read_payload(
     if not isinstance(metadata, dict) or metadata.keys() != {_OURS} or not isinstance(metadata[_OURS], str):
         raise WireError(f"no {_METADATA!r} with {_OURS!r} in it")
     data = payload[8 + size : header.length]
-    return Fields(parse_json(metadata[_OURS].encode())), _tensors(described, data)
+    return Fields(parse_json(metadata[_OURS])), _tensors(described, data)
 
 
 def _tensors(described: dict[str, Any], data: torch.Tensor) -> dict[str, torch.Tensor]:
     spans: list[tuple[int, int, str, torch.dtype, list[int]]] = []
     for name, entry in described.items():
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise WireError(f"tensor {name!r} is described by {entry!r}")
-        shape, offsets, dtype = entry["shape"], entry["data_offsets"], DTYPES.get(str(entry["dtype"]))
+            raise WireError(f"tensor {shown(name)} is described by {shown(entry)}")
+        shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
+        dtype = DTYPES.get(kind) if isinstance(kind, str) else None
         if dtype is None:
-            raise WireError(f"tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
-        if not _sizes(shape) or len(shape) > 8 or not _sizes(offsets) or len(offsets) != 2:
-            raise WireError(f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
+            raise WireError(f"tensor {shown(name)} has dtype {shown(kind)}; known are {', '.join(DTYPES)}")
+        if not _sizes(shape, 8) or not _sizes(offsets, 2) or len(offsets) != 2:
+            raise WireError(f"tensor {shown(name)} has shape {shown(shape)} and offsets {shown(offsets)}")
         if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-            raise WireError(f"tensor {name!r}: {shape} of {entry['dtype']} does not fill bytes {offsets}")
+            raise WireError(f"tensor {shown(name)}: {shape} of {kind} does not fill bytes {offsets}")
+        if math.prod(filter(None, shape)) >= MAX_INTEGER:  # without an element, but with strides beyond 64 bits
+            raise WireError(f"tensor {shown(name)} has shape {shape}: its sizes but for 0 multiply to 2^48 or more")
         spans.append((*offsets, name, dtype, shape))
     end = 0
     for begin, stop, name, dtype, _ in sorted(spans, key=lambda span: span[:3]):
         if begin != end or begin % dtype.itemsize:
-            raise WireError(f"tensor {name!r} begins at byte {begin}, not {end}: overlap, hole or misalignment")
+            raise WireError(f"tensor {shown(name)} begins at byte {begin}, not {end}: overlap, hole or misalignment")
         end = stop
     if end != len(data):
         raise WireError(f"tensors fill {end} of {len(data)} bytes")
@@ -214,8 +255,13 @@ def _tensors(described: dict[str, Any], data: torch.Tensor) -> dict[str, torch.T
     return {name: _view(data, memory, begin, stop, dtype, shape) for begin, stop, name, dtype, shape in spans}
 
 
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and not [n for n in value if type(n) is not int or not 0 <= n < MAX_INTEGER]
+def _sizes(value: Any, most: int) -> bool:
+    """Whether it is a list of at most so many sizes."""
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and not [n for n in value if type(n) is not int or not 0 <= n < MAX_INTEGER]
+    )
 
 
 def _view(
@@ -223,18 +269,25 @@ def _view(
 ) -> torch.Tensor:
     """A tensor of some bytes of `data`, whose `memory` is given on the CPU.
 
-    It has a storage of just its bytes: it counts, copies and pickles as what it is.
+    It has a storage of just its bytes: it counts, copies and pickles as what it is. Kernels read pairs of scale and
+    zero, and neighbouring codes, as one word, so that a tensor lies at a multiple of the largest power of two that
+    divides its bytes, up to 64, as our writer lays them; one that another writer has put elsewhere is copied.
     """
-    if begin == end:
+    size = end - begin
+    if not size:
         return torch.empty(shape, dtype=dtype, device=data.device)
     if memory is not None:
-        count = (end - begin) // dtype.itemsize
-        return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
-    return from_dlpack(to_dlpack(data[begin:end].view(dtype).view(shape)))
+        count = size // dtype.itemsize
+        view = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
+    else:
+        view = from_dlpack(to_dlpack(data[begin:end].view(dtype).view(shape)))
+    return view.clone() if view.data_ptr() % min(size & -size, ALIGNMENT) else view
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
+def parse_json(text: bytes | str) -> dict[str, Any]:
     """A JSON object without duplicate keys, numbers out of range, or anything that is no JSON.
+
+    Strings in it may still be anything, lone surrogates included: show them by `shown`.
 
     Raises:
         WireError: it is none.
@@ -243,8 +296,8 @@ def parse_json(text: bytes) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) < len(items):
-            keys = [key for key, _ in items]
-            raise WireError(f"duplicate name in JSON: {max(keys, key=keys.count)!r}")
+            ((key, _),) = Counter(key for key, _ in items).most_common(1)
+            raise WireError(f"duplicate name in JSON: {shown(key)}")
         return found
 
     def constant(name: str) -> NoReturn:
@@ -258,18 +311,22 @@ def parse_json(text: bytes) -> dict[str, Any]:
         return int(digits)
 
     def real(digits: str) -> float:
-        if not math.isfinite(float(digits)):
+        if len(digits) > 40 or not math.isfinite(float(digits)):
             raise WireError(f"number out of range in JSON: {digits[:20]}")
         return float(digits)
 
     try:
         value = json.loads(
-            text.decode(), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer, parse_float=real
+            text.decode() if isinstance(text, bytes) else text,
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_int=integer,
+            parse_float=real,
         )
     except WireError:
         raise
     except (ValueError, RecursionError) as error:
-        raise WireError(f"no JSON: {str(error)[:80]}") from None
+        raise WireError(f"no JSON: {shown(str(error))}") from None
     if not isinstance(value, dict):
         raise WireError(f"a JSON object was expected, got {type(value).__name__}")
     return value
@@ -290,7 +347,7 @@ class Fields:
             raise WireError(f"no field {name!r} in the metadata")
         value = self._left.pop(name)
         if type(value) not in types:
-            raise WireError(f"field {name!r} is {_short(value)}, no {' or '.join(t.__name__ for t in types)}")
+            raise WireError(f"field {name!r} is {shown(value)}, no {' or '.join(t.__name__ for t in types)}")
         return value
 
     def integer(self, name: str, low: int, high: int) -> int:
@@ -303,17 +360,12 @@ class Fields:
     def equal(self, name: str, expected: Any) -> None:
         """A field with one possible value."""
         if (value := self.take(name, type(expected))) != expected:
-            raise WireError(f"field {name!r} is {_short(value)}, expected {_short(expected)}")
+            raise WireError(f"field {name!r} is {shown(value)}, expected {shown(expected)}")
 
     def done(self) -> None:
         """Refuse fields that nothing has asked for."""
         if self._left:
-            raise WireError(f"unknown fields in the metadata: {_short(sorted(self._left))}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+            raise WireError(f"unknown fields in the metadata: {shown(sorted(self._left))}")
 
 
 _FLAWS = {NOT_FINITE: "NaN or infinity", NEGATIVE: "scales below 0"}
@@ -370,10 +422,16 @@ def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
 
 
 class Tensors:
-    """The tensors of a payload: each is taken once and checked; `done` refuses what is left."""
+    """The tensors of a payload: each is taken once and checked; `done` refuses what is left.
+
+    Attributes:
+        nbytes: Of all of them.
+        checks: Of what they hold.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], checks: Checks | None = None) -> None:
         self._left = dict(tensors)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.checks = Checks() if checks is None else checks
 
     def __contains__(self, name: str) -> bool:
@@ -414,4 +472,4 @@ class Tensors:
 
     def done(self) -> None:
         if self._left:
-            raise WireError(f"unknown tensors: {', '.join(sorted(self._left))[:80]}")
+            raise WireError(f"unknown tensors: {shown(sorted(self._left))}")

@@ -1,9 +1,10 @@
 """Reading caches: from frames as they come in, from one buffer or file."""
 
 import contextlib
-import mmap
 import os
 from dataclasses import dataclass, fields
+from mmap import ACCESS_COPY
+from mmap import mmap as Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.identity import model_identity
 from spectrumkv_hf.policy import POLICIES, Policy
+from spectrumkv_hf.whole_file import open_regular
 from spectrumkv_hf.wire_frame import (
     ALIGNMENT,
     Buffer,
@@ -22,9 +24,10 @@ from spectrumkv_hf.wire_frame import (
     as_tensor,
     digest_of_digests,
     host_bytes,
+    shown,
 )
 from spectrumkv_hf.wire_layer import decode_layer, kind_of
-from spectrumkv_hf.wire_payload import BEGINNING, MAX_LENGTH, Fields, Later, read_payload
+from spectrumkv_hf.wire_payload import BEGINNING, MAX_LENGTH, Fields, Later, check_length, read_payload
 from spectrumkv_kernels import CODECS
 
 MAX_BATCH = 1 << 20
@@ -127,6 +130,7 @@ class Assembler:
                 metadata.equal("frames", len(self._digests) + 1)
                 metadata.equal("digest", f"{digest_of_digests(self._digests):016x}")
                 metadata.done()
+                check_length(self._stream.length, self._offset + FrameHeader.SIZE + header.padded)
                 self._state = "complete"
             self._digests.append(header.digest)
             self._offset += FrameHeader.SIZE + header.padded
@@ -185,14 +189,11 @@ def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
     """An empty cache as the header frame describes it."""
     theirs = metadata.take("model", dict)
     ours = model_identity(config.get_text_config(decoder=True))
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise WireError(
-                f"a cache of another model: {name} is {str(theirs.get(name))[:200]}, in config {ours.get(name)}"
-            )
+    if theirs != ours:
+        raise WireError(f"a cache of another model: {_difference(theirs, ours)}")
     codec = metadata.take("codec", str)
     if codec not in CODECS:
-        raise WireError(f"unknown codec {codec[:80]!r}")
+        raise WireError(f"unknown codec {shown(codec)}")
     batch, length = metadata.integer("batch", 0, MAX_BATCH), metadata.integer("length", 0, MAX_LENGTH)
     policy = _policy(metadata.take("policy", dict))
     try:
@@ -204,9 +205,21 @@ def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
         raise WireError(f"{len(kinds)} layers, where the config has {len(own)}")
     for index, (kind, expected) in enumerate(zip(kinds, own, strict=True)):
         if kind != expected:
-            raise WireError(f"layer {index} is {str(kind)[:80]!r}, where the config has {expected!r}")
+            raise WireError(f"layer {index} is {shown(kind)}, where the config has {expected!r}")
     metadata.done()
     return _Stream(cache, batch, length, number)
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Of two unequal objects, the first field that differs, in words; of objects in them, the field there."""
+    path: list[str] = []
+    mine: Any = ours
+    other: Any = theirs
+    while isinstance(other, dict) and isinstance(mine, dict):
+        name = min(n for n in other.keys() | mine.keys() if other.get(n) != mine.get(n))
+        path.append(shown(name)[1:-1])
+        other, mine = other.get(name), mine.get(name)
+    return f"{'.'.join(path)} is {shown(other)}, in config {shown(mine)}"
 
 
 POLICY_TYPES: dict[str, tuple[type, ...]] = {
@@ -226,14 +239,17 @@ def _policy(values: dict[str, Any]) -> Policy:
     given = Fields(values)
     name = given.take("name", str)
     if name not in POLICIES:
-        raise WireError(f"unknown policy {name[:80]!r}")
+        raise WireError(f"unknown policy {shown(name)}")
     wanted = [f.name for f in fields(POLICIES[name]) if f.name != "floors" or f.name in given]
     options = {name: given.take(name, *POLICY_TYPES[name]) for name in wanted}
     given.done()
+    floors = options.get("floors", [])
+    if any(type(pair) is not list or [type(item) for item in pair] != [int, str] for pair in floors):
+        raise WireError(f"floors are pairs of a layer and a tier, got {shown(floors)}")
     try:
         return POLICIES[name](**options)
     except ValueError as error:
-        raise WireError(str(error)[:400]) from None
+        raise WireError(str(error)[:400]) from None  # of numbers, and of text that its `repr` shows
 
 
 def deserialize(buffer: Buffer, config: PreTrainedConfig, device: torch.device | str | None = None) -> SpectrumCache:
@@ -264,7 +280,7 @@ def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) 
                 raise WireError(f"truncated: a frame of {end - at} bytes, {len(data) - at} are left")
         payload = data[at + FrameHeader.SIZE : end]
         cache = assembler._add(header, payload, begin[FrameHeader.SIZE : end - at], later)
-        beginnings.length = end - at
+        beginnings.length = end - at if header.kind == Kind.LAYER else 0
         at = end
     if at != len(data):
         raise WireError(f"{len(data) - at} bytes behind the end frame, from byte {at} on")
@@ -274,10 +290,11 @@ def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) 
 class Beginnings:
     """The first bytes of the frames in a buffer, several of which come from a device at once.
 
-    Layers' frames are mostly of one length, so that it can be guessed where those behind a frame begin.
+    Layers' frames are mostly of one length, so that it can be guessed where those behind a frame begin. What is read at
+    once is no more than what is left of the buffer.
 
     Attributes:
-        length: Of the last frame, in bytes; 0 where there was none.
+        length: Of the last layer's frame, in bytes; 0 where there was none.
     """
 
     def __init__(self, data: torch.Tensor) -> None:
@@ -289,18 +306,27 @@ class Beginnings:
             return host_bytes(self._data[start : start + BEGINNING])
         if start not in self._read:
             size, step = min(BEGINNING, len(self._data) - start), self.length
-            more = min((len(self._data) - start - size) // step, MOST) if step else 0
+            more = min((len(self._data) - start - size) // max(step, size), MOST) if step else 0
             raw = host_bytes(self._data[start:].as_strided((more + 1, size), (step, 1)))
             self._read = {start + i * step: raw[i * size : (i + 1) * size] for i in range(more + 1)}
         return self._read[start]
 
 
 def load(
-    path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str | None = None
+    path: str | os.PathLike[str],
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    mmap: bool = True,
 ) -> SpectrumCache:
     """The cache in a file; see `SpectrumCache.load`."""
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
             raise WireError(f"{os.fspath(path)!r} is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing reaches the file
-    return deserialize(mapped, config, device)
+        data: Buffer
+        if mmap:
+            data = Mapping(file.fileno(), 0, access=ACCESS_COPY)  # private: nothing reaches the file
+        else:
+            data = torch.empty(size, dtype=torch.uint8)
+            data = data[: file.readinto(data.numpy().data)]
+    return deserialize(data, config, device)

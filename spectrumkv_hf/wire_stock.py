@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from spectrumkv_hf.layer import DTYPES
-from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire_frame import WireError, shown
 from spectrumkv_hf.wire_payload import MAX_LENGTH, Fields, Parts, Tensors
 
 ATTENTION = {
@@ -61,6 +61,8 @@ def decode_stock(layer: Any, fields: Fields, held: Tensors, batch: int, length: 
         least = length if window is None else min(length, window - 1)
         if not least <= keys.shape[2] <= length:
             raise WireError(f"keys of {keys.shape[2]} tokens; the layer has {least} to {length}")
+        if batch and keys.shape[2] and not keys.numel():
+            raise WireError(f"{keys.shape[1]} KV heads of {keys.shape[3]} channels for {keys.shape[2]} tokens")
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         if window is not None:
@@ -78,7 +80,7 @@ def _decode_linear(layer: Any, fields: Fields, held: Tensors, batch: int) -> Non
     def listed(name: str, valid: Callable[[Any], bool]) -> dict[int, Any]:
         values = fields.take(name, list)
         if len(values) != count or not all(valid(v) for v in values):
-            raise WireError(f"field {name!r} is {str(values)[:80]}, no list of {count} of its kind")
+            raise WireError(f"field {name!r} is {shown(values)}, no list of {count} of its kind")
         return dict(enumerate(values))
 
     sizes = listed("conv_kernel_size", lambda v: v is None or (type(v) is int and 0 < v < MAX_LENGTH))

@@ -26,7 +26,7 @@ from spectrumkv_hf.wire_frame import (
     put,
 )
 from spectrumkv_hf.wire_layer import encode_layer, kind_of
-from spectrumkv_hf.wire_payload import MAX_LENGTH, Payload, write_payloads
+from spectrumkv_hf.wire_payload import MAX_LENGTH, Payload, check_length, write_payloads
 
 HUGE = 1 << 23
 """Bytes from which on memory is asked for in huge pages, of 2 MiB mostly."""
@@ -80,6 +80,7 @@ def serialize(cache: SpectrumCache, stream: int = 0, out: torch.Tensor | None = 
     size = sum(
         p.frame_bytes for p in [*payloads, writer.end_payload([])]
     )  # that one is as long as the one that follows
+    check_length(writer.extent[1], size)
     if out is None:
         out = _fresh(size, writer.device)
     elif len(as_tensor(out)) < size or out.data_ptr() % ALIGNMENT or out.storage_offset() % ALIGNMENT:
@@ -182,6 +183,7 @@ class FrameWriter:
         self.cache, self.stream = cache, stream
         self._extent: tuple[int, int] | None = None
         self._digests: dict[int, int] = {}
+        self._bytes = 0
 
     @property
     def device(self) -> torch.device:
@@ -244,6 +246,7 @@ class FrameWriter:
     def _frame(self, payload: Payload, index: int) -> torch.Tensor:
         device = next((t.device for t in payload.tensors.values()), self.device)
         out = torch.empty(payload.frame_bytes, dtype=torch.uint8, device=device)
+        self._bytes += payload.frame_bytes
         kind, layer = self.place(index)
         self._digests[index] = payload.write(out, kind, index, layer, self.stream).digest
         return out
@@ -259,7 +262,9 @@ class FrameWriter:
     def end(self) -> torch.Tensor:
         """The frame that ends the stream."""
         frames = len(self.cache.layers) + 1
-        return self._frame(self.end_payload([self._digests.get(i, 0) for i in range(frames)]), frames)
+        payload = self.end_payload([self._digests.get(i, 0) for i in range(frames)])
+        check_length(self.extent[1], self._bytes + payload.frame_bytes)
+        return self._frame(payload, frames)
 
 
 def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:

@@ -25,6 +25,7 @@ from transformers import AutoConfig
 
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.text import passage
+from spectrumkv_hf.whole_file import write_whole
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
 
@@ -190,7 +191,7 @@ def main() -> None:
         o = outcomes[-1]
         print(f"{policy}: {o}", file=sys.stderr)
         if args.json:
-            args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
+            write_whole(args.json, json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
     head = ["policy", "restored", "text equal", "bytes a request", "of FP16", "damage noticed", "then text equal"]
     rows = [
         [

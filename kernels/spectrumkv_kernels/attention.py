@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from spectrumkv_kernels.codec import Codec
 from spectrumkv_kernels.hadamard import hadamard_matrix
 from spectrumkv_kernels.quantize import Quantized, unpack
-from spectrumkv_kernels.rotary import Rotary
+from spectrumkv_kernels.rotary import LARGEST_TABLE, Rotary
 
 FEW = 512
 """Exact tokens that are rather copied together than read apart."""
@@ -93,8 +93,10 @@ def tiered_attention(
         offset = q_coded.sum(-1, keepdim=True) * key_zero.unsqueeze(-2)
         if mean is not None:
             columns = _positions(coded)
-            columns = (columns.clamp(min=0) if ragged else columns).unsqueeze(-2).expand(-1, -1, rows, -1)
-            offset = offset + rotary.scores(q, mean, length).gather(-1, columns)
+            columns = columns.masked_fill(columns < 0, length - 1) if ragged else columns  # hidden later
+            start = int(columns.min()) if length > LARGEST_TABLE else 0  # the sequence may be far ahead of a window
+            columns = (columns - start).unsqueeze(-2).expand(-1, -1, rows, -1)
+            offset = offset + rotary.scores(q, mean, length, start).gather(-1, columns)
         products = torch.cat([_query_codes(q_coded, s.keys.codes, s.bits) for s in coded], dim=-1)
         parts.append(torch.addcmul(offset, products, key_scale.unsqueeze(-2)))
         sizes.insert(0, products.shape[-1])

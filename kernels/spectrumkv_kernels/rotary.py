@@ -8,6 +8,9 @@ from torch.nn.functional import linear
 
 SMALLEST_TABLE = 2048
 """Positions of a table; it doubles as longer sequences come."""
+LARGEST_TABLE = 1 << 15
+"""Positions up to which it does in any case; beyond, only where as many are asked for, since a layer with a window has
+few tokens however far the sequence has come."""
 FACTOR_ROWS = 2048
 """Rows of the tables of `Rotary.factors`, which cover the square of that many positions."""
 
@@ -52,7 +55,11 @@ class Rotary:
         if not self.inv_freq:
             return x.expand(*torch.broadcast_shapes(x.shape[:-1], positions.shape), x.shape[-1])
         positions = positions.clamp(min=0).long()
-        turn = self.table(int(positions.max()) + 1 if positions.numel() else 1, x.device)[positions]
+        length = int(positions.max()) + 1 if positions.numel() else 1
+        if length <= max(LARGEST_TABLE, positions.numel()):
+            turn = self.table(length, x.device)[positions]
+        else:
+            turn = _turns(self.inv_freq, positions.to(x.device))
         cos, sin = turn.chunk(2, dim=-1)
         first, second, rest = self._split(x)
         # Not one complex product: its rounding depends on how many there are, and a token's bits must not.
@@ -61,24 +68,28 @@ class Rotary:
         turned = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
         return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), -1) if rest.shape[-1] else turned
 
-    def scores(self, query: torch.Tensor, mean: torch.Tensor, length: int) -> torch.Tensor:
-        """`q . R(t) mean` for every position `t < length`.
+    def scores(self, query: torch.Tensor, mean: torch.Tensor, length: int, start: int = 0) -> torch.Tensor:
+        """`q . R(t) mean` for every position `start <= t < length`.
 
         Args:
             query: float32 `[..., rows, channels]`.
             mean: float32 `[..., channels]`.
 
         Returns:
-            float32 `[..., rows, length]`.
+            float32 `[..., rows, length - start]`.
         """
         if not self.inv_freq:
-            return (query @ mean.unsqueeze(-1)).expand(*query.shape[:-1], length)
+            return (query @ mean.unsqueeze(-1)).expand(*query.shape[:-1], length - start)
         x, y, query_rest = self._split(query)
         mean_x, mean_y, mean_rest = self._split(mean.unsqueeze(-2))
         # Re(conj(q) m exp(i t f)), summed over pairs: one product with a table that all layers and heads share.
         cos = torch.addcmul(x * mean_x, y, mean_y)
         sin = torch.addcmul(y * mean_x, x, mean_y, value=-1)
-        scores = linear(torch.cat((cos, sin), dim=-1), self.table(length, query.device)[:length])
+        if length <= max(LARGEST_TABLE, 2 * (length - start)):
+            turns = self.table(length, query.device)[start:length]
+        else:
+            turns = _turns(self.inv_freq, torch.arange(start, length, device=query.device))
+        scores = linear(torch.cat((cos, sin), dim=-1), turns)
         return scores + query_rest @ mean_rest.transpose(-1, -2) if query_rest.shape[-1] else scores
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
@@ -104,6 +115,13 @@ def _factors(inv_freq: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _table(inv_freq: tuple[float, ...], length: int, device: torch.device) -> torch.Tensor:
-    """Exact to float32 rounding: float32 angles would be off by 1e-3 at position 32k."""
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(device)
+    return _turns(inv_freq, torch.arange(length)).to(device)
+
+
+def _turns(inv_freq: tuple[float, ...], positions: torch.Tensor) -> torch.Tensor:
+    """Cosines, then sines of the angles at `positions`, `[...]`: float32 `[..., 2 * pairs]`.
+
+    Exact to float32 rounding: float32 angles would be off by 1e-3 at position 32k.
+    """
+    angles = positions.double()[..., None] * torch.tensor(inv_freq, dtype=torch.float64, device=positions.device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()

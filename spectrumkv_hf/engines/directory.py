@@ -7,12 +7,11 @@ holds a lock on a file of its own: the system drops it when the process dies, wh
 For a cache that outlives its sender, use `SpectrumCache.save` and `load`.
 """
 
+import errno
 import fcntl
 import os
-import stat
-import tempfile
+import secrets
 import time
-from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,9 @@ from typing import ClassVar, Self
 
 import torch
 
+from spectrumkv_hf.engines.folders import file_mode, open_folder
 from spectrumkv_hf.transport import HEAD_BYTES, REPLY_BYTES, TransportError, stalled
+from spectrumkv_hf.whole_file import NEW_FILE, open_regular, replacing
 from spectrumkv_hf.wire import WireError
 
 POLL = 0.002
@@ -36,32 +37,41 @@ class _End:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.peer = f"the {self.other}"
         self._path = Path(path)
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._peer_lock = self._path / f"{self.other}.lock"
+        self._lock: int | None = None
         self._closed_by = f"lost {self.peer}: this side closed the connection"
         self._next_frame = self._next_reply = 0
-        self._lock: int | None = self._hold(self._path / f"{self.role}.lock")
-
-    def _hold(self, name: Path) -> int:
-        """A file of this name, with a lock that the peer never sees missing."""
-        handle, temporary = tempfile.mkstemp(dir=self._path, prefix=f".{name.name}.")
+        self._folder = open_folder(path)  # all files are named in it, whatever comes to lie at its path
         try:
+            self._lock = self._hold(f"{self.role}.lock")
+        except BaseException:
+            os.close(self._folder)
+            raise
+
+    def _hold(self, name: str) -> int:
+        """A file of this name, with a lock that the peer never sees missing."""
+        temporary = f".{secrets.token_hex(16)}.lock"
+        handle = os.open(temporary, NEW_FILE, 0o600, dir_fd=self._folder)
+        try:
+            os.fchmod(handle, file_mode(self._folder))
             fcntl.flock(handle, fcntl.LOCK_EX)
-            os.link(temporary, name)
+            os.link(temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         except FileExistsError:
             os.close(handle)
-            raise ValueError(f"{name} exists: a directory serves one sender and one receiver, once") from None
+            raise ValueError(
+                f"{self._path / name} exists: a directory serves one sender and one receiver, once"
+            ) from None
         except BaseException:
             os.close(handle)
             raise
         finally:
-            os.unlink(temporary)
+            os.unlink(temporary, dir_fd=self._folder)
         return handle
 
     def close(self) -> None:
         """End the connection; see `Transport.close`. The directory stays."""
         if self._lock is not None:
             os.close(self._lock)
+            os.close(self._folder)
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -73,27 +83,21 @@ class _End:
     def _write(self, name: str, data: bytes | memoryview) -> None:
         """A file that appears when all of it is there."""
         self._check_open()
-        temporary = self._path / f".{name}"
         try:
-            temporary.write_bytes(data)
-            os.replace(temporary, self._path / name)
+            with replacing(name, file_mode(self._folder), self._folder, durable=False) as file:
+                file.write(data)
         except OSError as problem:
-            with suppress(OSError):
-                temporary.unlink()
             raise self._failed(f"can't write {name}: {problem}") from problem
 
     def _arrived(self, name: str, timeout: float) -> BufferedReader:
         """The peer's file, once it is there; its name is free then."""
         until = time.monotonic() + timeout
-        path = self._path / name
         while True:
             self._check_open()
             alive = self._peer_lives()  # looked at before the file, so that a file of a peer that is gone counts
             try:
-                if not stat.S_ISREG(path.lstat().st_mode):
-                    raise self._failed(f"{path} is no file")
-                file = path.open("rb")
-                path.unlink()
+                file = self._open(name)
+                os.unlink(name, dir_fd=self._folder)
                 return file
             except FileNotFoundError:
                 pass
@@ -105,6 +109,15 @@ class _End:
                 raise self._failed(stalled(self.peer, timeout))
             time.sleep(POLL)
 
+    def _open(self, name: str) -> BufferedReader:
+        """A file that the peer has put into the directory; no link, pipe or device, which it never does."""
+        try:
+            return open_regular(name, self._folder, follow=False)
+        except OSError as problem:
+            if problem.errno != errno.ELOOP:
+                raise
+            raise OSError(errno.ELOOP, "a link, no regular file", name) from None
+
     def _check_open(self) -> None:
         if self._lock is None:
             raise TransportError(self._closed_by)
@@ -112,7 +125,7 @@ class _End:
     def _peer_lives(self) -> bool:
         """Whether the peer holds its lock, or has yet to come."""
         try:
-            with self._peer_lock.open("rb") as file:
+            with self._open(f"{self.other}.lock") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return True
@@ -133,11 +146,13 @@ class DirectorySender(_End):
 
     Args:
         path: A directory of its own for each connection, which may serve many transfers one after another; made if
-            missing. Who can write into it can disturb the connection, but damage is found.
+            missing, with 0700. Who can write into it can disturb the connection, and forge a cache; so it must belong
+            to this user or root, or to one who shares it with a group of this user, and not be writable for everyone.
+            Frames can be read by this user, and by the group as far as that may read the directory.
 
     Raises:
         ValueError: the directory has or had a sender.
-        OSError: it can't be written.
+        OSError: it can't be written, or others can write into it.
 
     Example:
         ```python
@@ -195,6 +210,7 @@ class DirectoryReceiver(_End):
         return payload
 
     def reply(self, reply: bytes, timeout: float) -> None:
+        self._check_open()
         if not self._peer_lives():
             raise self._failed(f"lost {self.peer}: it died or closed the connection")
         self._write(f"reply-{self._next_reply}", reply)

@@ -31,6 +31,8 @@ PART_MAGIC = b"SPKVPART"
 MESSAGE = struct.Struct(f"<B{REPLY_BYTES}s")
 """What the receiver says later: the kind, and a reply, or the number of a slot that is free again."""
 REPLY, SLOT_FREE = range(2)
+LEAST = 1.0
+"""Seconds for the greeting of a sender that came at the last moment."""
 
 
 class NixlListener:
@@ -62,12 +64,13 @@ class NixlListener:
         """
         if slots < 1 or slot_bytes < 1 or slots * slot_bytes > MAX_STAGING:
             raise ValueError(f"slots and slot_bytes are 1 or more, together at most 4 GiB, got {slots} of {slot_bytes}")
+        until = time.monotonic() + timeout
         self._socket.settimeout(timeout)
         try:
             connection, _ = self._socket.accept()
         except TimeoutError:
             raise TransportError(f"no sender came to {self.address} in {timeout:g} s") from None
-        return NixlReceiver(connection, timeout, slots, slot_bytes)
+        return NixlReceiver(connection, max(until - time.monotonic(), LEAST), slots, slot_bytes)
 
     def close(self) -> None:
         """Accept no more; connections stay."""
@@ -94,16 +97,16 @@ class NixlReceiver(End):
             connection.sendall(hello + metadata)
 
     def receive_head(self, timeout: float) -> bytes:
-        self._wait_for_part(timeout)
+        self._wait_for_part(time.monotonic() + timeout, timeout)
         return bytes(self._parts[self._next][0][-1])
 
     def receive_payload(self, size: int, device: torch.device, timeout: float) -> torch.Tensor:
         first = self._parts[self._next][0]
         total, head = first[5:]
         payload = torch.empty(size if total == size else 0, dtype=torch.uint8)
-        got = 0
+        got, until = 0, time.monotonic() + timeout
         while got < total:
-            self._wait_for_part(timeout)
+            self._wait_for_part(until, timeout)
             _, _, slot, length, offset, this_total, this_head = self._parts[self._next].pop()
             if this_total != total or this_head != head or offset + length > total:
                 raise self._failed(f"{self.peer} announced parts of a frame that don't fit together")
@@ -130,9 +133,8 @@ class NixlReceiver(End):
             except TimeoutError:
                 raise self._failed(stalled(self.peer, timeout)) from None
 
-    def _wait_for_part(self, timeout: float) -> None:
-        """Until a part of the next frame is there."""
-        until = time.monotonic() + timeout
+    def _wait_for_part(self, until: float, timeout: float) -> None:
+        """Wait for a part of the next frame, for `timeout` seconds in all, which end at `until`."""
         while not self._parts.get(self._next):
             self._connection()
             with self._watched():
@@ -191,7 +193,7 @@ class NixlSender(End):
         self._freed: set[int] = set()  # of those, the ones that NIXL has still to call done
         self._replies: deque[bytes] = deque()
         self._said = bytearray()
-        self._number = 0
+        self._number = self._replied = 0
         metadata, slots, slot_bytes, self._address, connection = meet(host, port, timeout)
         super().__init__("the receiver", connection, slots, slot_bytes)
         self._free = deque(range(slots))
@@ -201,9 +203,9 @@ class NixlSender(End):
     def send(self, frame: torch.Tensor, timeout: float) -> None:
         head, payload = host_bytes(frame[:HEAD_BYTES]), frame[HEAD_BYTES:].cpu()
         used = []
+        until = time.monotonic() + timeout
         for offset in range(0, len(payload), self._slot_bytes):
             part = payload[offset : offset + self._slot_bytes]
-            until = time.monotonic() + timeout
             while not self._free:
                 self._listen()
                 self._check_time(until, timeout)
@@ -213,7 +215,6 @@ class NixlSender(End):
             self._write(slot, len(part), note)
             used.append(slot)
         self._number += 1
-        until = time.monotonic() + timeout
         while not self._done(used):
             self._listen()  # NIXL notifies only while the sender looks
             self._check_time(until, timeout)
@@ -253,6 +254,9 @@ class NixlSender(End):
         for kind, data in self._messages():
             if kind == REPLY:
                 self._replies.append(data)
+                self._replied += 1
+                if self._replied > self._number + 1:  # one may be on its way
+                    raise self._failed(f"{self.peer} replied {self._replied} times to {self._number} frames")
                 continue
             slot = int.from_bytes(data[:4], "little")
             if kind != SLOT_FREE or slot not in self._transfers or slot in self._freed:

@@ -122,21 +122,23 @@ class End:
 
 
 def meet(host: str, port: int, timeout: float) -> tuple[bytes, int, int, int, socket.socket]:
-    """Connect to a receiver: its agent's metadata, slots, their bytes and address, the connection."""
+    """Connect to a receiver within `timeout` seconds: its agent's metadata, slots, their bytes and address, the
+    connection."""
     where = f"the receiver at {host}:{port}"
+    until = time.monotonic() + timeout
     try:
         connection = socket.create_connection((host, port), timeout)
     except OSError as problem:
         raise TransportError(f"can't reach {where}: {problem}") from problem
     try:
-        magic, version, slots, slot_bytes, address, length = HELLO.unpack(exactly(connection, HELLO.size))
+        magic, version, slots, slot_bytes, address, length = HELLO.unpack(exactly(connection, HELLO.size, until))
         if magic != HELLO_MAGIC or version != VERSION:
             raise TransportError(
                 f"{where} begins with {magic!r}, version {version}; expected {HELLO_MAGIC!r}, {VERSION}"
             )
         if not slots or not slot_bytes or slots * slot_bytes > MAX_STAGING or length > MAX_METADATA:
             raise TransportError(f"{where} offers {slots} slots of {slot_bytes} bytes and {length} of metadata")
-        return exactly(connection, length), slots, slot_bytes, address, connection
+        return exactly(connection, length, until), slots, slot_bytes, address, connection
     except OSError as problem:
         connection.close()
         raise TransportError(f"{where} did not say how to send: {problem}") from problem
@@ -145,9 +147,18 @@ def meet(host: str, port: int, timeout: float) -> tuple[bytes, int, int, int, so
         raise
 
 
-def exactly(connection: socket.socket, count: int) -> bytes:
+def exactly(connection: socket.socket, count: int, until: float) -> bytes:
+    """So many bytes, all of them before `time.monotonic()` is `until`.
+
+    Raises:
+        OSError: they did not come.
+    """
     data = bytearray()
     while len(data) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        connection.settimeout(left)
         more = connection.recv(count - len(data))
         if not more:
             raise ConnectionError("it closed the connection")

@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,23 +15,31 @@ from pathlib import Path
 import torch
 
 from spectrumkv_hf.engines.blocks import BlockCodec, KVSpec, short_hash
+from spectrumkv_hf.engines.folders import file_mode, open_folder
 from spectrumkv_hf.engines.layouts import check_layout, merge_blocks, split_blocks
-from spectrumkv_hf.wire_frame import as_tensor
+from spectrumkv_hf.whole_file import open_regular, replacing
+from spectrumkv_hf.wire_frame import WireError
 
 
 class PromptStore:
     """Blocks of an engine's cache, by prompt and layer.
 
     Args:
-        folder: Made where it is missing.
+        folder: Made where it is missing, with 0700. What it holds is trusted to be of whoever can write into it: see
+            `folders.open_folder` for who may, and for how users share one by a group.
         blocks: Compresses; the rotation of layer `i` is its `i`-th.
         layout: Of the engine's blocks, one of `layouts.LAYOUTS`.
+
+    Raises:
+        OSError: the folder can't be made or written, or others can write into it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], blocks: BlockCodec, layout: str) -> None:
         check_layout(layout)
         self.folder, self.blocks, self.layout = Path(folder), blocks, layout
-        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = open_folder(self.folder)
+        self._mode = file_mode(descriptor)
+        os.close(descriptor)
         self._staged: dict[str, Path] = {}
 
     def name(self, tokens: Sequence[int], *context: str) -> str:
@@ -56,10 +65,17 @@ class PromptStore:
         keys, values = split_blocks(blocks, self.layout)
         blob = self._codec(layer).compress([(keys[None], values[None])], self._key(name, layer)).cpu()
         if name not in self._staged:
-            self._staged[name] = self.folder / f".{name}.{secrets.token_hex(8)}"
-            self._staged[name].mkdir()
-        (self._staged[name] / _file(layer)).write_bytes(blob.numpy().data)
+            self._staged[name] = self._new_folder(f".{name}.{secrets.token_hex(16)}")
+        with replacing(self._staged[name] / _file(layer), self._mode, durable=False) as file:
+            file.write(blob.numpy().data)
         return len(blob)
+
+    def _new_folder(self, name: str) -> Path:
+        """One in the store's, for those who may use that."""
+        made = self.folder / name
+        made.mkdir(mode=0o700)
+        made.chmod(made.stat().st_mode & stat.S_ISGID | self._mode | (self._mode & 0o440) >> 2)
+        return made
 
     def commit(self, name: str) -> None:
         """Show the layers of a prompt to others, all at once."""
@@ -85,12 +101,18 @@ class PromptStore:
 
         Raises:
             WireError: damage, or blobs of another kind.
-            OSError: there is no such file, or it can't be read.
+            OSError: there is no such file, it can't be read, or is no regular one.
         """
         _, heads, size, both = like.shape
-        data = as_tensor(bytearray((self.folder / name / _file(layer)).read_bytes()))
         spec = KVSpec(1, heads, blocks * size, both // 2, like.dtype)
-        part = self._codec(layer).restore(data.to(like.device), [spec], self._key(name, layer))[0]
+        codec = self._codec(layer)
+        with open_regular(self.folder / name / _file(layer), follow=False) as file:
+            found, expected = os.fstat(file.fileno()).st_size, codec.size([spec])
+            if found != expected:
+                raise WireError(f"{found} bytes, expected {expected}: cut off, or of other tokens, heads or dtype")
+            data = torch.empty(expected, dtype=torch.uint8)
+            data = data[: file.readinto(data.numpy().data)]
+        part = codec.restore(data.to(like.device), [spec], self._key(name, layer))[0]
         return merge_blocks(part[0][0], part[1][0], size, self.layout)
 
     def _codec(self, layer: int) -> BlockCodec:

@@ -11,6 +11,7 @@ from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, markdown_table, print_table
 from spectrumkv_hf.evaluation.text import PASSAGE, add_text_arguments
+from spectrumkv_hf.whole_file import whole_file, write_whole
 
 NAME = "paper"
 TITLE = "all of them; tables.md shows what came out"
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{experiment.name}: {problem}", file=sys.stderr)
             part.append(f"\nNot measured: {problem}\n")
         page.append("".join(part))
-        (args.output / "tables.md").write_text("".join(page), encoding="utf-8")
+        write_whole(args.output / "tables.md", "".join(page))
 
 
 def measure(experiment: Experiment, run: Run) -> list[str]:
@@ -86,6 +87,7 @@ def measure(experiment: Experiment, run: Run) -> list[str]:
     pieces = [f"\n{markdown_table(table.header, table.rows)}"]
     output = run.args.output
     if output is not None and (figure := experiment.figure(run)) is not None:
-        figure.savefig(output / f"{experiment.name}.png", dpi=150)
+        with whole_file(output / f"{experiment.name}.png") as file:
+            figure.savefig(file, dpi=150, format="png")
         pieces.append(f"\n![{experiment.title}]({experiment.name}.png)\n")
     return pieces

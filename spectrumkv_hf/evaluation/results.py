@@ -1,12 +1,11 @@
 """What was measured, in a JSON file that grows cell by cell, so that a run which was cut off goes on."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spectrumkv_hf.whole_file import whole_file
+from spectrumkv_hf.whole_file import write_whole
 
 Cell = dict[str, Any]
 
@@ -59,9 +58,7 @@ class Results:
         content = {"environment": self.environment, "settings": self.settings, "cells": self.cells}
         if self.table is not None:
             content["table"] = self.table
-        with whole_file(self.path) as file:
-            file.write(json.dumps(content, indent=1).encode())
-        os.chmod(self.path, 0o644)
+        write_whole(self.path, json.dumps(content, indent=1))
 
 
 def _as_json(value: Any) -> Any:

@@ -1,5 +1,8 @@
 """Prompts in a shared folder: what one engine stores another restores, whatever its layout."""
 
+import os
+import stat
+
 import pytest
 import torch
 from families import config
@@ -105,7 +108,48 @@ def test_names(tmp_path):
     assert store(tmp_path, VLLM_CPU).name(TOKENS) == ours.name(TOKENS)
 
 
+def test_folder_and_files_are_for_their_user(tmp_path):
+    """Whatever the umask; where the owner lets a group in, for that too."""
+    for place, folders, files in ((tmp_path / "made", 0o700, 0o600), (tmp_path / "shared", 0o770, 0o660)):
+        if folders != 0o700:
+            place.mkdir()
+            place.chmod(folders)
+        old = os.umask(0o022)
+        try:
+            name = saved(store(place))
+        finally:
+            os.umask(old)
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in (place, place / name)}
+        assert modes == {folders}
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (place / name).iterdir()} == {files}
+
+
+def test_folder_of_everyone(tmp_path):
+    tmp_path.chmod(0o1777)
+    with pytest.raises(PermissionError, match="everyone can write into"):
+        store(tmp_path)
+
+
 class TestDamage:
+    @pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.with_name("other"))])
+    def test_what_is_no_file(self, tmp_path, plant):
+        ours = store(tmp_path)
+        name = saved(ours)
+        path = next((tmp_path / name).iterdir())
+        path.rename(path.with_name("other"))
+        plant(path)
+        with pytest.raises(OSError):
+            ours.load(name, int(path.stem[-4:]), cache(), 3)
+
+    def test_long(self, tmp_path):
+        """It is not read."""
+        ours = store(tmp_path)
+        name = saved(ours)
+        path = next((tmp_path / name).iterdir())
+        os.truncate(path, 1 << 40)
+        with pytest.raises(WireError, match="1099511627776 bytes, expected"):
+            ours.load(name, int(path.stem[-4:]), cache(), 3)
+
     @pytest.mark.parametrize("layer", [0, 1])
     def test_flipped_byte(self, tmp_path, layer):
         ours = store(tmp_path)
@@ -147,5 +191,5 @@ class TestDamage:
     )
     def test_other_shapes(self, tmp_path, like, blocks):
         ours = store(tmp_path)
-        with pytest.raises(WireError, match="'parts'"):
+        with pytest.raises(WireError, match="bytes, expected .* or of other tokens, heads or dtype|'parts'"):
             ours.load(saved(ours), 0, like, blocks)

@@ -30,13 +30,17 @@ VALUES = (
     16,
     255,
     2**31,
+    2**24,
+    2**40,
     2**47,
     1.5,
+    1e308,
     True,
     False,
     None,
     "",
     "x",
+    "\ud800\x1b[31m\n",
     "F32",
     "U8",
     [],
@@ -94,8 +98,8 @@ def mutate(data, size, seed):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        for name, seed in wire_target.seeds().items():
-            (Path(folder) / name).write_bytes(seed)
+        for number, seed in enumerate([*wire_target.seeds().values(), *wire_target.hostile().values()]):
+            (Path(folder) / str(number)).write_bytes(seed)
         arguments = [*sys.argv, folder, str(FOLDER / "corpus"), "-max_len=65536"]
         atheris.Setup(arguments, wire_target.one_input, custom_mutator=mutate)
         atheris.Fuzz()

@@ -1,14 +1,11 @@
-"""What the fuzzer runs on its bytes: reading them must give a sound cache or a WireError, nothing else.
+"""What the fuzzer runs on its bytes: reading them must give a sound cache or a WireError, nothing else, at a cost in
+proportion to them; so must using the cache.
 
 The first byte chooses a reader, the rest is its stream. Checksums are put right first, so that damage gets past them.
 """
 
 import functools
-import hashlib
-import re
-import struct
 import sys
-import zlib
 from pathlib import Path
 
 import torch
@@ -16,13 +13,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
 from families import config  # noqa: E402
-from wire_forge import CONFIG, _counting, golden_cache, split  # noqa: E402
+from wire_forge import CONFIG, _counting, golden_cache, resealed, split  # noqa: E402
+from wire_hostile import spending, streams  # noqa: E402
 
 from spectrumkv_hf import SpectrumCache  # noqa: E402
 from spectrumkv_hf.layer import SpectrumLayer  # noqa: E402
 from spectrumkv_hf.wire import WireError  # noqa: E402
-from spectrumkv_hf.wire_frame import FrameHeader, digest, padded  # noqa: E402
+from spectrumkv_hf.wire_frame import FrameHeader  # noqa: E402
 from spectrumkv_hf.wire_patch import ExactCopy, request  # noqa: E402
+from spectrumkv_hf.wire_payload import EXPANSION, FREE_LENGTH  # noqa: E402
 
 HYBRID = config("qwen3_next")
 WINDOWS = config("gemma3", sliding_window=136, head_dim=8)
@@ -30,11 +29,33 @@ CONFIGS = (CONFIG, HYBRID, WINDOWS)
 PATCH, REQUEST = len(CONFIGS), len(CONFIGS) + 1
 
 
+SECONDS, SECONDS_A_BYTE = 1.0, 1e-5
+"""CPU time of reading, and as much again of use."""
+READ_MEMORY, READ_MEMORY_A_BYTE = 16 << 20, 100
+"""Bytes of memory that reading may take."""
+USE_MEMORY, USE_MEMORY_A_BYTE = 64 << 20, EXPANSION * 16
+"""The same of use, with a layer dequantised; what its few bytes may stand for is `EXPANSION` elements."""
+
+
 def one_input(data: bytes) -> None:
-    """Read `data` as the first byte says."""
+    """Read `data` as the first byte says, and use what comes of it."""
     if not data:
         return
-    reader, stream = data[0] % 5, resealed(data[1:])
+    stream = resealed(data[1:])
+    with spending() as spent:
+        cache = read(data[0] % 5, stream)
+    assert spent.seconds < SECONDS + SECONDS_A_BYTE * len(data), f"{spent.seconds} s for {len(data)} bytes"
+    assert spent.memory < READ_MEMORY + READ_MEMORY_A_BYTE * len(data), f"{spent.memory} for {len(data)} bytes"
+    if cache is None:
+        return
+    with spending() as spent:
+        used(cache)
+    assert spent.seconds < SECONDS + SECONDS_A_BYTE * len(data), f"{spent.seconds} s for {len(data)} bytes"
+    assert spent.memory < USE_MEMORY + USE_MEMORY_A_BYTE * len(data), f"{spent.memory} for {len(data)} bytes"
+
+
+def read(reader: int, stream: bytes) -> SpectrumCache | None:
+    """The cache in a stream, if it gives one."""
     try:
         if reader == PATCH:
             cache = golden_cache()
@@ -42,12 +63,15 @@ def one_input(data: bytes) -> None:
         elif reader == REQUEST:
             copy, _ = requested()
             FrameHeader.parse(copy.patch(stream))
-            return
+            return None
         else:
             cache = SpectrumCache.deserialize(stream, config=CONFIGS[reader])
-    except WireError:
-        return
-    used(cache)
+    except WireError as problem:
+        message = str(problem)
+        message.encode()
+        assert message.isprintable() and len(message) < 500, message[:500]
+        return None
+    return cache
 
 
 def used(cache: SpectrumCache) -> None:
@@ -56,36 +80,12 @@ def used(cache: SpectrumCache) -> None:
         if isinstance(layer, SpectrumLayer) and layer.is_initialized:
             keys, values = layer.store.dense(layer.store.first_kept)
             assert keys.shape[2] == values.shape[2] == layer.store.length - layer.store.first_kept
-            layer.tier_map()
+            layer.store.tier_map(layer.store.first_kept)
+    if cache.get_seq_length() > FREE_LENGTH:  # what is written may be shorter than what was read, by spaces
+        return
     again = cache.serialize()
     config_of = next(c for c in CONFIGS if SpectrumCache(c).identity == cache.identity)
     assert torch.equal(SpectrumCache.deserialize(again, config=config_of).serialize(), again)
-
-
-def resealed(data: bytes) -> bytes:
-    """The stream with the checksums of its frames put right, as far as it has frames."""
-    out, digests, at = bytearray(data), [], 0
-    while at + FrameHeader.SIZE <= len(out):
-        (length,) = struct.unpack("<Q", out[at + 24 : at + 32])
-        start, end = at + FrameHeader.SIZE, at + FrameHeader.SIZE + padded(length)
-        if end > len(out):
-            break
-        if out[at + 10] == 3:  # the end frame has the digest of digests
-            total = digest_of(digests)
-            text = re.sub(rb'digest\\":\\"[0-9a-f]{16}', b'digest\\":\\"' + total, bytes(out[start:end]))
-            out[start:end] = text[: end - start]
-        out[start + length : end] = bytes(end - start - length)
-        payload = torch.frombuffer(out[start:end] or bytearray(64), dtype=torch.uint8)[: end - start]
-        out[at + 32 : at + 40] = struct.pack("<Q", digest(payload))
-        digests.append(bytes(out[at + 32 : at + 40]))
-        out[at + 60 : at + 64] = struct.pack("<I", zlib.crc32(out[at : at + 60]))
-        at = end
-    return bytes(out)
-
-
-def digest_of(digests: list[bytes]) -> bytes:
-    value = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
-    return f"{int.from_bytes(value, 'little'):016x}".encode()
 
 
 @functools.cache
@@ -123,3 +123,10 @@ def seeds() -> dict[str, bytes]:
     found["patch"] = bytes([PATCH]) + copy.patch(frame).numpy().tobytes()
     assert all(split(data[1:]) for data in found.values())
     return found
+
+
+def hostile() -> dict[str, bytes]:
+    """Inputs of `wire_hostile` that fit."""
+    at = {id(config): index for index, config in enumerate(CONFIGS)}
+    found = {name: (at.get(id(cfg)), data) for name, (cfg, data) in streams().items()}
+    return {name: bytes([reader]) + data for name, (reader, data) in found.items() if reader is not None}

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from families import prompt
 from pairs import PATIENCE, names, peer
+from wire_forge import forged
 
 from spectrumkv_hf import SpectrumCache, wire
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, TransferError, recv_cache, send_cache, sending_to
@@ -325,6 +326,42 @@ def test_refused_frames(pair, alter, layer, message):
         assert torch.equal(logits, expected("llama", "greedy", 0.5))
         assert re.search(message, text), text
     assert received[1] == layer
+
+
+def of_a_model_of_no_unicode(frames):
+    """Whose name breaks whoever sends, prints or stores it."""
+    frame = forged(frames[0].numpy().tobytes(), lambda metadata: metadata["model"].update(model_type="\ud800\x1b[31m"))
+    return [torch.frombuffer(bytearray(frame), dtype=torch.uint8), *frames[1:]]
+
+
+def test_a_refusal_of_any_words_arrives(pair):
+    alter = of_a_model_of_no_unicode
+    sent, received, took = pair(functools.partial(send_altered, alter, True), functools.partial(receive_altered, True))
+    for text, _, usable, logits in (sent, received):
+        assert usable and text.isprintable()
+        assert re.search(r"another model: model_type is '\\ud800\\x1b\[31m', in config 'llama'", text), text
+        assert torch.equal(logits, expected("llama", "greedy", 0.5))
+
+
+class Bell(Exception):
+    pass
+
+
+def send_giving_up():
+    with pytest.raises(Bell), CacheSender(new_cache_filled(), peer(), timeout=PATIENCE):
+        raise Bell("\ud800\x1b[31m\x07" * 300)
+
+
+def receive_given_up():
+    with pytest.raises(TransferError) as caught:
+        recv_cache(peer(), model("llama").config, timeout=PATIENCE)
+    return str(caught.value)
+
+
+def test_a_sender_gives_up_in_any_words(pair):
+    _, text, _ = pair(send_giving_up, receive_given_up)
+    assert "gave up before" in text and r"Bell: \ud800" in text
+    assert text.isprintable() and len(text) < 700
 
 
 @pytest.mark.parametrize("alter", [truncated, extended])

@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -83,8 +84,91 @@ def test_directory_bad_reply(ends, tmp_path):
 
 def test_directory_does_not_follow_links(ends, tmp_path):
     (tmp_path / "frame-0").symlink_to(sys.executable)
-    with pytest.raises(TransportError, match="frame-0 is no file"):
+    with pytest.raises(TransportError, match="can't read frame-0: .*a link, no regular file"):
         ends[1].receive_head(1)
+
+
+def test_directory_is_for_its_user(tmp_path):
+    """Whatever the umask: folders that are made, frames, replies and locks."""
+    path = tmp_path / "made" / "for it"
+    old = os.umask(0)
+    try:
+        with DirectorySender(path) as sender, DirectoryReceiver(path) as receiver:
+            sender.send(FRAME, 1)
+            receiver.reply(REPLY, 1)
+            modes = {p.name: stat.S_IMODE(p.lstat().st_mode) for p in (path.parent, path, *path.iterdir())}
+    finally:
+        os.umask(old)
+    folders = {"made": 0o700, "for it": 0o700}
+    files = dict.fromkeys(("frame-0", "reply-0", "sender.lock", "receiver.lock"), 0o600)
+    assert modes == folders | files
+
+
+def test_directory_of_a_group(tmp_path):
+    """The owner lets a group in: its members can read what the others wrote."""
+    tmp_path.chmod(0o770)
+    with DirectorySender(tmp_path) as sender:
+        sender.send(FRAME, 1)
+        assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o660}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
+@pytest.mark.parametrize("end", [DirectorySender, DirectoryReceiver])
+def test_directory_of_everyone(tmp_path, end, mode):
+    tmp_path.chmod(mode)
+    with pytest.raises(PermissionError, match=rf"everyone can write into {tmp_path} \(mode {mode:04o}\)"):
+        end(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_directory_of_someone_else(tmp_path):
+    os.chown(tmp_path, 12345, 12345)
+    for mode in (0o700, 0o770):
+        tmp_path.chmod(mode)
+        with pytest.raises(PermissionError, match="belongs to user 12345"):
+            DirectorySender(tmp_path)
+    os.chown(tmp_path, 12345, os.getegid())  # who shares it with this user
+    DirectorySender(tmp_path).close()
+
+
+def test_directory_planted_links(ends, tmp_path, tmp_path_factory):
+    """Where a frame, a reply or their drafts would go there is a link to a file of the user."""
+    precious = tmp_path_factory.mktemp("home") / "precious"
+    precious.write_bytes(b"mine")
+    for name in ("frame-0", ".frame-0", "reply-0", ".reply-0"):
+        (tmp_path / name).symlink_to(precious)
+    sender, receiver = ends
+    sender.send(FRAME, 1)
+    assert receiver.receive_head(1) == FRAME[:64].numpy().tobytes()
+    receiver.receive_payload(5000, CPU, 1)
+    receiver.reply(REPLY, 1)
+    assert sender.receive_reply(1) == REPLY
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(sys.executable)])
+@pytest.mark.parametrize("name", ["frame-0", "sender.lock"])
+def test_directory_planted_pipes(tmp_path, plant, name):
+    """Nobody waits for what is no file."""
+    with DirectoryReceiver(tmp_path) as receiver:
+        plant(tmp_path / name)
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="no regular file"):
+            receiver.receive_head(QUICK)
+        assert time.monotonic() - began < 5
+        with pytest.raises(TransportError, match="no regular file"):  # and the descriptor of the folder is not used
+            receiver.reply(REPLY, QUICK)
+
+
+def test_directory_exchanged_for_another(ends, tmp_path, tmp_path_factory):
+    """The ends stay in the folder that they have checked."""
+    sender, receiver = ends
+    tmp_path.rename(moved := tmp_path_factory.mktemp("elsewhere") / "moved")
+    tmp_path.mkdir()
+    sender.send(FRAME, 1)
+    assert (moved / "frame-0").exists() and not list(tmp_path.iterdir())
+    assert receiver.receive_head(1) == FRAME[:64].numpy().tobytes()
 
 
 def test_directory_that_vanishes(ends, tmp_path):
@@ -256,7 +340,7 @@ def test_nixl_greeting_of_something_else(nixl, hello, message):
 
         def greet():
             connection, _ = server.accept()
-            with connection:
+            with connection, contextlib.suppress(OSError):  # the sender may hang up first
                 connection.sendall(hello)
                 connection.shutdown(socket.SHUT_WR)
                 with contextlib.suppress(ConnectionResetError):
@@ -267,6 +351,59 @@ def test_nixl_greeting_of_something_else(nixl, hello, message):
         with pytest.raises((TransportError, ImportError), match=message):
             nixl.NixlSender(*server.getsockname(), 20)
         thread.join()
+
+
+def test_nixl_greeting_that_trickles(nixl):
+    """A byte now and then, each well within the timeout: the greeting as a whole has to be."""
+    hello = struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 1000) + bytes(1000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in hello:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(QUICK / 4)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="did not say how to send: timed out"):
+            nixl.NixlSender(*server.getsockname(), 2 * QUICK)
+        assert time.monotonic() - began < 10 * QUICK
+        thread.join()
+
+
+@needs_nixl
+def test_nixl_frame_that_trickles(nixl_ends, monkeypatch):
+    """A frame of many parts has its timeout as a whole, however often a slot is freed."""
+    sender, receiver = nixl_ends
+    frame, tell = FRAME.repeat(5), receiver._tell  # 26 parts
+    monkeypatch.setattr(receiver, "_tell", lambda *message: time.sleep(QUICK / 2) or tell(*message))
+
+    def take_slowly():
+        with contextlib.suppress(TransportError):
+            receiver.receive_head(20)
+            receiver.receive_payload(len(frame) - 64, CPU, 20)
+
+    thread = threading.Thread(target=take_slowly)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="the receiver is stalled or slow, nothing came in 0.2 s"):
+        sender.send(frame, QUICK)
+    assert time.monotonic() - began < 10 * QUICK
+    thread.join()
+
+
+@needs_nixl
+def test_nixl_replies_to_nothing(nixl_ends):
+    """A receiver can't fill the sender's memory."""
+    sender, receiver = nixl_ends
+    for _ in range(5):
+        receiver.reply(REPLY, 1)
+    with pytest.raises(TransportError, match="the receiver replied 2 times to 0 frames"):
+        for _ in range(100):
+            sender.receive_reply(5)
 
 
 def test_nixl_nobody_there(nixl):

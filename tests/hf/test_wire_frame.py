@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import config
-from wire_forge import CONFIG, forged, golden_cache, opened, payload_of, sealed, split
+from wire_forge import CONFIG, forged, golden_cache, opened, payload_of, resealed, sealed, split
 
 from spectrumkv_hf import SpectrumCache, wire, wire_read
 from spectrumkv_hf.wire_frame import FrameHeader, WireError, _send, as_tensor, digest, host_bytes, put
@@ -155,6 +155,28 @@ def test_beginnings_wherever_frames_begin(monkeypatch, lengths, most, ahead):
     assert len(reads) <= most if ahead else sum(map(len, reads)) <= len(lengths) * BEGINNING
 
 
+@pytest.mark.parametrize("length", [64, 128, 4096, 5000])
+def test_what_is_read_ahead_is_there(monkeypatch, length):
+    """A guess costs no more than the rest of the buffer, be frames as short as they can."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+    reads = []
+    monkeypatch.setattr(wire_read, "host_bytes", lambda data: reads.append(data) or host_bytes(data))
+    beginnings = Beginnings(torch.zeros(20 * length, dtype=torch.uint8))
+    beginnings.length = length
+    beginnings.at(length)
+    assert sum(read.numel() for read in reads) <= 19 * length
+
+
+def test_nothing_is_guessed_from_the_header_frame(data, monkeypatch):
+    """Which is shorter than the layers' frames."""
+    lengths = []
+    at = Beginnings.at
+    monkeypatch.setattr(Beginnings, "at", lambda self, start: lengths.append(self.length) or at(self, start))
+    read(data)
+    frames = split(data)
+    assert lengths == [0, 0, len(frames[1]), len(frames[2])]
+
+
 class TestDamage:
     def test_the_cache_is_sound(self, data):
         assert read(data).get_seq_length() == 15
@@ -253,7 +275,7 @@ def test_other_models(data, field):
 
 def test_another_rope(data):
     other = type(CONFIG)(**{**CONFIG.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
-    with pytest.raises(WireError, match="another model: rope_parameters is .*10000.*500000"):
+    with pytest.raises(WireError, match="another model: rope_parameters.rope_theta is 10000.0, in config 500000.0"):
         SpectrumCache.deserialize(data, config=other)
 
 
@@ -290,7 +312,7 @@ HEADER_EDITS = {
     "policy as a list": (edited("policy", []), "field 'policy'"),
     "a layer less": (lambda m: m["layers"].pop(), "1 layers, where the config has 2"),
     "another class": (edited("layers", ["SpectrumLayer", "DynamicLayer"]), "layer 1 is 'DynamicLayer'"),
-    "classes of no text": (edited("layers", [1, {}]), "layer 0 is '1'"),
+    "classes of no text": (edited("layers", [1, {}]), "layer 0 is 1, where"),
     "a field more": (lambda m: m.update(more=1), "unknown fields"),
     "a field less": (lambda m: m.pop("model"), "no field 'model'"),
 }
@@ -455,6 +477,57 @@ def test_tiny_payloads(data):
     header, *_ = opened(frames[1])
     for payload in (b"", b"\0" * 7, payload_of(b"{}", b"")):
         assert_refused(frames[0] + sealed(header, payload), "has no safetensors header|no '__metadata__'")
+
+
+def reordered(*first):
+    """The tensors in another order, those of these names in front."""
+
+    def data(entries, raw):
+        names = [name for name in entries if name != "__metadata__"]
+        out = b""
+        for name in sorted(names, key=lambda name: first.index(name) if name in first else len(first)):
+            begin, end = entries[name]["data_offsets"]
+            entries[name]["data_offsets"] = [len(out), len(out) + end - begin]
+            out += raw[begin:end]
+        return out
+
+    return data
+
+
+class TestAlignment:
+    """Kernels read pairs of scale and zero as words of 4 bytes, codes as words of 2, and more where they can."""
+
+    @pytest.fixture
+    def frames(self):
+        """Of a cache whose tier maps have 2 bytes."""
+        cache = SpectrumCache(
+            CONFIG, policy="balanced", budget=0.4, recent_window=2, scope="layer", importance="recency"
+        )
+        for layer in cache.layers:
+            layer.update(*(torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(3)).half() for _ in "kv"))
+            layer.crop(-62)
+        return split(cache.serialize().numpy().tobytes())
+
+    @pytest.mark.parametrize("on_cpu", [True, False])
+    def test_of_a_forged_payload(self, frames, monkeypatch, on_cpu):
+        assert opened(frames[1])[1]["map"]["shape"] == [1, 1, 2]
+        plain = read(b"".join(frames)).layers[0].store
+        altered = forged(frames[1], data=reordered("mean", "map"))
+        offsets = {name: entry["data_offsets"][0] for name, entry in opened(altered)[1].items() if name[0] != "_"}
+        assert any(at % 4 == 2 for name, at in offsets.items() if name.endswith("affine")), offsets
+        if not on_cpu:
+            monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+        store = read(resealed(b"".join([frames[0], altered, *frames[2:]]))).layers[0].store
+        monkeypatch.undo()
+        for (name, ours), (_, theirs) in zip(store.tensors(), plain.tensors(), strict=True):
+            assert torch.equal(ours, theirs), name
+            assert ours.data_ptr() % min(ours.nbytes & -ours.nbytes or 1, 64) == 0, name
+
+    def test_what_lies_well_is_not_copied(self, frames):
+        data = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8).clone()
+        inside = range(data.data_ptr(), data.data_ptr() + len(data))
+        for name, tensor in read(data).layers[0].store.tensors():
+            assert name.endswith("positions") or not tensor.numel() or tensor.data_ptr() in inside, name
 
 
 class TestWithoutWaiting:

@@ -1,7 +1,10 @@
 """A tiny cache with fixed contents, and tools to take frames apart and to forge others with right checksums."""
 
+import hashlib
 import json
+import re
 import struct
+import zlib
 
 import torch
 from families import config
@@ -84,7 +87,11 @@ def opened(frame):
 def sealed(header, payload):
     """A frame of any payload, with right checksums."""
     padding = bytes(padded(len(payload)) - len(payload))
-    check = digest(torch.tensor(list(payload + padding), dtype=torch.uint8))
+    check = digest(
+        torch.frombuffer(bytearray(payload + padding) or bytearray(64), dtype=torch.uint8)[
+            : len(payload) + len(padding)
+        ]
+    )
     fields = {**vars(header), "length": len(payload), "digest": check}
     return FrameHeader(**fields).pack() + payload + padding
 
@@ -109,3 +116,29 @@ def forged(frame, edit=None, describe=None, data=None, text=None):
         raw = data(described, bytearray(raw))
     encoded = json.dumps(described, separators=(",", ":")).encode()
     return sealed(header, payload_of(text(encoded) if text else encoded, bytes(raw)))
+
+
+def resealed(data: bytes) -> bytes:
+    """The stream with the checksums of its frames put right, as far as it has frames."""
+    out, digests, at = bytearray(data), [], 0
+    while at + FrameHeader.SIZE <= len(out):
+        (length,) = struct.unpack("<Q", out[at + 24 : at + 32])
+        start, end = at + FrameHeader.SIZE, at + FrameHeader.SIZE + padded(length)
+        if end > len(out):
+            break
+        if out[at + 10] == 3:  # the end frame has the digest of digests
+            total = digest_of(digests)
+            text = re.sub(rb'digest\\":\\"[0-9a-f]{16}', b'digest\\":\\"' + total, bytes(out[start:end]))
+            out[start:end] = text[: end - start]
+        out[start + length : end] = bytes(end - start - length)
+        payload = torch.frombuffer(out[start:end] or bytearray(64), dtype=torch.uint8)[: end - start]
+        out[at + 32 : at + 40] = struct.pack("<Q", digest(payload))
+        digests.append(bytes(out[at + 32 : at + 40]))
+        out[at + 60 : at + 64] = struct.pack("<I", zlib.crc32(out[at : at + 60]))
+        at = end
+    return bytes(out)
+
+
+def digest_of(digests: list[bytes]) -> bytes:
+    value = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
+    return f"{int.from_bytes(value, 'little'):016x}".encode()

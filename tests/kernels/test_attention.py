@@ -19,6 +19,7 @@ from spectrumkv_kernels import (
     operation,
 )
 from spectrumkv_kernels.dispatch import VARIABLE
+from spectrumkv_kernels.rotary import LARGEST_TABLE
 
 ALL_TIERS = ((16, 5), (8, 7), (4, 11), (2, 3), (16, 4))
 CODEC = {
@@ -297,6 +298,18 @@ def last_token(case):
 def test_window_without_mask(queries, window, fillers):
     case = build(batch=2, fillers=fillers)
     check(case, randn(2, 4, queries, 16), window=window, sinks=randn(4, seed=2))
+
+
+@pytest.mark.parametrize("fillers", [False, True])
+def test_window_far_ahead(fillers):
+    """All tokens at positions beyond the tables of cos and sin that are kept."""
+    case, ahead = build(fillers=fillers), LARGEST_TABLE + 1000
+    moved = [
+        Segment(bits, keys, values, torch.where(positions >= 0, positions + ahead, positions))
+        for bits, keys, values, positions in case.segments
+    ]
+    case = case._replace(segments=moved, length=case.length + ahead)
+    check(case, randn(2, 4, 3, 16)[:1], window=25)
 
 
 @pytest.mark.parametrize("codec", CODECS)

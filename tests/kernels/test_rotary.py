@@ -3,6 +3,7 @@ import torch
 from reference import error, frequencies, rotated, rotations
 
 from spectrumkv_kernels import Rotary
+from spectrumkv_kernels.rotary import LARGEST_TABLE, _table
 
 PAIRING = pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
 CHANNELS = pytest.mark.parametrize(
@@ -37,6 +38,25 @@ def test_inverse_undoes(channels, pairs, interleaved):
     transposed = rotations(rotary, POSITIONS, channels).transpose(-1, -2)
     expected = (transposed @ x.double().unsqueeze(-1)).squeeze(-1)
     assert error(rotary.rotate(x, POSITIONS, inverse=True), expected) < 2e-7
+
+
+@PAIRING
+def test_few_positions_far_ahead(interleaved):
+    """No table is made for them, and the bits are those of the table."""
+    rotary = Rotary(frequencies(64, theta=1e4 + interleaved), interleaved)
+    positions = torch.arange(LARGEST_TABLE - 100, LARGEST_TABLE + 300)
+    x, query, mean = randn(400, 128), randn(2, 3, 128, seed=1), randn(2, 128, seed=2)
+    length, start = int(positions[-1]) + 1, int(positions[0])
+    made = _table.cache_info().misses
+    turned, scores = rotary.rotate(x, positions), rotary.scores(query, mean, length, start)
+    assert _table.cache_info().misses == made
+    everywhere = rotary.rotate(x[-1:], torch.arange(length))  # as many positions as a table has
+    assert _table.cache_info().misses == made + 1
+    assert torch.equal(turned[-1], everywhere[-1])
+    assert torch.equal(rotary.rotate(x[-1:], positions), everywhere[start:])
+    assert error(scores, rotary.scores(query, mean, length)[..., start:]) < 1e-6
+    rotary.rotate(x, torch.full((400,), (1 << 24) - 1))
+    assert _table.cache_info().misses == made + 1
 
 
 @PAIRING
