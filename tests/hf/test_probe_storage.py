@@ -182,7 +182,7 @@ class TestFiles:
     def test_a_write_that_fails_leaves_the_old_file(self, monkeypatch, caplog):
         _, file = stored(healthy())
         before = file.read_bytes()
-        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setattr(os, "replace", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         storage.write(key(healthy()), {"other": 1})
         assert file.read_bytes() == before and list(storage.folder().iterdir()) == [file]
         assert "can't be stored: full" in caplog.text
