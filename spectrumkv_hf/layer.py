@@ -409,16 +409,27 @@ class SpectrumLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update."""
+        """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update.
+
+        Raises:
+            RuntimeError: tokens were dropped, which a reader would take for keys of 0.
+        """
         return self._visible()[0]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update."""
+        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update. As of `keys`."""
         return self._visible()[1]
 
-    def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return (None, None) if self._store is None else self._store.dense()
+    def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self._store is None:
+            return None, None
+        if self._store.drops:
+            raise RuntimeError(
+                f"policy {self.policy.name!r} dropped tokens of layer {self.layer_idx}, for which keys and values have "
+                "no place; store.dense() gives 0 there, and tier_map() says where. Take a policy that drops none."
+            )
+        return self._store.dense(start)
 
     def tier_map(self) -> torch.Tensor:
         """Bits of every token, int64 `[batch, kv_heads, length]`; 0 for one that was dropped or left the window."""
@@ -498,8 +509,8 @@ class SlidingSpectrumLayer(SpectrumLayer):
         """The sliding window."""
         return self.sliding_window
 
-    def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return (None, None) if self._store is None else self._store.dense(self._first_needed())
+    def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return super()._visible(max(start, self._first_needed()))
 
     def _first_needed(self) -> int:
         """Position of the oldest token that the next query will see."""

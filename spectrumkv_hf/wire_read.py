@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import os
+import re
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from spectrumkv_hf.cache import SpectrumCache
-from spectrumkv_hf.identity import model_identity
+from spectrumkv_hf.identity import model_identity, weights_fingerprint
 from spectrumkv_hf.policy import POLICIES, Policy
 from spectrumkv_hf.wire_frame import (
     ALIGNMENT,
@@ -26,6 +27,12 @@ from spectrumkv_hf.wire_frame import (
 from spectrumkv_hf.wire_layer import decode_layer, kind_of
 from spectrumkv_hf.wire_payload import BEGINNING, MAX_LENGTH, Fields, Later, read_payload
 from spectrumkv_kernels import CODECS
+
+BEFORE_HYBRID = {
+    "HybridSpectrumLayer": "LinearAttentionAndFullAttentionLayer",
+    "HybridSlidingSpectrumLayer": "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""What hybrid layers were in caches written before they were tiered."""
 
 MAX_BATCH = 1 << 20
 MOST = 255
@@ -51,6 +58,7 @@ class Assembler:
         config: Of the model that will use the cache.
         device: Where the cache will lie; None: where the frames are.
         limit: The longest frame to accept, in bytes; None: any.
+        model: As of `SpectrumCache.deserialize`.
 
     Example:
         ```python
@@ -61,8 +69,13 @@ class Assembler:
     """
 
     def __init__(
-        self, config: PreTrainedConfig, device: torch.device | str | None = None, limit: int | None = None
+        self,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        limit: int | None = None,
+        model: torch.nn.Module | None = None,
     ) -> None:
+        self._weights = None if model is None else weights_fingerprint(model)
         self._config, self._device, self._limit = config, device, limit
         self._stream: _Stream | None = None
         self._digests: list[int] = []
@@ -116,7 +129,7 @@ class Assembler:
             if header.kind == Kind.HEADER:
                 if tensors:
                     raise WireError("tensors in a frame that has none")
-                self._stream = _begin(metadata, self._config, header.stream)
+                self._stream = _begin(metadata, self._config, self._weights, header.stream)
             elif header.kind == Kind.LAYER and self._stream:
                 index, of = header.layer, self._stream
                 checks = None if later is None else later.checks
@@ -181,7 +194,7 @@ class _Located:
             raise WireError(f"{where}, at byte {offset} of the stream: {error}") from None
 
 
-def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
+def _begin(metadata: Fields, config: PreTrainedConfig, weights: str | None, number: int) -> _Stream:
     """An empty cache as the header frame describes it."""
     theirs = metadata.take("model", dict)
     ours = model_identity(config.get_text_config(decoder=True))
@@ -190,6 +203,14 @@ def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
             raise WireError(
                 f"a cache of another model: {name} is {str(theirs.get(name))[:200]}, in config {ours.get(name)}"
             )
+    made_by = metadata.take("weights", str) if "weights" in metadata else None
+    if made_by is not None and not re.fullmatch("[0-9a-f]{32}", made_by):
+        raise WireError(f"weights are named by 32 hex digits, got {made_by[:80]!r}")
+    if None not in (made_by, weights) and made_by != weights:
+        raise WireError(
+            f"a cache of other weights: made by {made_by}, the model's are {weights}. Another checkpoint, adapter, "
+            "dtype or quantisation has other weights; without model= they are not compared"
+        )
     codec = metadata.take("codec", str)
     if codec not in CODECS:
         raise WireError(f"unknown codec {codec[:80]!r}")
@@ -202,8 +223,11 @@ def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
     kinds, own = metadata.take("layers", list), [kind_of(layer) for layer in cache.layers]
     if len(kinds) != len(own):
         raise WireError(f"{len(kinds)} layers, where the config has {len(own)}")
+    cache.weights = made_by
     for index, (kind, expected) in enumerate(zip(kinds, own, strict=True)):
-        if kind != expected:
+        if kind == BEFORE_HYBRID.get(expected):
+            cache.use_stock(index)
+        elif kind != expected and (kind, expected) != ("SpectrumLayer", "CrossAttentionLayer"):
             raise WireError(f"layer {index} is {str(kind)[:80]!r}, where the config has {expected!r}")
     metadata.done()
     return _Stream(cache, batch, length, number)
@@ -236,16 +260,21 @@ def _policy(values: dict[str, Any]) -> Policy:
         raise WireError(str(error)[:400]) from None
 
 
-def deserialize(buffer: Buffer, config: PreTrainedConfig, device: torch.device | str | None = None) -> SpectrumCache:
+def deserialize(
+    buffer: Buffer,
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    model: torch.nn.Module | None = None,
+) -> SpectrumCache:
     """The cache in a buffer; see `SpectrumCache.deserialize`."""
     data = as_tensor(buffer)
     if torch.device(device or data.device).type != "cpu":
         later = Later()
         with contextlib.suppress(WireError):  # which says neither what came first nor where
-            cache = _read(data, Assembler(config, device), later)
+            cache = _read(data, Assembler(config, device, model=model), later)
             later.settle()
             return cache
-    return _read(data, Assembler(config, device))
+    return _read(data, Assembler(config, device, model=model))
 
 
 def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) -> SpectrumCache:
@@ -296,11 +325,14 @@ class Beginnings:
 
 
 def load(
-    path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str | None = None
+    path: str | os.PathLike[str],
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    model: torch.nn.Module | None = None,
 ) -> SpectrumCache:
     """The cache in a file; see `SpectrumCache.load`."""
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise WireError(f"{os.fspath(path)!r} is empty")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing reaches the file
-    return deserialize(mapped, config, device)
+    return deserialize(mapped, config, device, model)
