@@ -181,7 +181,8 @@ class SpectrumCache(Cache):
         """
         if not config.is_encoder_decoder:
             raise ValueError(f"{type(config).__name__} is no encoder-decoder: use SpectrumCache(config, ...)")
-        decoder = copy.copy(config.get_text_config(decoder=True))
+        decoder = config.get_text_config(decoder=True)  # which may be a whole encoder-decoder's in turn (Florence-2)
+        decoder = copy.copy(decoder.get_text_config(decoder=True))
         decoder.is_encoder_decoder = False
         # Without the decoder's config, whose sliding windows don't apply: cross-attention sees the whole input.
         return EncoderDecoderCache(cls(decoder, **options), DynamicCache())

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -79,11 +79,12 @@ class Expected:
         name = type(config).__name__
         if not type(config).__module__.startswith("transformers.models."):
             return cls(name)
-        heads = _counts(config, r"(kv|key_value)_heads$") or _counts(config, r"(heads|n_head)$")
+        declared = {field.name for field in fields(config)} if is_dataclass(config) else set()
+        heads = _counts(config, r"(kv|key_value)_heads$", declared) or _counts(config, r"(heads|n_head)$", declared)
         if getattr(config, "multi_query", False):
             heads.add(1)
         if config.model_type == "falcon":  # in its new architecture keys are repeated before they are cached
-            heads |= _counts(config, r"attention_heads$")
+            heads |= _counts(config, r"attention_heads$", declared)
         widths = _counts(config, r"^(.*hidden_size|d_model|n_embd|embed_dim)$")
         parts = _counts(config, r"(attention_heads|num_heads|n_heads?)$") - {0}
         dims = _counts(config, r"(head_dim|dim_head|head_size|kv_channels|d_kv)$")
@@ -116,14 +117,10 @@ class Expected:
         )
 
 
-def _counts(config: PreTrainedConfig, pattern: str) -> set[int]:
-    """The integers in fields that the config's class declares and whose name matches."""
-    named = {name: vars(config).get(name) for name in _declared(type(config)) if re.search(pattern, name)}
-    return {value for value in named.values() if type(value) is int}
-
-
-def _declared(config_class: Any) -> Sequence[str]:
-    return [f.name for f in fields(config_class)] if is_dataclass(config_class) else ()
+def _counts(config: PreTrainedConfig, pattern: str, among: Container[str] | None = None) -> set[int]:
+    """The integers in a config whose name matches, and is `among` those of the fields that count."""
+    named = {name: value for name, value in vars(config).items() if re.search(pattern, name)}
+    return {value for name, value in named.items() if type(value) is int and (among is None or name in among)}
 
 
 def _listed(numbers: frozenset[int]) -> str:

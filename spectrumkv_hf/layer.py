@@ -411,8 +411,8 @@ class SpectrumLayer(CacheLayerMixin):
     def keys(self) -> torch.Tensor | None:
         """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update.
 
-        Raises:
-            RuntimeError: tokens were dropped, which a reader would take for keys of 0.
+        Where tokens were dropped, which a reader would take for keys of 0, a handle that has this shape and raises a
+        RuntimeError when it is read.
         """
         return self._visible()[0]
 
@@ -424,11 +424,13 @@ class SpectrumLayer(CacheLayerMixin):
     def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self._store is None:
             return None, None
-        if self._store.drops:
-            raise RuntimeError(
-                f"policy {self.policy.name!r} dropped tokens of layer {self.layer_idx}, for which keys and values have "
-                "no place; store.dense() gives 0 there, and tier_map() says where. Take a policy that drops none."
-            )
+        if self._store.drops:  # handles tell their shape, which Mllama asks for, and refuse to be read
+            sides = zip(("keys", "values"), self._store.tail, strict=True)
+            shapes = [
+                (side, (*like.shape[:2], self._store.length - start, like.shape[3]), like) for side, like in sides
+            ]
+            keys, values = (SpectrumHandle(self, side, shape, like.dtype) for side, shape, like in shapes)
+            return keys, values
         return self._store.dense(start)
 
     def tier_map(self) -> torch.Tensor:
