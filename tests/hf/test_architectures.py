@@ -114,6 +114,20 @@ def test_engines_read_layers_that_differ():
     assert (plain.kv_heads, plain.head_dim, len(set(plain.rotaries))) == (2, 16, 1)
 
 
+def test_the_list_of_what_is_not_tiered():
+    """`examples/list_architectures.py`, of which the README has the answer."""
+    from list_architectures import untiered
+
+    count, reasons = untiered()
+    found = {name: reason for reason, names in reasons.items() for name in names}
+    assert count > 150 and 15 < len(found) < 30
+    for name in ("deepseek_v3", "minicpm3", "youtu"):
+        assert found[name] == "MLA latents: not tiered"
+    assert found["mamba"] == "linear_attention: not tiered"
+    for name in ("llama", "jamba", "qwen3_next", "gemma3_text", "zamba", "zamba2", "falcon_h1", "bart", "gpt_oss"):
+        assert name not in found
+
+
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
