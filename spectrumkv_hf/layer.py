@@ -424,7 +424,8 @@ class SpectrumLayer(CacheLayerMixin):
     def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self._store is None:
             return None, None
-        if self._store.drops:  # handles tell their shape, which Mllama asks for, and refuse to be read
+        if self._store.drops and bool((self._store.tier_map(start) == 0).any()):
+            # Handles tell their shape, which Mllama asks for, and refuse to be read.
             sides = zip(("keys", "values"), self._store.tail, strict=True)
             shapes = [
                 (side, (*like.shape[:2], self._store.length - start, like.shape[3]), like) for side, like in sides

@@ -326,7 +326,8 @@ def test_encoder_decoder_equals_stock(model_type):
     tiered = SpectrumCache.for_encoder_decoder(m.config, policy="uniform_int8", recent_window=4)
     error = (logits(tiered) - expected).norm() / expected.norm()
     ours = [layer for layer in tiered.self_attention_cache.layers if isinstance(layer, SpectrumLayer)]
-    assert ours and all(layer.store.arenas for layer in ours) and error < 0.1
+    held = [layer for layer in ours if layer.get_seq_length() > 180]  # FSMT of 5.17 takes the last token only
+    assert ours and all(layer.store.arenas for layer in held) and error < 0.1
     assert state_of(m.config) == before
 
 
@@ -432,6 +433,10 @@ def test_keys_of_a_layer_that_dropped_tokens(family):
             assert handle.shape == (1, 2, layer.get_mask_sizes(0)[0], m.config.head_dim) and handle.numel() > 0
             with pytest.raises(RuntimeError, match="'drop_scored' dropped tokens"):
                 handle.clone()
+    kept = int((cache.layers[0].tier_map() == 0).any(1)[0].nonzero()[0])  # tokens before the first dropped one
+    if family == "llama" and kept:
+        cache.crop(kept - cache.get_seq_length())
+        assert cache.layers[0].keys.clone().shape[2] == kept
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------
