@@ -1,5 +1,6 @@
 """`SpectrumCache`, a `transformers.Cache` whose tokens lie in precision tiers."""
 
+import copy
 import functools
 import logging
 import os
@@ -11,10 +12,17 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from spectrumkv_hf import fit
 from spectrumkv_hf.attention import install
-from spectrumkv_hf.identity import model_identity
+from spectrumkv_hf.identity import FIELDS, layer_configs, model_identity, weights_fingerprint
 from spectrumkv_hf.layer import Indices, SharedRanking, SlidingSpectrumLayer, SpectrumLayer
 from spectrumkv_hf.memory import FP16_BYTES, MemoryReport, storage_bytes
+from spectrumkv_hf.mixed_layers import (
+    CrossAttentionLayer,
+    HybridSlidingSpectrumLayer,
+    HybridSpectrumLayer,
+    LinearStates,
+)
 from spectrumkv_hf.policy import Policy, get_policy
 from spectrumkv_hf.rope import rotary_of
 from spectrumkv_hf.store import TAIL_STEP
@@ -25,6 +33,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TIERED: dict[str, type[SpectrumLayer]] = {
+    "full_attention": SpectrumLayer,
+    "sliding_attention": SlidingSpectrumLayer,
+    "hybrid": HybridSpectrumLayer,
+    "hybrid_sliding": HybridSlidingSpectrumLayer,
+}
+"""The layer that tiers what a type of Transformers' layers holds."""
+
+_TAKES = {
+    "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding", "reference_sliding_attention"),
+    "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
+}
+"""Types of layers that take an option; Transformers 5.17 gives all options to all layers."""
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
 
 class SpectrumCache(Cache):
     """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
@@ -32,16 +59,23 @@ class SpectrumCache(Cache):
     Drop-in for the cache of `model.generate(...)`: prefill attends over exact keys and values, then tokens move
     into FP16, INT8 and INT4 tiers, and decoding reads those directly.
 
+    One cache a conversation: like every cache of Transformers it takes what it holds for the beginning of the next
+    prompt. Make a new one for another prompt, or call `reset()`.
+
     Args:
-        config: The model's config. Layers with full or sliding-window attention are tiered; others keep the class
-            that Transformers has for them (see `summary`).
+        config: The model's config, which is not changed. Layers with full or sliding-window attention are tiered, in
+            hybrid layers beside the exact states of a linear attention; others keep the class that Transformers has
+            for them (see `summary`).
         policy: Name of a policy (`spectrumkv_hf.POLICIES`) or a policy. `"fp16"` is lossless.
         budget: Mean nominal cost per token, as a fraction of FP16; None: the policy's default.
         codec: `"spectrum"`, or `"absmax"` for the paper's.
+        model: The model that will use the cache. Its config is compared with `config`, RoPE included, and files of the
+            cache tell its weights from others'.
         policy_options: Further fields of a policy given by name, such as `recent_window`, `scope`, `decay`.
 
     Raises:
-        ValueError: an unknown policy or codec, a value out of range, an encoder-decoder config.
+        ValueError: an unknown policy or codec, a value out of range, an encoder-decoder config, a config that is not
+            `model`'s.
         TypeError: `config` is no Transformers config, or an option that the policy does not have.
 
     Example:
@@ -58,6 +92,7 @@ class SpectrumCache(Cache):
         policy: str | Policy = "sink_protect",
         budget: float | None = None,
         codec: str = "spectrum",
+        model: torch.nn.Module | None = None,
         **policy_options: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -75,8 +110,25 @@ class SpectrumCache(Cache):
         self._broken = ""  # why the cache can't be used until it is reset
         text_config = config.get_text_config(decoder=True)
         self.identity = model_identity(text_config)
+        self.weights: str | None = None
+        """Fingerprint of the model's weights, where they are known."""
+        if model is not None:
+            self._take_weights(model)
+        self._unfit = fit.no_decoder(config, text_config)
+        if self._unfit:
+            _warn_once(f"{self._unfit}: a SpectrumCache made for it can't be used")
+        if tokens := fit.rope_switch(text_config):
+            _warn_once(
+                f"behind {tokens} tokens, where the factors of {text_config.model_type}'s RoPE change, generate() "
+                "drops the cache it was given and goes on with a DynamicCache, uncompressed"
+            )
         super().__init__(layers=self._build_layers(text_config))
         install()
+
+    def _take_weights(self, model: Any) -> None:
+        theirs = model_identity(model.config.get_text_config(decoder=True))
+        fit.check_identity(self.identity, theirs, FIELDS)
+        self.weights = weights_fingerprint(model)
 
     @classmethod
     def from_model(
@@ -123,22 +175,23 @@ class SpectrumCache(Cache):
 
                 policy, policy_options = choose_policy(model, tokenizer, probe, codec, budget, policy_options), {}
                 budget = None
-        return cls(model.config, policy, budget, codec, **policy_options)
+        return cls(model.config, policy, budget, codec, model=model, **policy_options)
 
     @classmethod
     def for_encoder_decoder(cls, config: PreTrainedConfig, **options: Any) -> EncoderDecoderCache:
-        """Self-attention in a `SpectrumCache`, cross-attention in a `DynamicCache`.
+        """Self-attention in a `SpectrumCache`, cross-attention exact and whole in a `DynamicCache`.
 
         Args:
-            config: Of an encoder-decoder model.
+            config: Of an encoder-decoder model; it is not changed.
             options: As of the class.
         """
         if not config.is_encoder_decoder:
             raise ValueError(f"{type(config).__name__} is no encoder-decoder: use SpectrumCache(config, ...)")
-        decoder = config.get_text_config(decoder=True)
-        if decoder.is_encoder_decoder:  # the flat configs (BART, T5) come back whole
-            decoder.is_encoder_decoder = False
-        return EncoderDecoderCache(cls(decoder, **options), DynamicCache(config=decoder))
+        decoder = config.get_text_config(decoder=True)  # which may be a whole encoder-decoder's in turn (Florence-2)
+        decoder = copy.copy(decoder.get_text_config(decoder=True))
+        decoder.is_encoder_decoder = False
+        # Without the decoder's config, whose sliding windows don't apply: cross-attention sees the whole input.
+        return EncoderDecoderCache(cls(decoder, **options), DynamicCache())
 
     def _build_layers(self, config: PreTrainedConfig) -> list[Any]:
         types, kwargs = get_layer_types_and_kwargs(config)
@@ -148,40 +201,56 @@ class SpectrumCache(Cache):
         shares = getattr(config, "num_kv_shared_layers", None) or "reuse" in (
             getattr(config, "kv_sharing_modes", None) or ()
         )
+        crossing = getattr(config, "cross_attention_layers", None) or ()
         ranking = SharedRanking() if self.policy.scope == "token" else None
-        rotary = functools.cache(functools.partial(rotary_of, config))
+        configs = layer_configs(config)
+        rotary = functools.cache(lambda layer, kind: rotary_of(configs[layer], kind))
+        first = {id(own): index for index, own in reversed(list(enumerate(configs)))}  # layers alike share a rotation
         layers: list[Any] = []
         self._stock: dict[int, functools.partial[Any]] = {}
+        self._hybrid: dict[int, functools.partial[Any]] = {}
+        self._unchecked: dict[int, fit.Expected] = {}
         for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
             if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
                 raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
-            window = options.get("sliding_window") if kind == "sliding_attention" else None
-            if note := self._stock_because(config, kind, window):
+            options = {name: value for name, value in options.items() if kind in _TAKES.get(name, (kind,))}
+            stock: functools.partial[Any] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+            own = configs[index]
+            note = self._stock_because(own, kind, options.get("sliding_window"))
+            if index in crossing:
+                stock, note = functools.partial(CrossAttentionLayer), "cross-attention: exact, not tiered"
+            if note:
                 self._notes[index] = note
-                self._stock[index] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
-                layers.append(self._stock[index]())
+                self._stock[index] = stock
+                layers.append(stock())
                 continue
-            ours: dict[str, Any] = {
-                "policy": self.policy,
-                "codec": self.codec,
-                "rotary": rotary(kind),
-                "layer_idx": index,
-                "defer": bool(shares),
-                "shared": ranking,
-            }
-            if window is not None:
-                layers.append(SlidingSpectrumLayer(window, **ours))
-            else:
-                layers.append(SpectrumLayer(**ours))
+            if kind in ("hybrid", "hybrid_sliding"):
+                self._hybrid[index] = stock
+            self._unchecked[index] = fit.Expected.of(own)
+            layers.append(
+                TIERED[kind](
+                    policy=self.policy,
+                    codec=self.codec,
+                    rotary=rotary(first[id(own)], kind),
+                    layer_idx=index,
+                    defer=bool(shares),
+                    shared=ranking,
+                    **options,
+                )
+            )
             if ranking is not None:
                 ranking.members += 1
         if self._notes and not self.policy.lossless:
-            logger.info("SpectrumCache leaves some layers uncompressed:\n%s", self.summary(layers))
+            what = f"of {type(config).__name__} uncompressed:\n{self.summary(layers)}"
+            if len(self._notes) < len(layers):
+                logger.info("SpectrumCache leaves some layers %s", what)
+            else:
+                _warn_once(f"SpectrumCache compresses nothing of this model: it leaves all layers {what}")
         return layers
 
     def _stock_because(self, config: PreTrainedConfig, kind: str, window: int | None) -> str | None:
         """Why a layer keeps its stock class, or None where it is tiered."""
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in TIERED:
             return f"{kind}: not tiered"
         if getattr(config, "kv_lora_rank", None):
             return "MLA latents: not tiered"
@@ -203,7 +272,14 @@ class SpectrumCache(Cache):
     def _tiering(self, index: int) -> str:
         floor = self.policy.floor(index)
         least = f", {floor.name} or better" if floor else ""
-        return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}"
+        beside = ", beside exact states" if index in self._hybrid else ""
+        return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}{beside}"
+
+    def use_stock(self, index: int) -> None:
+        """Give a hybrid layer Transformers' own class, as in caches that were written before it could be tiered."""
+        self._stock[index] = self._hybrid.pop(index)
+        self._notes[index] = "hybrid: not tiered where the cache was written"
+        self.layers[index] = self._stock[index]()
 
     @torch.compiler.disable  # of what is behind it nothing can be traced: C++, kernels, decisions on the host
     def update(
@@ -212,12 +288,16 @@ class SpectrumCache(Cache):
         """Add keys and values, `[batch, kv_heads, tokens, dim]`, of a layer; see `SpectrumLayer.update`.
 
         Raises:
+            ValueError: the cache was made for another model: one with fewer layers, with other heads, or without a
+                decoder. The cache is as it was.
             RuntimeError: an earlier forward or operation ended before it had reached all layers.
         """
         self.check_whole()
+        self._check_model(layer_idx, key_states)
         layer = self.layers[layer_idx]
         if isinstance(layer, SpectrumLayer):
-            before = next((b for b in reversed(self.layers[:layer_idx]) if isinstance(b, SpectrumLayer)), None)
+            earlier = (b for b in reversed(self.layers[:layer_idx]) if isinstance(b, SpectrumLayer))
+            before = next((b for b in earlier if b.is_initialized), None)
             if before is not None and before.get_seq_length() != layer.get_seq_length() + key_states.shape[-2]:
                 raise RuntimeError(
                     f"layer {before.layer_idx} holds {before.get_seq_length()} tokens, layer {layer_idx} would hold "
@@ -225,6 +305,21 @@ class SpectrumCache(Cache):
                     "give the whole prompt again"
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_model(self, layer_idx: int, key_states: torch.Tensor) -> None:
+        """Refuse keys of a model that the cache was not made for; each layer's first ones are compared with it."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache was made for another model: its config has {len(self.layers)} layers, got keys and values "
+                f"of layer {layer_idx}. Make it from model.config"
+            )
+        if self._unfit:
+            raise ValueError(f"the cache was made for another model: {self._unfit}. Make it from model.config")
+        if layer_idx in self._unchecked:
+            layer = self.layers[layer_idx]
+            rotated = 2 * len(layer.rotary.inv_freq) if isinstance(layer, SpectrumLayer) else 0
+            self._unchecked[layer_idx].check(layer_idx, rotated, key_states)
+            del self._unchecked[layer_idx]
 
     def check_whole(self) -> None:
         """Refuse to go on with a cache in which an operation ended halfway.
@@ -239,15 +334,14 @@ class SpectrumCache(Cache):
         """Change every layer. An error that comes after the first of them leaves a cache that refuses use."""
         self.check_whole()
         # Layers that may refuse a change come first: where they do, nothing has happened yet.
-        order = sorted(self.layers, key=lambda layer: isinstance(layer, SpectrumLayer) and not layer.is_sliding)
+        order = sorted(self.layers, key=lambda layer: _is_atomic(layer) and not layer.is_sliding)
         self._broken = f"{what} ended before it had reached all layers"
         for done, layer in enumerate(order):
             try:
                 change(layer)
             except Exception as problem:
-                # A tiered layer changes as a whole or not at all; others may be left between keys and values.
                 memory = isinstance(problem, torch.OutOfMemoryError | MemoryError)
-                if not done and (isinstance(layer, SpectrumLayer) or not memory):
+                if not done and (_is_atomic(layer) or not memory):  # it refused
                     self._broken = ""
                 raise
         self._broken = ""
@@ -329,7 +423,11 @@ class SpectrumCache(Cache):
 
     @classmethod
     def deserialize(
-        cls, buffer: Any, config: PreTrainedConfig, device: torch.device | str | None = None
+        cls,
+        buffer: Any,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        model: torch.nn.Module | None = None,
     ) -> "SpectrumCache":
         """The cache that `serialize` wrote.
 
@@ -340,6 +438,8 @@ class SpectrumCache(Cache):
             buffer: bytes, bytearray, memoryview, mmap, or a contiguous uint8 tensor `[bytes]`.
             config: Of the model that will use the cache.
             device: Where the cache will lie; None: where the buffer does.
+            model: That model, if its weights are to be compared with those that made the cache. Caches from
+                `from_model`, or made with `model`, say which these were; others are not compared.
 
         Raises:
             WireError: the bytes are damaged, of another version, or of another model.
@@ -347,7 +447,7 @@ class SpectrumCache(Cache):
         """
         from spectrumkv_hf import wire
 
-        return wire.deserialize(buffer, config, device)
+        return wire.deserialize(buffer, config, device, model)
 
     def apply_patch(self, frame: Any) -> None:
         """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
@@ -384,12 +484,13 @@ class SpectrumCache(Cache):
         config: PreTrainedConfig,
         device: torch.device | str | None = None,
         mmap: bool = True,
+        model: torch.nn.Module | None = None,
     ) -> "SpectrumCache":
         """The cache that `save` wrote.
 
         Args:
             path: Of the file.
-            config, device: As of `deserialize`.
+            config, device, model: As of `deserialize`.
             mmap: On the CPU the cache's tensors are the mapped file, of which only what is used is read. `save` may
                 replace it meanwhile, but who writes into it changes the cache, and who shortens it ends this process
                 with SIGBUS. False: the file is read into memory, for files that others can write into.
@@ -400,7 +501,7 @@ class SpectrumCache(Cache):
         """
         from spectrumkv_hf import wire
 
-        return wire.load(path, config, device, mmap)
+        return wire.load(path, config, device, mmap, model)
 
     def _tiered(self) -> Iterator[SpectrumLayer]:
         return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)
@@ -421,7 +522,7 @@ class SpectrumCache(Cache):
             elements += visible * per_token
             cost += store.tail_length * per_token
             cost += sum(float(arena.tier.cost) * len(arena) * per_token for arena in store.arenas.values())
-        stock = [t for layer in self.layers if not isinstance(layer, SpectrumLayer) for t in _tensors_of(layer)]
+        stock = [t for layer in self.layers for t in _exact_tensors_of(layer)]
         uncompressed = storage_bytes(stock)
         if uncompressed:
             parts["uncompressed"] = uncompressed
@@ -436,6 +537,19 @@ class SpectrumCache(Cache):
     def tier_map(self) -> dict[int, torch.Tensor]:
         """Bits of every token by tiered layer, int64 `[batch, kv_heads, length]`; 0 where it was dropped or left."""
         return {layer.layer_idx: layer.tier_map() for layer in self._tiered()}
+
+
+def _is_atomic(layer: Any) -> bool:
+    """Whether a layer changes as a whole or not at all; others may be left between keys and values, or states."""
+    return isinstance(layer, SpectrumLayer) and not isinstance(layer, LinearStates)
+
+
+def _exact_tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """Tensors in Transformers' own keeping: of a stock layer all, of a hybrid one the linear attention's states."""
+    if isinstance(layer, SpectrumLayer):
+        yield from layer.states() if isinstance(layer, LinearStates) else ()
+    else:
+        yield from _tensors_of(layer)
 
 
 def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:

@@ -55,13 +55,14 @@ class SpectrumHandle(torch.Tensor):
         Raises:
             RuntimeError: the layer has changed since, or dropped tokens that plain attention would see.
         """
-        keys, values = self.layer.dense_for(self.generation)
+        self.layer.check(self.generation)
         if self.layer.store.drops:
             raise RuntimeError(
                 f"policy {self.layer.policy.name!r} dropped tokens, and this model's attention computes on keys and "
                 "values in a way that can't leave them out. Use attn_implementation='sdpa', 'eager' or 'spectrumkv', "
                 "or a policy that drops none."
             )
+        keys, values = self.layer.dense_for(self.generation)
         tensor = keys if self.side == "keys" else values
         if self.stage == "heads" and self.repeats == 1:
             return tensor

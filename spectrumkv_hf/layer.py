@@ -496,7 +496,11 @@ class SpectrumLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update."""
+        """Dequantised keys, `[batch, kv_heads, length, head_dim]`; None before the first update.
+
+        Where tokens were dropped, which a reader would take for keys of 0, a handle that has this shape and raises a
+        RuntimeError when it is read.
+        """
         return self._visible()[0]
 
     @keys.setter
@@ -505,7 +509,7 @@ class SpectrumLayer(CacheLayerMixin):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update."""
+        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update. As of `keys`."""
         return self._visible()[1]
 
     @values.setter
@@ -526,10 +530,18 @@ class SpectrumLayer(CacheLayerMixin):
         self.store.replace_tail(**side)
         self.generation += 1
 
-    def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self._store is None:
             return None, None
-        return self._store.sides if self.policy.lossless else self._store.dense()
+        if self._store.drops and bool((self._store.tier_map(start) == 0).any()):
+            # Handles tell their shape, which Mllama asks for, and refuse to be read.
+            sides = zip(("keys", "values"), self._store.tail, strict=True)
+            shapes = [
+                (side, (*like.shape[:2], self._store.length - start, like.shape[3]), like) for side, like in sides
+            ]
+            keys, values = (SpectrumHandle(self, side, shape, like.dtype) for side, shape, like in shapes)
+            return keys, values
+        return self._store.sides if self.policy.lossless else self._store.dense(start)
 
     def tier_map(self) -> torch.Tensor:
         """Bits of every token, int64 `[batch, kv_heads, length]`; 0 for one that was dropped or left the window."""
@@ -611,8 +623,8 @@ class SlidingSpectrumLayer(SpectrumLayer):
         """The sliding window."""
         return self.sliding_window
 
-    def _visible(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return (None, None) if self._store is None else self._store.dense(self._first_needed())
+    def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return super()._visible(max(start, self._first_needed()))
 
     def _first_needed(self) -> int:
         """Position of the oldest token that the next query will see."""

@@ -1,5 +1,6 @@
 """The rotary matrices of a Transformers model, from its config."""
 
+import copy
 import importlib
 
 import torch
@@ -11,6 +12,9 @@ from spectrumkv_kernels import Rotary
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types of RoPE whose frequencies change with the length of the sequence."""
 
+HYBRID = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+"""Attention types of hybrid layers, under which their RoPE may go."""
+
 
 def rotary_of(config: PreTrainedConfig, layer_type: str | None = None) -> Rotary:
     """The rotation that a model's attention applies to keys.
@@ -20,12 +24,16 @@ def rotary_of(config: PreTrainedConfig, layer_type: str | None = None) -> Rotary
     frequencies that depend on the length, or of an unknown kind.
 
     Args:
-        config: Text config of the model.
+        config: Text config of the model, or of the layer where layers differ (`identity.layer_configs`). Not changed.
         layer_type: Attention type of the layer, where the model has a RoPE for each (Gemma-3).
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         return Rotary()
+    if getattr(config, "use_mem_rope", None) is False:  # Zamba-2 has parameters and doesn't use them
+        return Rotary()
+    if layer_type is not None and layer_type not in parameters:
+        layer_type = HYBRID.get(layer_type, layer_type)
     per_type = layer_type is not None and isinstance(parameters.get(layer_type), dict)
     if per_type:
         parameters = parameters[layer_type]
@@ -40,7 +48,9 @@ def rotary_of(config: PreTrainedConfig, layer_type: str | None = None) -> Rotary
         inv_freq = parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float) / size)
     elif kind in ROPE_INIT_FUNCTIONS:
         options = {"layer_type": layer_type} if per_type else {}
-        inv_freq, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **options)
+        own = copy.copy(config)  # in which the function brings the parameters into shape
+        own.rope_parameters = copy.deepcopy(config.rope_parameters)
+        inv_freq, _ = ROPE_INIT_FUNCTIONS[kind](own, torch.device("cpu"), **options)
     else:
         return Rotary()
     return Rotary(tuple(inv_freq.tolist()), _interleaved(config))

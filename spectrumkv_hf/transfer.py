@@ -199,6 +199,7 @@ class CacheReceiver:
         first_timeout: Seconds to wait for the first frame, which may come after a whole prefill; None: `timeout`.
         device: Where the cache will lie; None: the CPU.
         max_frame_bytes: The longest frame to make room for.
+        model: As of `SpectrumCache.deserialize`.
     """
 
     def __init__(
@@ -210,13 +211,14 @@ class CacheReceiver:
         first_timeout: float | None = None,
         device: torch.device | str | None = None,
         max_frame_bytes: int = MAX_FRAME_BYTES,
+        model: torch.nn.Module | None = None,
     ) -> None:
         self._transport = receiving_from(src, group)
         self._timeout = check_timeout("timeout", timeout)
         self._first_timeout = check_timeout("first_timeout", timeout if first_timeout is None else first_timeout)
         self._device = torch.device(device or "cpu")
         self._limit = max_frame_bytes
-        self._assembler = wire.Assembler(config, self._device)
+        self._assembler = wire.Assembler(config, self._device, model=model)
         self.report = TransferReport()
 
     def receive(self) -> SpectrumCache:

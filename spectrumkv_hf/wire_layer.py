@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
-from spectrumkv_hf.layer import DTYPES, SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.layer import DTYPES, SpectrumLayer
+from spectrumkv_hf.mixed_layers import CrossAttentionLayer
 from spectrumkv_hf.policy import DROPPED, TIERS, Tier
 from spectrumkv_hf.store import Arena, TieredStore
 from spectrumkv_hf.wire_frame import WireError, shown
 from spectrumkv_hf.wire_payload import Checks, Fields, Parts, Tensors, check_expansion
-from spectrumkv_hf.wire_stock import STOCK, decode_stock, encode_stock
+from spectrumkv_hf.wire_stock import STOCK, decode_linear, decode_stock, encode_linear, encode_stock, is_linear
 from spectrumkv_kernels import Quantized, operation
 from spectrumkv_kernels.tier_map import pack_map
 
@@ -29,7 +30,7 @@ def kind_of(layer: Any) -> str:
         return name
     raise WireError(
         f"layers of class {name} can't be serialised; those that can: SpectrumLayer, SlidingSpectrumLayer, "
-        f"{', '.join(sorted(STOCK))}"
+        f"HybridSpectrumLayer, HybridSlidingSpectrumLayer, {', '.join(sorted(STOCK))}"
     )
 
 
@@ -42,6 +43,9 @@ def encode_layer(layer: Any, index: int) -> Parts:
     kind = kind_of(layer)
     try:
         metadata, tensors = _encode_tiered(layer) if isinstance(layer, SpectrumLayer) else encode_stock(layer)
+        if isinstance(layer, SpectrumLayer) and is_linear(layer):
+            states, more = encode_linear(layer)
+            metadata, tensors = {**metadata, **states}, {**tensors, **more}
     except WireError as error:
         raise WireError(f"layer {index}: {error}") from None
     return {"layer": index, "class": kind, **metadata}, tensors
@@ -70,13 +74,29 @@ def decode_layer(
         WireError: the metadata or tensors are unsound.
     """
     fields.equal("layer", index)
-    fields.equal("class", kind_of(layer))
     held = Tensors(tensors, later)
-    (_decode_tiered if isinstance(layer, SpectrumLayer) else decode_stock)(layer, fields, held, batch, length)
+    kind = fields.take("class", str)
+    if kind == "SpectrumLayer" and isinstance(layer, CrossAttentionLayer):
+        _decode_empty(fields)
+    elif kind != kind_of(layer):
+        raise WireError(f"field 'class' is {shown(kind)}, expected {kind_of(layer)!r}")
+    elif isinstance(layer, SpectrumLayer):
+        _decode_tiered(layer, fields, held, batch, length)
+        if is_linear(layer):
+            decode_linear(layer, fields, held, batch)
+    else:
+        decode_stock(layer, fields, held, batch, length)
     fields.done()
     held.done()
     if later is None:
         held.checks.settle()
+
+
+def _decode_empty(fields: Fields) -> None:
+    """A layer for cross-attention without tokens, as caches had it that took such layers for tiered ones."""
+    fields.equal("initialized", False)
+    fields.equal("window", None)
+    fields.equal("record_past", False)
 
 
 def _encode_tiered(layer: SpectrumLayer) -> Parts:
@@ -141,7 +161,7 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     if window != layer.window:
         raise WireError(f"a window of {window}, where the config has {layer.window}")
     record_past = fields.take("record_past", bool)
-    if record_past and not isinstance(layer, SlidingSpectrumLayer):
+    if record_past and not hasattr(layer, "record_past"):
         raise WireError("a layer without a window records no past")
     if not fields.take("initialized", bool):
         return
@@ -195,7 +215,7 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     if counts is not None:
         _check_counts(store, held.checks, counts, [arena.positions.shape[-1] for arena in arenas])
     layer.adopt(store)
-    if isinstance(layer, SlidingSpectrumLayer):
+    if hasattr(layer, "record_past"):
         layer.record_past = record_past
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass, fields
 from mmap import ACCESS_COPY
 from mmap import mmap as Mapping
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from spectrumkv_hf.cache import SpectrumCache
-from spectrumkv_hf.identity import model_identity
+from spectrumkv_hf.identity import model_identity, weights_fingerprint
 from spectrumkv_hf.policy import POLICIES, Policy
 from spectrumkv_hf.whole_file import open_regular
 from spectrumkv_hf.wire_frame import (
@@ -29,6 +30,12 @@ from spectrumkv_hf.wire_frame import (
 from spectrumkv_hf.wire_layer import decode_layer, kind_of
 from spectrumkv_hf.wire_payload import BEGINNING, MAX_LENGTH, Fields, Later, check_length, read_payload
 from spectrumkv_kernels import CODECS
+
+BEFORE_HYBRID = {
+    "HybridSpectrumLayer": "LinearAttentionAndFullAttentionLayer",
+    "HybridSlidingSpectrumLayer": "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""What hybrid layers were in caches written before they were tiered."""
 
 MAX_BATCH = 1 << 20
 MOST = 255
@@ -54,6 +61,7 @@ class Assembler:
         config: Of the model that will use the cache.
         device: Where the cache will lie; None: where the frames are.
         limit: The longest frame to accept, in bytes; None: any.
+        model: As of `SpectrumCache.deserialize`.
 
     Example:
         ```python
@@ -64,8 +72,13 @@ class Assembler:
     """
 
     def __init__(
-        self, config: PreTrainedConfig, device: torch.device | str | None = None, limit: int | None = None
+        self,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        limit: int | None = None,
+        model: torch.nn.Module | None = None,
     ) -> None:
+        self._weights = None if model is None else weights_fingerprint(model)
         self._config, self._device, self._limit = config, device, limit
         self._stream: _Stream | None = None
         self._digests: list[int] = []
@@ -119,7 +132,7 @@ class Assembler:
             if header.kind == Kind.HEADER:
                 if tensors:
                     raise WireError("tensors in a frame that has none")
-                self._stream = _begin(metadata, self._config, header.stream)
+                self._stream = _begin(metadata, self._config, self._weights, header.stream)
             elif header.kind == Kind.LAYER and self._stream:
                 index, of = header.layer, self._stream
                 checks = None if later is None else later.checks
@@ -185,12 +198,20 @@ class _Located:
             raise WireError(f"{where}, at byte {offset} of the stream: {error}") from None
 
 
-def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
+def _begin(metadata: Fields, config: PreTrainedConfig, weights: str | None, number: int) -> _Stream:
     """An empty cache as the header frame describes it."""
     theirs = metadata.take("model", dict)
     ours = model_identity(config.get_text_config(decoder=True))
     if theirs != ours:
         raise WireError(f"a cache of another model: {_difference(theirs, ours)}")
+    made_by = metadata.take("weights", str) if "weights" in metadata else None
+    if made_by is not None and not re.fullmatch("[0-9a-f]{32}", made_by):
+        raise WireError(f"weights are named by 32 hex digits, got {shown(made_by)}")
+    if None not in (made_by, weights) and made_by != weights:
+        raise WireError(
+            f"a cache of other weights: made by {made_by}, the model's are {weights}. Another checkpoint, adapter, "
+            "dtype or quantisation has other weights; without model= they are not compared"
+        )
     codec = metadata.take("codec", str)
     if codec not in CODECS:
         raise WireError(f"unknown codec {shown(codec)}")
@@ -203,8 +224,11 @@ def _begin(metadata: Fields, config: PreTrainedConfig, number: int) -> _Stream:
     kinds, own = metadata.take("layers", list), [kind_of(layer) for layer in cache.layers]
     if len(kinds) != len(own):
         raise WireError(f"{len(kinds)} layers, where the config has {len(own)}")
+    cache.weights = made_by
     for index, (kind, expected) in enumerate(zip(kinds, own, strict=True)):
-        if kind != expected:
+        if kind == BEFORE_HYBRID.get(expected):
+            cache.use_stock(index)
+        elif kind != expected and (kind, expected) != ("SpectrumLayer", "CrossAttentionLayer"):
             raise WireError(f"layer {index} is {shown(kind)}, where the config has {expected!r}")
     metadata.done()
     return _Stream(cache, batch, length, number)
@@ -252,16 +276,21 @@ def _policy(values: dict[str, Any]) -> Policy:
         raise WireError(str(error)[:400]) from None  # of numbers, and of text that its `repr` shows
 
 
-def deserialize(buffer: Buffer, config: PreTrainedConfig, device: torch.device | str | None = None) -> SpectrumCache:
+def deserialize(
+    buffer: Buffer,
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    model: torch.nn.Module | None = None,
+) -> SpectrumCache:
     """The cache in a buffer; see `SpectrumCache.deserialize`."""
     data = as_tensor(buffer)
     if torch.device(device or data.device).type != "cpu":
         later = Later()
         with contextlib.suppress(WireError):  # which says neither what came first nor where
-            cache = _read(data, Assembler(config, device), later)
+            cache = _read(data, Assembler(config, device, model=model), later)
             later.settle()
             return cache
-    return _read(data, Assembler(config, device))
+    return _read(data, Assembler(config, device, model=model))
 
 
 def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) -> SpectrumCache:
@@ -317,6 +346,7 @@ def load(
     config: PreTrainedConfig,
     device: torch.device | str | None = None,
     mmap: bool = True,
+    model: torch.nn.Module | None = None,
 ) -> SpectrumCache:
     """The cache in a file; see `SpectrumCache.load`."""
     with open_regular(path) as file:
@@ -329,4 +359,4 @@ def load(
         else:
             data = torch.empty(size, dtype=torch.uint8)
             data = data[: file.readinto(data.numpy().data)]
-    return deserialize(data, config, device)
+    return deserialize(data, config, device, model)

@@ -10,6 +10,7 @@ from spectrumkv_hf.wire_frame import WireError, shown
 from spectrumkv_hf.wire_payload import MAX_LENGTH, Fields, Parts, Tensors
 
 ATTENTION = {
+    "CrossAttentionLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "LinearAttentionAndFullAttentionLayer",
@@ -41,20 +42,35 @@ def encode_stock(layer: Any) -> Parts:
     if hasattr(layer, "record_past"):
         metadata["record_past"] = bool(layer.record_past)
     if name in LINEAR:
-        metadata["states"] = layer.number_of_states
-        metadata["conv_kernel_size"] = [layer.conv_kernel_size[i] for i in range(layer.number_of_states)]
-        for flag in FLAGS:
-            metadata[flag] = [bool(getattr(layer, flag)[i]) for i in range(layer.number_of_states)]
-        for side in STATES:
-            states = getattr(layer, side)
-            tensors |= {f"{side}.{i}": t for i, t in states.items() if t is not None}
+        states, more = encode_linear(layer)
+        metadata, tensors = metadata | states, tensors | more
+    return metadata, tensors
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer has a linear attention's states."""
+    return hasattr(layer, "recurrent_states")
+
+
+def encode_linear(layer: Any) -> Parts:
+    """The states of a linear attention."""
+    count = layer.number_of_states
+    metadata: dict[str, Any] = {"states": count, "conv_kernel_size": [layer.conv_kernel_size[i] for i in range(count)]}
+    tensors: dict[str, torch.Tensor] = {}
+    for flag in FLAGS:
+        metadata[flag] = [bool(getattr(layer, flag)[i]) for i in range(count)]
+    for side in STATES:
+        tensors |= {f"{side}.{i}": t for i, t in getattr(layer, side).items() if t is not None}
     return metadata, tensors
 
 
 def decode_stock(layer: Any, fields: Fields, held: Tensors, batch: int, length: int) -> None:
     name = type(layer).__name__
     if name in ATTENTION and fields.take("initialized", bool):
-        fields.equal("length", length)
+        if name == "CrossAttentionLayer":
+            length = fields.integer("length", 0, MAX_LENGTH)  # of another sequence than the text
+        else:
+            fields.equal("length", length)
         keys = held.take("keys", (batch, None, None, None), *DTYPES)
         values = held.take("values", (batch, None, keys.shape[2], None), *DTYPES)
         window = getattr(layer, "sliding_window", None)
@@ -70,10 +86,11 @@ def decode_stock(layer: Any, fields: Fields, held: Tensors, batch: int, length: 
     if hasattr(layer, "record_past"):
         layer.record_past = fields.take("record_past", bool)
     if name in LINEAR:
-        _decode_linear(layer, fields, held, batch)
+        decode_linear(layer, fields, held, batch)
 
 
-def _decode_linear(layer: Any, fields: Fields, held: Tensors, batch: int) -> None:
+def decode_linear(layer: Any, fields: Fields, held: Tensors, batch: int) -> None:
+    """Fill the states of a linear attention from what `encode_linear` made."""
     count = layer.number_of_states
     fields.equal("states", count)
 

@@ -12,6 +12,7 @@ import torch
 
 from spectrumkv_hf.cache import SpectrumCache
 from spectrumkv_hf.layer import SpectrumLayer
+from spectrumkv_hf.mixed_layers import CrossAttentionLayer
 from spectrumkv_hf.policy import POLICIES
 from spectrumkv_hf.whole_file import whole_file
 from spectrumkv_hf.wire_frame import (
@@ -217,6 +218,7 @@ class FrameWriter:
                 "length": length,
                 "model": self.cache.identity,
                 "layers": [kind_of(layer) for layer in self.cache.layers],
+                **({"weights": self.cache.weights} if self.cache.weights else {}),
             }
         )
 
@@ -281,6 +283,8 @@ def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
 
 
 def _length_of(layer: Any) -> int | None:
-    """Tokens that a layer has seen; None for a layer that does not count them."""
+    """Tokens that a layer has seen; None for a layer that does not count them, or others than the text's."""
+    if isinstance(layer, CrossAttentionLayer):
+        return None
     filled = getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length")
     return int(layer.get_seq_length()) if filled else None

@@ -164,7 +164,8 @@ def chunk_codec(
         kv_heads = max(shape.kv_heads // tensor_parallel, 1)
     head_dim = shape.head_dim if head_dim is None else head_dim
     if kv_heads is None or head_dim is None:
-        raise ValueError("give model, or kv_heads and head_dim: nothing in a chunk says what its channels are")
+        differ = "layers of this model differ in them" if shape.identity else "nothing in a chunk says what they are"
+        raise ValueError(f"give {'' if shape.identity else 'model, or '}kv_heads and head_dim: {differ}")
     where = ChunkLayout(kv_heads, head_dim, layout, block_size)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, got {head_dim}")

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from spectrumkv_hf.engines.blocks import BlockCodec
-from spectrumkv_hf.identity import model_identity
+from spectrumkv_hf.identity import layer_configs, model_identity
 from spectrumkv_hf.importance import READS_QUERIES
 from spectrumkv_hf.policy import POLICIES, get_policy
 from spectrumkv_hf.rope import rotary_of
@@ -20,8 +20,8 @@ class ModelShape:
     """What of a model's config an engine's blocks need; all empty for a model that is not known.
 
     Attributes:
-        kv_heads: Of the whole model.
-        head_dim: Channels of keys and values.
+        kv_heads: Of the whole model; None where layers differ.
+        head_dim: Channels of keys and values; None where layers differ.
         rotaries: The rotation of each layer with keys and values.
         identity: As of `model_identity`.
     """
@@ -42,16 +42,24 @@ def model_shape(model: str | PreTrainedConfig | None) -> ModelShape:
         return ModelShape()
     config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
     config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    rotaries = tuple(rotary_of(config, kind) for kind in kinds if kind is None or kind in ATTENTION_TYPES)
+    layers = layer_configs(config)
+    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    pairs = zip(layers, kinds, strict=True)
+    held = [(layer, kind) for layer, kind in pairs if kind is None or kind in ATTENTION_TYPES]
+    attention = [layer for layer, _ in held] or layers[:1]
+    heads = {getattr(c, "num_key_value_heads", None) or getattr(c, "num_attention_heads", None) for c in attention}
+    dims = {_head_dim(c) for c in attention}
     return ModelShape(
-        getattr(config, "num_key_value_heads", None) or heads,
-        head_dim,
-        rotaries or (Rotary(),),
+        heads.pop() if len(heads) == 1 else None,
+        dims.pop() if len(dims) == 1 else None,
+        tuple(rotary_of(layer, kind) for layer, kind in held) or (Rotary(),),
         model_identity(config),
     )
+
+
+def _head_dim(config: PreTrainedConfig) -> int | None:
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
 def block_codec(

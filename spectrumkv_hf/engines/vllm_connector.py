@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from spectrumkv_hf.engines.adapters import Adapters
 from spectrumkv_hf.engines.layouts import PER_TOKEN, VLLM_CPU
 from spectrumkv_hf.engines.prompt_store import PromptStore
 from spectrumkv_hf.engines.settings import block_codec, model_shape
@@ -80,6 +81,7 @@ class SpectrumConnector(KVConnectorBase_V1):
         self._block = vllm_config.cache_config.block_size
         # The scheduler's. It looks for names alone, in which the layout of blocks has no part.
         self._names = PromptStore(self._path, self._codec, self._layout or PER_TOKEN)
+        self._adapters = Adapters()
         self._prompts: dict[str, tuple[str, int]] = {}  # name, and tokens in whole blocks
         self._blocks: dict[str, list[int]] = {}
         self._loads: dict[str, int] = {}  # blocks to skip
@@ -105,7 +107,14 @@ class SpectrumConnector(KVConnectorBase_V1):
         whole = (len(tokens) - 1) // self._block * self._block  # one token at least is left to compute
         if whole <= 0:
             return 0, False
-        context = [request.cache_salt or "", getattr(request.lora_request, "lora_name", "")]
+        adapter = self._adapters.identity(request.lora_request)
+        if adapter is None:
+            logger.warning_once(
+                f"Prompts of adapter {request.lora_request.lora_name!r} are not shared: which weights are loaded can't "
+                f"be told from {request.lora_request.lora_path!r}"
+            )
+            return 0, False
+        context = [request.cache_salt or "", adapter]
         name = self._names.name(tokens[:whole], *context, *(f.identifier for f in request.mm_features))
         self._prompts[request.request_id] = name, whole
         if whole > num_computed_tokens and self._kv_transfer_config.is_kv_consumer and name in self._names:

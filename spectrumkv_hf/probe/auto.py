@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from spectrumkv_hf.identity import fingerprint
 from spectrumkv_hf.policy import Policy, SinkProtect
 from spectrumkv_hf.probe import storage
 from spectrumkv_hf.probe.calibration import CalibrationProbe, ProbeError
@@ -52,7 +53,7 @@ def key_of(model: PreTrainedModel, probe: Probe, ids: torch.Tensor) -> dict[str,
         "codec_version": CODECS[probe.codec].version,
         "ids": storage.digest(ids),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "model": storage.fingerprint(model),
+        "model": fingerprint(model),
     }
 
 

@@ -8,12 +8,10 @@ wins, and all have measured the same.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from spectrumkv_kernels import cache_folder
 
@@ -22,46 +20,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 KIND = "probe"
 """Of files, for `cache_folder`."""
-MOST_SAMPLES = 1 << 16
-"""Samples of a tensor's rows, and of its columns, at most."""
-INCIDENTAL = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "architectures")
-"""Fields of a config that say where a model comes from, not what it computes."""
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """What identifies a model: its config, and of its weights one element of every row and of every column.
-
-    So all of a vector is in it, whatever scales or shifts a row or a column shows, and a finetune, which moves all
-    weights; a change of single elements need not. Weights that are not in memory count by name and shape only.
-    """
-    seen = hashlib.blake2b(digest_size=16)
-    config = model.config.get_text_config(decoder=True).to_dict()
-    config = {key: value for key, value in config.items() if key not in INCIDENTAL}
-    seen.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            for tensor in _parts(value):
-                seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                if tensor.device.type != "meta" and tensor.numel():
-                    seen.update(_samples(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()
-
-
-def _parts(value: Any) -> Iterator[torch.Tensor]:
-    """A tensor, or those that a quantised one is made of."""
-    if hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _parts(getattr(value, name))
-    elif isinstance(value, torch.Tensor):
-        yield value
-
-
-def _samples(tensor: torch.Tensor) -> torch.Tensor:
-    """One element of every row and of every column, fewer where there are many, `[samples]`."""
-    matrix = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
-    rows, columns = matrix.shape
-    row, column = (torch.arange(0, size, -(-size // MOST_SAMPLES), device=tensor.device) for size in (rows, columns))
-    return torch.cat((matrix[row, row * 7919 % columns], matrix[column * 7919 % rows, column]))
 
 
 def digest(ids: torch.Tensor) -> str:

@@ -77,9 +77,9 @@ def cache(seed):
     return torch.randn(12, 2, BLOCK, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def request(name="r", tokens=20, salt=None):
+def request(name="r", tokens=20, salt=None, lora=None):
     return SimpleNamespace(
-        request_id=name, prompt_token_ids=list(range(tokens)), cache_salt=salt, lora_request=None, mm_features=[]
+        request_id=name, prompt_token_ids=list(range(tokens)), cache_salt=salt, lora_request=lora, mm_features=[]
     )
 
 
@@ -129,6 +129,27 @@ def caches(ours):
 
 
 class TestScheduler:
+    def test_an_adapter_is_its_weights(self, tmp_path):
+        """Not its name, nor its number: retrained under both, it misses; moved, it hits."""
+
+        def lora(number, folder, weights):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "adapter_model.safetensors").write_bytes(weights)
+            return SimpleNamespace(lora_name="a", lora_int_id=number, lora_path=str(tmp_path / folder))
+
+        ours, first = connector(tmp_path / "store"), lora(1, "one", b"old")
+        ours.get_num_new_matched_tokens(request(lora=first), 0)
+        work(ours, ours.build_connector_meta(step(new=[("r", [3, 4, 5], 0, 20)])))
+        assert ours.get_num_new_matched_tokens(request(lora=first), 0) == (16, False)
+        assert ours.get_num_new_matched_tokens(request(), 0) == (0, False)
+        assert ours.get_num_new_matched_tokens(request(lora=lora(2, "two", b"new")), 0) == (0, False)
+        again = connector(tmp_path / "store")
+        assert again.get_num_new_matched_tokens(request(lora=lora(1, "moved", b"old")), 0) == (16, False)
+        retrained = lora(1, "one", b"new")
+        assert connector(tmp_path / "store").get_num_new_matched_tokens(request(lora=retrained), 0) == (0, False)
+        assert ours.get_num_new_matched_tokens(request("s", lora=retrained), 0) == (0, False)
+        assert not ours.build_connector_meta(step(new=[("s", [3, 4, 5], 0, 20)])).saves
+
     def test_stores_whole_blocks(self, tmp_path):
         """19 of 20 tokens can be left out of a prefill: two blocks of 8."""
         ours = connector(tmp_path)

@@ -11,6 +11,7 @@ import torch
 from families import model
 from outliers import healthy, with_outliers
 
+from spectrumkv_hf.identity import fingerprint
 from spectrumkv_hf.probe import CalibrationProbe, CalibrationVerdict, PaperVerdict, Trial, auto, probe_model, storage
 from spectrumkv_hf.probe.auto import key_of
 from spectrumkv_kernels import cache_folder
@@ -94,11 +95,11 @@ class TestKey:
     def test_weights_of_any_type(self, dtype):
         m = copy.deepcopy(healthy())
         m.register_buffer("table", torch.ones(5, 4, 3).to(dtype))
-        before = storage.fingerprint(m)
+        before = fingerprint(m)
         m.table[2, 1] = 0
-        assert storage.fingerprint(m) != before
+        assert fingerprint(m) != before
         m.register_buffer("table", torch.empty(5, 4, 3, dtype=dtype, device="meta"))
-        assert storage.fingerprint(m) != before
+        assert fingerprint(m) != before
 
 
 class TestFiles:

@@ -8,7 +8,9 @@ from transformers.models.cohere.modeling_cohere import CohereRotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from zoo import zoo_model
 
+from spectrumkv_hf.identity import layer_configs
 from spectrumkv_hf.rope import rotary_of
 from spectrumkv_kernels import Rotary
 
@@ -64,6 +66,26 @@ def test_per_layer_type(layer_type):
     cos, sin = Gemma3RotaryEmbedding(c)(torch.zeros(1), POSITIONS, layer_type)
     assert_same_rotation(rotary_of(c, layer_type), cos, sin)
     assert rotary_of(c, "sliding_attention") != rotary_of(c, "full_attention")
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "zaya", "zamba2", "falcon_h1"])
+def test_of_each_layer(model_type):
+    """Layers of different heads (Gemma-4), and attention beside a linear attention."""
+    built = zoo_model(model_type, "causal")
+    if isinstance(built, str):
+        pytest.skip(built)
+    found = [module for name, module in built.named_modules() if name.endswith("rotary_emb")][0]
+    text = built.config
+    kinds = text.layer_types if hasattr(text, "layer_types") else ["hybrid"] * text.num_hidden_layers
+    for layer, kind in zip(layer_configs(text), kinds, strict=True):
+        if "attention" in kind and "linear" not in kind or "hybrid" in kind:
+            named = (kind,) if isinstance(text.rope_parameters.get(kind), dict) else ()
+            assert_same_rotation(rotary_of(layer, kind), *found(torch.zeros(1), POSITIONS, *named))
+
+
+def test_parameters_that_a_model_does_not_use():
+    made = transformers.Zamba2Config()
+    assert made.rope_parameters and not made.use_mem_rope and rotary_of(made, "hybrid") == Rotary()
 
 
 def test_interleaved():

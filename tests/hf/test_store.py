@@ -60,8 +60,8 @@ def target(request):
 
 
 def assert_same(target, keys, values):
-    assert torch.equal(target.keys, keys)
-    assert torch.equal(target.values, values)
+    assert torch.equal(target.store.dense()[0], keys)
+    assert torch.equal(target.store.dense()[1], values)
     assert target.get_seq_length() == keys.shape[2]
 
 
@@ -72,7 +72,7 @@ def test_contents_are_close_to_what_was_put_in():
     for tier, error in ((FP16, 0.0), (INT8, 0.01), (INT4, 0.15)):
         where = bits == tier.bits
         assert where.any()
-        for got, put in ((target.keys, keys), (target.values, values)):
+        for got, put in ((target.store.dense()[0], keys), (target.store.dense()[1], values)):
             assert (got - put)[where].abs().max() <= error * put[where].abs().max()
 
 
@@ -100,14 +100,14 @@ def test_higher_scores_get_more_bits():
 
 @pytest.mark.parametrize("index", [[2, 0, 0], [1, 1, 1], [0, 1, 2]])
 def test_reorder(target, index):
-    keys, values = target.keys, target.values
+    keys, values = target.store.dense()
     index = torch.tensor(index)
     target.reorder_cache(index)
     assert_same(target, keys[index], values[index])
 
 
 def test_select_and_repeat(target):
-    keys, values = target.keys, target.values
+    keys, values = target.store.dense()
     target.batch_select_indices(torch.tensor([2, 1]))
     assert_same(target, keys[[2, 1]], values[[2, 1]])
     target.batch_repeat_interleave(2)
@@ -117,7 +117,7 @@ def test_select_and_repeat(target):
 @pytest.mark.parametrize("removed", [0, 1, 2, 12, 13, 14, 50, 150, 202, 205, 206, 300])
 def test_crop_any_number(target, removed):
     """13 tokens lie in the tail, so the numbers cross its border and run down to nothing."""
-    keys, values = target.keys, target.values
+    keys, values = target.store.dense()
     target.crop(-removed)
     left = max(206 - removed, 0)
     assert_same(target, keys[:, :, :left], values[:, :, :left])
@@ -129,29 +129,29 @@ def test_crop_by_a_tensor(target):
         target.crop(torch.tensor(-20))
         feed(target, 1)
     assert target.get_seq_length() == 206 - 2 * 19
-    assert target.keys.shape[2] == 168
+    assert target.store.dense()[0].shape[2] == 168
     assert isinstance(target.get_seq_length(), int)
 
 
 def test_crop_then_go_on(target):
     """After cuts into the arenas rows and heads hold different numbers of each tier."""
-    keys, values = target.keys, target.values
+    keys, values = target.store.dense()
     target.crop(-77)
     more = feed(target, 1, seed=50)
     assert_same(target, torch.cat((keys[:, :, :129], more[0]), 2), torch.cat((values[:, :, :129], more[1]), 2))
     for step in range(80):  # until new tokens are tiered
         feed(target, 1, seed=60 + step)
-    assert torch.equal(target.keys[:, :, :129], keys[:, :, :129])
-    before = target.keys
+    assert torch.equal(target.store.dense()[0][:, :, :129], keys[:, :, :129])
+    before = target.store.dense()[0]
     target.crop(-100)
-    assert torch.equal(target.keys, before[:, :, :-100])
+    assert torch.equal(target.store.dense()[0], before[:, :, :-100])
     target.reorder_cache(torch.tensor([1, 2, 0]))
-    assert torch.equal(target.keys, before[[1, 2, 0], :, :-100])
+    assert torch.equal(target.store.dense()[0], before[[1, 2, 0], :, :-100])
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_are_equal_and_apart(target, clone):
-    keys, values = target.keys, target.values
+    keys, values = target.store.dense()
     other = clone(target)
     assert_same(other, keys, values)
     feed(target, 1, seed=9)
@@ -166,16 +166,16 @@ def test_reset_forgets_everything(target):
     assert target.get_seq_length() == 0
     assert target.keys is None
     keys, _ = feed(target, 40, batch=2)
-    assert torch.equal(target.keys, keys)
+    assert torch.equal(target.store.dense()[0], keys)
 
 
 def test_tokens_are_quantised_once():
     target = layer("sink_protect", 0.3)
     feed(target, 203)
-    keys = target.keys[:, :, :193]
+    keys = target.store.dense()[0][:, :, :193]
     for step in range(200):
         feed(target, 1, seed=step)
-    assert torch.equal(target.keys[:, :, :193], keys)
+    assert torch.equal(target.store.dense()[0][:, :, :193], keys)
     assert target.store.tail_length <= 10 + 64
 
 
@@ -246,7 +246,7 @@ def test_cropped_to_nothing_is_as_new(target):
     for seed in (3, 4):
         for used in (target, fresh):
             feed(used, 150, seed=seed)
-    assert torch.equal(target.keys, fresh.keys)
+    assert torch.equal(target.store.dense()[0], fresh.store.dense()[0])
 
 
 class TestSliding:
