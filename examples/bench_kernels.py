@@ -11,16 +11,17 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from spectrumkv_hf.evaluation.environment import versions
+from spectrumkv_hf.extras import required
 from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, operation
 
 SHAPES = {  # heads, KV heads, head_dim
@@ -259,7 +260,7 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        about = {**versions(torch.device("cuda")), "triton": triton.__version__}
+        about = {**versions(torch.device("cuda")), "triton": metadata.version("triton")}
         report = {"versions": about, "copy GB/s": round(peak / 1e9), "rows": results}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
@@ -268,13 +269,9 @@ def main() -> None:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Speedup over SDPA by size, one panel for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shapes = list(dict.fromkeys(row["model"] for row in results))
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.4), sharey=True, squeeze=False)
+    figure = required("matplotlib.figure", "--plot").Figure(figsize=(4 * len(shapes), 3.4))
+    axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         for method in dict.fromkeys(row["method"] for row in results if not row["method"].startswith("SDPA")):
             points = [

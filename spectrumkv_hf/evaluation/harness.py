@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from spectrumkv_hf.evaluation.methods import Tiered, parse_method
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import check_folders, print_table
 from spectrumkv_hf.evaluation.results import Cell, Results
+from spectrumkv_hf.extras import required
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
         ImportError: lm-eval is not installed.
         ValueError: an unknown task or method, or arguments that don't fit the model.
     """
-    if util.find_spec("lm_eval") is None:
-        raise ImportError("lm-eval is not installed. Run\n    pip install 'spectrumkv-hf[lm-eval]'")
+    required("lm_eval", "spectrumkv lm-eval")
     check_folders(args.output)
     for spec in args.policy:
         parse_method(spec, args.recent_window)

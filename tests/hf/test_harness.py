@@ -1,6 +1,5 @@
 """lm-eval over our caches: with the exact cache it is stock `hf`, with a compressed one the stored cache is read."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -18,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from spectrumkv_hf import SpectrumCache, cli
 from spectrumkv_hf.evaluation.methods import Method
 
-pytest.importorskip("lm_eval", reason="needs spectrumkv-hf[lm-eval]")
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -324,8 +323,8 @@ def test_command_errors(saved, folder, capsys, monkeypatch, tmp_path):
     assert "unknown method 'nonsense'" in refused(capsys, *known, "choice", "--policy", "nonsense")
     assert "there is no folder" in refused(capsys, "--tasks", "choice", "--include-path", tmp_path / "nowhere")
     assert "error: cannot write" in refused(capsys, *known, "choice", "--output", tmp_path / "no" / "x.json")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'spectrumkv-hf[lm-eval]'" in refused(capsys, *known, "choice")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install -c constraints.txt '.[lm-eval]'" in refused(capsys, *known, "choice")
 
 
 @pytest.mark.slow
