@@ -237,14 +237,18 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                 torch.cuda.empty_cache()
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="batch times tokens")
     parser.add_argument("--quick", action="store_true", help="SDPA and SpectrumKV only")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py times GPU kernels and finds no CUDA device")
     torch.manual_seed(0)
