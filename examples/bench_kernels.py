@@ -11,16 +11,17 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from spectrumkv_hf.evaluation.environment import versions
+from spectrumkv_hf.extras import required
 from spectrumkv_hf.whole_file import whole_file, write_whole
 from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, operation
 
@@ -237,14 +238,18 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                 torch.cuda.empty_cache()
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="batch times tokens")
     parser.add_argument("--quick", action="store_true", help="SDPA and SpectrumKV only")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py times GPU kernels and finds no CUDA device")
     torch.manual_seed(0)
@@ -260,7 +265,7 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        about = {**versions(torch.device("cuda")), "triton": triton.__version__}
+        about = {**versions(torch.device("cuda")), "triton": metadata.version("triton")}
         report = {"versions": about, "copy GB/s": round(peak / 1e9), "rows": results}
         write_whole(args.output, json.dumps(report, indent=1) + "\n")
     if args.plot:
@@ -269,13 +274,9 @@ def main() -> None:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Speedup over SDPA by size, one panel for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shapes = list(dict.fromkeys(row["model"] for row in results))
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.4), sharey=True, squeeze=False)
+    figure = required("matplotlib.figure", "--plot").Figure(figsize=(4 * len(shapes), 3.4))
+    axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         for method in dict.fromkeys(row["method"] for row in results if not row["method"].startswith("SDPA")):
             points = [

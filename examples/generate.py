@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -29,11 +28,14 @@ from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.text import passage, text_windows
 from spectrumkv_hf.evaluation.transfer import Quality, measure, prefill
+from spectrumkv_hf.extras import required
 from spectrumkv_hf.whole_file import whole_file, write_whole
 
-INSTRUCTION = "Summarise the following text in four sentences, for a reader who knows nothing about the subject."
-PASSAGE_TOKENS = 650
-"""Of the passage in the default prompt, which so has about 700 tokens with instruction and chat template."""
+QUESTION = "Summarise the text above."
+"""What the built-in prompt asks after the passage."""
+
+WARM_UP = 256
+"""Tokens of the prompt with which each cache is tried before anything is counted, so that kernels are compiled."""
 
 COLUMN = 36
 """Least width of a printed text."""
@@ -59,7 +61,7 @@ class Generation:
     """What generating over one kind of cache gave, and its times in all counted rounds."""
 
     tokens: list[int] = field(default_factory=list)
-    memory: MemoryReport = field(default_factory=lambda: MemoryReport(0, 0, 0.0))
+    memory: MemoryReport = field(default_factory=lambda: MemoryReport(0, 0, 0, 0.0))
     prefills: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
 
@@ -88,9 +90,7 @@ class Generation:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> dict[str, torch.Tensor]:
     """Model inputs for the prompt, through the chat template where there is one; None: the built-in prompt."""
     if prompt is None:
-        start = tokenizer(passage(), add_special_tokens=False, verbose=False).input_ids[:PASSAGE_TOKENS]
-        text = tokenizer.decode(start, skip_special_tokens=True)
-        prompt = f"{INSTRUCTION}\n\n{text[: text.rfind('. ') + 1]}"
+        prompt = f"{passage()}\n\n{QUESTION}"
     if not tokenizer.chat_template:
         return dict(tokenizer(prompt, return_tensors="pt"))
     message = [{"role": "user", "content": prompt}]
@@ -106,12 +106,13 @@ def generate_all(
     rounds: int,
     **options: Any,
 ) -> dict[str, Generation]:
-    """Generate over every cache in turn, for a round of warm-up that is not counted and then `rounds` more."""
-    results: dict[str, Generation] = {}
-    with tqdm(total=(1 + rounds) * len(make_caches), desc="generation", disable=None) as bar:
-        for counted in range(1 + rounds):
-            if counted <= 1:
-                results = {name: Generation() for name in make_caches}
+    """Generate over every cache in turn, `rounds` times, after a few tokens over each that are not counted."""
+    results = {name: Generation() for name in make_caches}
+    with tqdm(total=rounds * len(make_caches), desc="generation", disable=None) as bar:
+        for make_cache in make_caches.values():
+            start = {name: tensor[:, :WARM_UP] for name, tensor in inputs.items()}
+            Generation().run(model, start, make_cache(), **options | {"max_new_tokens": 2})
+        for _ in range(rounds):
             for name, make_cache in make_caches.items():
                 results[name].run(model, inputs, make_cache(), **options)
                 bar.update()
@@ -157,7 +158,7 @@ def plot_tiers(path: Path, cache: SpectrumCache, title: str) -> None:
     rows = torch.full((len(cache.layers), length), torch.nan)
     for layer, bits in maps.items():
         rows[layer] = bits
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = required("matplotlib.figure", "--plot").Figure(figsize=(12, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("lightgrey")
     image = axes.imshow(rows.numpy(), aspect="auto", origin="lower", interpolation="nearest", vmin=0, vmax=16)
@@ -173,20 +174,20 @@ def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> 
     """What the numbers mean and what they do not."""
     policy = caches[0].policy
     found = [
-        f"Times: a LogitsProcessor's clock in generate(), caches in turn, a round of warm-up, then {repeats} "
-        "counted; medians. Other load on the machine shows in them. Prefill includes the "
-        "compression and generate()'s set-up.",
-        "KV MiB and ratios are of the cache after generation; the budget binds the nominal ratio. Scales, zero "
-        "points, means and positions come on top in the actual one, as do tokens that a policy keeps FP16 beyond it.",
-        f"The last {policy.recent_window} tokens and up to 64 that wait to be compressed are exact and outside the "
-        "budget, so a short text stays above it.",
+        f"Times: a LogitsProcessor's clock in generate(), caches in turn, {repeats} rounds after a short warm-up; "
+        "medians. Other load on the machine shows in them. Prefill includes the compression and generate()'s set-up.",
+        "KV MiB is everything the cache stores after generation, scales, positions and exact tokens included; times "
+        "smaller: than the model's own exact cache. The budget is the mean nominal cost of the tokens, INT8 1/2 and "
+        "INT4 1/4 of FP16.",
+        f"A longer text saves more: the last {policy.recent_window} tokens and up to 64 that wait to be compressed are "
+        "exact and outside the budget.",
         "KL and perplexity are of one window of text: enough to see a difference between caches, not to rank them.",
     ]
     if model.dtype == torch.float32:
         found.insert(
             2,
-            "The model is float32: exact tokens take four bytes an element and count double in the actual ratio, "
-            "which is against two bytes an element. With --dtype bfloat16 they do not.",
+            "The model is float32, whose exact cache takes four bytes an element. In 16 bits (--dtype bfloat16) it is "
+            "half of that, the tiers are as here: the gain is about half.",
         )
     if model.device.type == "cpu":
         found.append("On the CPU a compiled kernel, or plain PyTorch, reads the tiers: speeds say nothing about CUDA.")
@@ -196,14 +197,14 @@ def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--prompt", help="default: to summarise the first part of the passage, about 700 tokens")
+    parser.add_argument("--prompt", help="default: to summarise a text on the tides, 1700 tokens")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3], help="fractions of the FP16 bytes")
     parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=2, help="counted rounds of generation")
     parser.add_argument("--text-file", type=Path, help="held-out text, UTF-8; default: the examples' passage")
     parser.add_argument("--context", type=int, default=1024, help="tokens of it prefilled")
-    parser.add_argument("--continuation", type=int, default=256, help="tokens of it scored on the compressed cache")
+    parser.add_argument("--continuation", type=int, default=128, help="tokens of it scored on the compressed cache")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the tiers at the smallest budget")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     return parser.parse_args()
@@ -215,6 +216,8 @@ def main() -> None:
         if args.max_new_tokens < 1 or args.repeats < 1 or args.context < 1 or args.continuation < 2:
             raise ValueError("--max-new-tokens, --repeats and --context are 1 or more, --continuation is 2 or more")
         check_folders(args.plot, args.json)
+        if args.plot:
+            required("matplotlib.figure", "--plot")
         policies = {f"SpectrumCache b={b:g}": get_policy(args.policy, b) for b in args.budgets}
         text = args.text_file.read_text(encoding="utf-8") if args.text_file else passage()
         model, tokenizer = load_from(args)
@@ -247,20 +250,21 @@ def main() -> None:
             {
                 "cache": name,
                 "kv_mib": result.memory.stored / 2**20,
-                "actual_ratio": result.memory.actual_ratio,
-                "nominal_ratio": result.memory.nominal_ratio,
+                "times_smaller": result.memory.times_smaller,
                 "prefill_seconds": result.prefill_seconds,
                 "decode_tokens_per_second": result.tokens_per_second,
                 "kl_nats": quality.kl if quality else 0.0,
                 "perplexity_change_percent": quality.perplexity_change if quality else 0.0,
+                "actual_ratio": result.memory.actual_ratio,
+                "nominal_ratio": result.memory.nominal_ratio,
                 "departs_after_tokens": departure(result.tokens, results[EXACT].tokens),
                 "text": tokenizer.decode(result.tokens, skip_special_tokens=True),
                 "quality": asdict(quality) if quality else None,
             }
         )
-    formats = ("", ".2f", ".3f", ".3f", ".3f", ".1f", ".5f", "+.2f")
+    formats = ("", ".2f", ".2f", ".3f", ".1f", ".5f", "+.2f")
     print_table(
-        ["cache", "KV MiB", "actual", "nominal", "prefill s", "tokens/s", "KL (nats)", "dPPL %"],
+        ["cache", "KV MiB", "times smaller", "prefill s", "tokens/s", "KL (nats)", "dPPL %"],
         [[format(v, f) for v, f in zip(row.values(), formats, strict=False)] for row in rows],
     )
     remarks = notes(model, caches, args.repeats)

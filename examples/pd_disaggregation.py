@@ -32,6 +32,7 @@ from spectrumkv_hf.evaluation.environment import environment
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.text import passage
+from spectrumkv_hf.extras import missing
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
 from spectrumkv_hf.transport import ReceivingTransport, SendingTransport
 from spectrumkv_hf.whole_file import write_whole
@@ -356,8 +357,8 @@ def main() -> None:
         if args.transport == "nccl" and not torch.cuda.is_available():
             raise ValueError("--transport nccl needs a CUDA device, better two")
         if args.transport == "nixl" and not any(map(importlib.util.find_spec, ("nixl", "nixl_cu12", "nixl_cu13"))):
-            raise ValueError("--transport nixl needs NIXL: pip install 'spectrumkv-hf[nixl]'")
-    except (OSError, TypeError, ValueError) as problem:
+            raise missing("nixl", "--transport nixl")
+    except (ImportError, OSError, TypeError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     if "RANK" in os.environ:  # by torchrun

@@ -144,9 +144,10 @@ class SpectrumCache(Cache):
         """A cache for `model` by the policy that a probe names at `budget`.
 
         The model is probed when this process, and the disk, hold no verdict on it (`spectrumkv_hf.probe`); that takes
-        a few forwards of 640 tokens. The policy is `sink_protect`, with a floor for layers or at a higher budget where
-        it would otherwise cost more than the probe's loss; a warning says so. Without a verdict, for a model that
-        can't be probed, it is `sink_protect` as it is, with a warning.
+        a few forwards of 640 tokens, under a progress bar (`transformers.utils.logging.disable_progress_bar()` turns it
+        off). The policy is `sink_protect`, with a floor for layers or at a higher budget where it would otherwise cost
+        more than the probe's loss; a warning says so. Without a verdict, for a model that can't be probed, it is
+        `sink_protect` as it is, with a warning.
 
         Args:
             model: The model that will use the cache, with its weights.
@@ -268,6 +269,18 @@ class SpectrumCache(Cache):
             (type(layer).__name__, self._notes.get(i) or self._tiering(i)) for i, layer in enumerate(layers)
         )
         return "\n".join(f"{count} x {name}: {note}" for (name, note), count in kinds.items())
+
+    def __repr__(self) -> str:
+        """One line: policy, layers by class, tokens and bytes."""
+        kinds = Counter(type(layer).__name__ for layer in self.layers)
+        lengths = sorted({layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")})
+        tokens = " or ".join(map(str, lengths or [0]))  # more than one after an interrupted forward
+        about = [
+            f"{self.policy.name} b={self.policy.budget:g}",
+            *(f"{count} x {name}" for name, count in kinds.items()),
+        ]
+        about += [f"{tokens} tokens", *([self.memory().headline()] if any(lengths) else [])]
+        return f"{type(self).__name__}({', '.join(about)})"
 
     def _tiering(self, index: int) -> str:
         floor = self.policy.floor(index)
@@ -507,10 +520,10 @@ class SpectrumCache(Cache):
         return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)
 
     def memory(self) -> MemoryReport:
-        """Bytes stored by tier and part, and those of FP16 that they replace."""
+        """Bytes stored by tier and part, and those of the exact cache that they replace."""
         parts: Counter[str] = Counter()
         tensors: list[torch.Tensor] = []
-        elements = cost = 0.0
+        elements = cost = exact = 0.0
         for layer in self._tiered():
             store = layer.store
             for name, tensor in store.tensors():
@@ -520,6 +533,7 @@ class SpectrumCache(Cache):
             per_token = store.batch_size * layer.kv_heads * (keys.shape[3] + values.shape[3])
             visible = store.length - (layer._first_needed() if isinstance(layer, SlidingSpectrumLayer) else 0)
             elements += visible * per_token
+            exact += visible * per_token * keys.element_size()
             cost += store.tail_length * per_token
             cost += sum(float(arena.tier.cost) * len(arena) * per_token for arena in store.arenas.values())
         stock = [t for layer in self.layers for t in _exact_tensors_of(layer)]
@@ -529,6 +543,7 @@ class SpectrumCache(Cache):
         order = sorted(parts, key=lambda name: -parts[name])
         return MemoryReport(
             stored=storage_bytes([*tensors, *stock]),
+            exact=int(exact) + uncompressed,
             fp16=int(elements * FP16_BYTES) + uncompressed,
             nominal_ratio=cost / elements if elements else 0.0,
             parts={name: parts[name] for name in order},

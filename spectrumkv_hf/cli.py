@@ -2,8 +2,17 @@
 
 import argparse
 import importlib
+import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+import torch
+import transformers
+
+import spectrumkv_hf
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "probe": ("spectrumkv_hf.probe.command", "find out which tiers a model tolerates, and remember it"),
@@ -13,9 +22,25 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Subcommand to the module that has it (`add_arguments(parser)`, `run(args)`) and a line of help."""
 
 
+class Version(argparse.Action):
+    """`--version`: what a report of a problem should name."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        below = [
+            f"Python {platform.python_version()}",
+            f"PyTorch {torch.__version__}",
+            f"Transformers {transformers.__version__}",
+        ]
+        with suppress(metadata.PackageNotFoundError):
+            below.append(f"Triton {metadata.version('triton')}")
+        print(f"spectrumkv-hf {spectrumkv_hf.__version__} ({', '.join(below)})")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; problems that the user can mend end with a line on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="spectrumkv", description="KV caches with a precision for each token")
+    parser.add_argument("--version", action=Version, nargs=0, help="of this package and those it stands on")
     parser.add_argument(
         "command", choices=COMMANDS, help="; ".join(f"{name}: {line}" for name, (_, line) in COMMANDS.items())
     )

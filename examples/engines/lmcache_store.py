@@ -37,8 +37,10 @@ try:
     )
     from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
     from lmcache.v1.distributed.storage_manager import StorageManager
-except ImportError as missing:
-    sys.exit(f"this example needs LMCache, see docs/engines.md: {missing}")
+except ImportError as problem:  # said once the arguments are read, so that --help works
+    StorageManager, NO_LMCACHE = None, str(problem)
+else:
+    NO_LMCACHE = ""
 
 CONFIG = Path(__file__).with_name("lmcache_l2.json")
 
@@ -118,6 +120,8 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     args = parse_args()
+    if NO_LMCACHE:
+        sys.exit(f"this example needs LMCache, see docs/engines.md: {NO_LMCACHE}")
     model, tokenizer = load_from(args)
     config = model.config.get_text_config(decoder=True)
     ids = tokenizer(passage(), return_tensors="pt").input_ids[:, : args.tokens].to(model.device)

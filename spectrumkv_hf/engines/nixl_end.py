@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from spectrumkv_hf.extras import missing
 from spectrumkv_hf.transport import TransportError, stalled
 from spectrumkv_hf.wire import WireError
 
@@ -38,7 +39,7 @@ def new_agent(name: str) -> Any:
             api = importlib.import_module(module)
             break
     else:
-        raise ImportError("NIXL is not installed: pip install 'spectrumkv-hf[nixl]'")
+        raise missing("nixl", "this transport")
     agent = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
     if "UCX" not in agent.backends:
         raise RuntimeError(f"NIXL has no UCX backend here, only {agent.get_plugin_list()}")

@@ -17,6 +17,7 @@ from spectrumkv_hf.evaluation.methods import Method, parse_method
 from spectrumkv_hf.evaluation.models import RANDOM, add_model_arguments
 from spectrumkv_hf.evaluation.results import Cell, Results
 from spectrumkv_hf.evaluation.text import add_text_arguments, text_from, text_label, text_windows
+from spectrumkv_hf.extras import required
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,6 +157,8 @@ class Experiment(ABC):
             raise ValueError(f"{self.name} needs a trained model, {args.model!r} has random weights")
         self.check(args)
         if args.output is not None:
+            if type(self).figure is not Experiment.figure:
+                required("matplotlib.figure", "--output, which draws figures,")
             args.output.mkdir(parents=True, exist_ok=True)
         return text_from(args) if self.reads_text else ""
 

@@ -3,23 +3,29 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
 from spectrumkv_hf.evaluation.methods import family_of
+from spectrumkv_hf.extras import required
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
     from spectrumkv_hf.evaluation.experiments.perplexity import Summary
 
-Draw = Callable[[str, "list[Summary]"], Figure]
+Draw = Callable[[str, "list[Summary]"], "Figure"]
 MARKERS = "osD^vP*X<>h"
 
 
 def new_figure(title: str, columns: int = 1, width: float = 6.0, height: float = 4.5) -> "tuple[Figure, list[Axes]]":
-    """A figure and its axes in a row, `width` and `height` inches each."""
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    """A figure and its axes in a row, `width` and `height` inches each.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure: Figure = required("matplotlib.figure", "a figure").Figure(
+        figsize=(width * columns, height), layout="constrained"
+    )
     figure.suptitle(title, wrap=True)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
@@ -32,7 +38,7 @@ def lines(axes: "Axes", curves: dict[str, Iterable[tuple[float, float]]]) -> Non
     axes.grid(alpha=0.3)
 
 
-def bars(title: str, summaries: "list[Summary]") -> Figure:
+def bars(title: str, summaries: "list[Summary]") -> "Figure":
     """KL and perplexity change of every method."""
     figure, axes = new_figure(title, 2, height=1.5 + 0.28 * len(summaries))
     contexts = len({summary.context for summary in summaries})
@@ -50,12 +56,12 @@ def bars(title: str, summaries: "list[Summary]") -> Figure:
     return figure
 
 
-def against_bytes(title: str, summaries: "list[Summary]") -> Figure:
+def against_bytes(title: str, summaries: "list[Summary]") -> "Figure":
     """KL and perplexity change against the bytes that are really stored, a curve for each family."""
     return _curves(title, summaries, "stored bytes over FP16", lambda s: (family_of(s.spec), s.mean.actual_ratio))
 
 
-def against_context(title: str, summaries: "list[Summary]") -> Figure:
+def against_context(title: str, summaries: "list[Summary]") -> "Figure":
     """KL and perplexity change against the length of the context, a curve for each method."""
     figure = _curves(title, summaries, "tokens of context", lambda s: (s.spec, s.context))
     for axes in figure.axes:
@@ -65,7 +71,7 @@ def against_context(title: str, summaries: "list[Summary]") -> Figure:
 
 def _curves(
     title: str, summaries: "list[Summary]", label: str, place: "Callable[[Summary], tuple[str, float]]"
-) -> Figure:
+) -> "Figure":
     figure, axes = new_figure(title, 2)
     kl: dict[str, list[tuple[float, float]]] = {}
     change: dict[str, list[tuple[float, float]]] = {}
@@ -85,7 +91,7 @@ def _curves(
     return figure
 
 
-def legend_below(figure: Figure, axes: "Axes") -> None:
+def legend_below(figure: "Figure", axes: "Axes") -> None:
     """One legend for all axes, that of `axes`."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
 

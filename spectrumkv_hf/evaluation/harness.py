@@ -2,15 +2,16 @@
 
 import argparse
 import json
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectrumkv_hf.evaluation.environment import environment
 from spectrumkv_hf.evaluation.methods import Tiered, parse_method
 from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.report import check_folders, print_table
+from spectrumkv_hf.evaluation.report import check_folders, print_table, shown
 from spectrumkv_hf.evaluation.results import Cell, Results
+from spectrumkv_hf.extras import required
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
         ImportError: lm-eval is not installed.
         ValueError: an unknown task or method, or arguments that don't fit the model.
     """
-    if util.find_spec("lm_eval") is None:
-        raise ImportError("lm-eval is not installed. Run\n    pip install 'spectrumkv-hf[lm-eval]'")
+    required("lm_eval", "spectrumkv lm-eval")
     check_folders(args.output)
     for spec in args.policy:
         parse_method(spec, args.recent_window)
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     }
     results = Results(args.output, settings, environment(model) | {"lm-eval": metadata.version("lm-eval")})
     rows: list[tuple[str, ...]] = []
+    warnings: list[str] = []
     for task in args.tasks:
         for spec in args.policy:
 
@@ -91,12 +92,20 @@ def run(args: argparse.Namespace) -> None:
 
             cell = results.cell(f"{task} {spec}", measure)
             rows += _rows(spec, cell)
-            if _stayed_exact(spec, cell):
-                print(
-                    f"warning: {task} with {spec}: no token was read from a compressed cache. Prompts below about 130 "
-                    "tokens stay exact, with --recent-window 0 those below 65"
+            if cut := cell["cache"].get("cut", 0):
+                length = args.max_length or "the model's maximum"
+                warnings.append(
+                    f"{task} with {spec}: {cut} prompts were longer than --max-length ({length}) and lost their "
+                    "beginning. Where that held what is asked for, the value says nothing"
                 )
-    print_table(("task", "metric", "method", "value", "± standard error", "actual ratio"), rows)
+            if _stayed_exact(spec, cell):
+                warnings.append(
+                    f"{task} with {spec}: no token was read from a compressed cache. Prompts below about 130 tokens "
+                    "stay exact, with --recent-window 0 those below 65"
+                )
+    print_table(("task", "metric", "method", "value", "± standard error", "times smaller", "actual ratio"), rows)
+    for warning in warnings:  # below the table, where they are seen
+        print(f"warning: {warning}")
 
 
 def task_manager(names: list[str], folder: Path | None, task_metadata: dict[str, Any] | None) -> "TaskManager":
@@ -166,7 +175,8 @@ def _rows(spec: str, cell: Cell) -> list[tuple[str, ...]]:
             if metric.endswith("_stderr") or not kind:
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
-            shown = "" if error is None else f"{error:.4f}"
             title = metric if kind == "none" else f"{metric} ({kind})"
-            rows.append((name, title, spec, f"{value:.4f}", shown, f"{cell['cache']['actual_ratio']:.3f}"))
+            smaller = shown(cell["cache"].get("times_smaller"), ".2f")  # older results lack it
+            actual = f"{cell['cache']['actual_ratio']:.3f}"
+            rows.append((name, title, spec, f"{value:.4f}", shown(error, ".4f"), smaller, actual))
     return rows

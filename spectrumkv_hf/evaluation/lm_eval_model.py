@@ -35,13 +35,16 @@ class CacheUse:
     Attributes:
         caches: How many were made, one for each batch.
         unread: How many of them nothing was read from, because all tokens came in one forward.
-        stored: Bytes of the others, and `fp16`, `nominal`: what these were at two bytes an element, and at the nominal
-            costs of their tiers.
+        cut: How many prompts were longer than the model's `max_length` and lost their beginning.
+        stored: Bytes of the others, and `exact`, `fp16`, `nominal`: what these were in the model's own exact cache, at
+            two bytes an element, and at the nominal costs of their tiers.
     """
 
     caches: int = 0
     unread: int = 0
+    cut: int = 0
     stored: int = 0
+    exact: int = 0
     fp16: int = 0
     nominal: float = 0.0
 
@@ -52,6 +55,7 @@ class CacheUse:
             self.unread += 1
             return
         self.stored += memory.stored
+        self.exact += memory.exact
         self.fp16 += memory.fp16
         self.nominal += memory.nominal_ratio * memory.fp16
 
@@ -60,6 +64,8 @@ class CacheUse:
         return {
             "caches": self.caches,
             "unread": self.unread,
+            "cut": self.cut,
+            "times_smaller": self.exact / self.stored if self.stored else 1.0,
             "actual_ratio": self.stored / self.fp16 if self.fp16 else 0.0,
             "nominal_ratio": self.nominal / self.fp16 if self.fp16 else 0.0,
         }
@@ -121,6 +127,7 @@ class SpectrumLM(HFLM):
         groups: dict[int, list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             left = min(len(context), self.max_length + 1 - len(continuation))  # HFLM truncates from the left
+            self.use.cut += left < len(context)
             groups.setdefault(left, []).append(index)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
@@ -131,6 +138,20 @@ class SpectrumLM(HFLM):
                 answers |= zip(indices, got, strict=True)
                 bar.update(len(group))
         return [answers[index] for index in range(len(requests))]
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of `HFLM`; rows that are cut are counted."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len is None:
+            return ids, mask
+        self.use.cut += int((mask.sum(1) > left_truncate_len).sum())
+        return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
 
     @torch.inference_mode()
     def _model_call(

@@ -19,7 +19,8 @@ def cache_memory(cache: Cache) -> MemoryReport:
     if isinstance(cache, SpectrumCache):
         return cache.memory()
     held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return MemoryReport(storage_bytes(held), sum(2 * t.numel() for t in held), nominal_ratio=1.0)
+    stored = storage_bytes(held)
+    return MemoryReport(stored, exact=stored, fp16=sum(2 * t.numel() for t in held), nominal_ratio=1.0)
 
 
 class Method:

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from spectrumkv_hf.extras import required
+
 try:
     from transformers import GgufConfig
 except ImportError:  # Transformers 5.17, which dequantises every GGUF
@@ -74,10 +76,13 @@ def load(
 
     Raises:
         FileNotFoundError: see `smollm2_file`.
+        ImportError: gguf or accelerate is missing, which GGUF files need.
     """
     tokenizer_options: dict[str, Any] = {}
     file = smollm2_file() if name_or_path == SMOLLM2 else Path(name_or_path)
     if file.suffix == ".gguf":
+        for module in ("gguf", "accelerate"):
+            required(module, "a GGUF file")
         name_or_path = str(file.parent)
         tokenizer_options = {"gguf_file": file.name}
         options |= tokenizer_options
@@ -111,7 +116,7 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
 
     Raises:
         ValueError: the device is unknown or not there, or the model has no weights for `--load-in` to quantise.
-        ImportError: bitsandbytes or accelerate is missing, which `--load-in` needs.
+        ImportError: bitsandbytes or accelerate is missing, which `--load-in` needs; as of `load`.
     """
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -129,6 +134,8 @@ def load_from(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
             raise ValueError(
                 "--load-in quantises weights as they are loaded, which Transformers can't do with a GGUF file"
             )
+        for module in ("bitsandbytes", "accelerate"):
+            required(module, f"--load-in {args.load_in}")
         if args.load_in == "8bit":  # it warns at every matrix product that inputs are cast to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{args.load_in}": True})

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from spectrumkv_hf.extras import required
+
 DATASET = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 PASSAGE = "passage"
 
@@ -24,17 +26,14 @@ def dataset_text(name: str) -> str:
 
     Raises:
         ValueError: the dataset has no such column, or too many fields are given.
+        ImportError: the package `datasets` is missing.
     """
     if name == PASSAGE:
         return passage()
     path, *rest = name.split(":")
     if len(rest) > 2:
         raise ValueError(f"dataset {name!r}: write PATH[:CONFIG[:SPLIT]]")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ImportError(f"dataset {name!r} needs the package datasets; or give --text-file") from None
-
+    load_dataset = required("datasets", f"dataset {name!r} (--text-file and --dataset {PASSAGE} don't)").load_dataset
     config, split = (*rest, "", "")[:2]
     rows = load_dataset(path, config or None, split=split or "test")
     if "text" not in rows.column_names:

@@ -1,5 +1,6 @@
 """Probing a model once: in a process, and on a disk."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from spectrumkv_hf.identity import fingerprint
 from spectrumkv_hf.policy import Policy, SinkProtect
@@ -43,6 +45,24 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 module.training = True
 
 
+@contextmanager
+def shown(model: PreTrainedModel, probe: Probe) -> Iterator[None]:
+    """A progress bar on stderr that counts the model's forwards, among those of Transformers and disabled with them."""
+    title = f"Probing once which tiers {type(model).__name__} tolerates"
+    numbers = itertools.count(1)
+    with transformers_logging.tqdm(total=probe.forwards, desc=title, unit=" forwards") as bar:
+
+        def count(*_: Any) -> None:
+            bar.total = max(probe.forwards, next(numbers))  # where a tier is not safe there are more
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
 def key_of(model: PreTrainedModel, probe: Probe, ids: torch.Tensor) -> dict[str, Any]:
     """What a verdict depends on, as JSON has it."""
     return {
@@ -60,7 +80,7 @@ def key_of(model: PreTrainedModel, probe: Probe, ids: torch.Tensor) -> dict[str,
 def probe_model(
     model: PreTrainedModel, tokenizer: Any = None, probe: Probe | None = None, fresh: bool = False
 ) -> Verdict:
-    """The verdict on a model: remembered in this process or on disk, else measured and stored.
+    """The verdict on a model: remembered in this process or on disk, else measured, under a progress bar, and stored.
 
     Args:
         model: A decoder. Its modes, gradients and the random state are left as they are.
@@ -87,7 +107,7 @@ def probe_model(
             except ValueError as problem:
                 logger.warning("ignoring a stored verdict of the probe: %s", problem)
     logger.info("probing %s once: %s", type(model).__name__, probe)
-    with undisturbed(model):
+    with undisturbed(model), shown(model, probe):
         verdict = probe.measure(model, tokenizer, ids)
     storage.write(key, verdict.to_json())
     _remembered[name] = verdict

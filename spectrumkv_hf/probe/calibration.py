@@ -76,6 +76,8 @@ class CalibrationProbe:
     continuation: int = 128
 
     kind = "calibration"
+    forwards = 11
+    """Of the model, where every tier is safe: three over the exact cache, the control, the errors, three a tier."""
     parse = staticmethod(CalibrationVerdict.from_json)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,8 @@ class PaperProbe:
     tokens: int = 4096
 
     kind = "paper"
+    forwards = 192
+    """Of the model: 32 tokens for each of three needles, over the exact cache and over tiers."""
     parse = staticmethod(PaperVerdict.from_json)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """lm-eval over our caches: with the exact cache it is stock `hf`, with a compressed one the stored cache is read."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -18,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from spectrumkv_hf import SpectrumCache, cache_argument, cli
 from spectrumkv_hf.evaluation.methods import Method
 
-pytest.importorskip("lm_eval", reason="needs spectrumkv-hf[lm-eval]")
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -301,6 +300,44 @@ def test_command_says_when_nothing_was_compressed(saved, folder, capsys):
     assert "warning: short with sink_protect:0.3: no token was read from a compressed cache" in capsys.readouterr().out
 
 
+def test_command_says_when_prompts_were_cut(saved, folder, tmp_path, capsys):
+    """Of generation and of scored choices; not of rolling texts, whose windows are made to fit."""
+    output = tmp_path / "results.json"
+    command("--model", saved, "--tasks", "generation", "choice", "rolling", "--include-path", folder, "--policy",
+            "exact", "--max-length", 180, "--output", output)  # fmt: skip
+    shown = capsys.readouterr().out
+    cells = json.loads(output.read_text())["cells"]
+    assert cells["generation exact"]["cache"]["cut"] == 2  # 160, 203 and 140 tokens, and 24 to generate
+    assert cells["choice exact"]["cache"]["cut"] == 4  # the four choices of the context with 203
+    assert cells["rolling exact"]["cache"]["cut"] == 0
+    last = shown.splitlines()[-2:]
+    assert last[0].startswith("warning: generation with exact: 2 prompts were longer than --max-length (180)")
+    assert last[1].startswith("warning: choice with exact: 4 prompts were longer")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cut_prompts_are_lm_evals(batch, tokenizer, folder):
+    """What is left of them is what stock `hf` leaves."""
+    limits = {"max_length": 180, "batch_size": batch}
+    stock, _ = responses(language_model(HFLM, tokenizer, **limits), folder, "generation")
+    ours = language_model(SpectrumLM, tokenizer, policy="exact", **limits)
+    assert responses(ours, folder, "generation")[0] == stock
+    assert ours.use.cut == 2
+
+
+def test_few_needles_are_at_many_depths():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from datasets_from_text import needles
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    rows = needles(sentences=20)["test"]
+    places = [(row["answer"], row["depth"]) for row in rows]
+    assert len(places) == len({*places}) == 25
+    assert len({answer for answer, _ in places[:5]}) == len({depth for _, depth in places[:5]}) == 5
+    assert all(row["answer"] in row["context"] for row in rows)
+
+
 def test_example_tasks(saved, tmp_path, capsys):
     article = tmp_path / "wiki.txt"
     article.write_text(" = One = \n\n w5 w6 w7 \n = = Part = = \n w8 \n = Two = \n\n w9 w9 w9 \n")
@@ -326,8 +363,8 @@ def test_command_errors(saved, folder, capsys, monkeypatch, tmp_path):
     assert "unknown method 'nonsense'" in refused(capsys, *known, "choice", "--policy", "nonsense")
     assert "there is no folder" in refused(capsys, "--tasks", "choice", "--include-path", tmp_path / "nowhere")
     assert "error: cannot write" in refused(capsys, *known, "choice", "--output", tmp_path / "no" / "x.json")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'spectrumkv-hf[lm-eval]'" in refused(capsys, *known, "choice")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install -c constraints.txt '.[lm-eval]'" in refused(capsys, *known, "choice")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -396,3 +397,52 @@ def test_config_is_needed_for_the_length():
     assert config("llama").max_position_embeddings == 1024
     with pytest.raises(ProbeError, match="the model takes 1024 tokens"):
         calibrated(model("llama", "sdpa"), context=1000, continuation=100)
+
+
+class TestProgress:
+    """Users see that the model is probed, without setting anything up, unless they turned Transformers' bars off."""
+
+    @pytest.fixture(autouse=True)
+    def bars(self):
+        transformers.utils.logging.enable_progress_bar()
+        yield
+        transformers.utils.logging.enable_progress_bar()
+
+    def test_from_model_shows_what_it_does_once(self, capfd):
+        m = healthy()
+        SpectrumCache.from_model(m, budget=0.3, probe=CalibrationProbe(**SHORT))
+        said = capfd.readouterr()
+        assert f"Probing once which tiers {type(m).__name__} tolerates: 100%" in said.err and "11/11" in said.err
+        assert not said.out
+        assert not m._forward_hooks
+        SpectrumCache.from_model(m, budget=0.3, probe=CalibrationProbe(**SHORT))
+        assert capfd.readouterr().err == ""
+
+    def test_forwards_beyond_the_least_are_counted(self, capfd):
+        verdict = calibrated(with_outliers(healthy(), layer=1), codec="absmax")
+        assert verdict.int4.unsafe
+        last = capfd.readouterr().err.rpartition("\r")[2]
+        done, total = map(int, re.search(r"(\d+)/(\d+)", last).groups())
+        assert done == total > 11
+
+    def test_bars_that_are_off_stay_off(self, capfd):
+        transformers.utils.logging.disable_progress_bar()
+        calibrated(healthy())
+        assert capfd.readouterr().err == ""
+
+    def test_the_hook_goes_with_a_probe_that_fails(self):
+        m = healthy()
+        with pytest.raises(ProbeError), auto.shown(m, CalibrationProbe()):
+            raise ProbeError
+        assert not m._forward_hooks
+
+    def test_the_papers_probe(self, capfd):
+        probe_model(model("llama", "sdpa"), Words(), PaperProbe(tokens=400))
+        assert "192/192" in capfd.readouterr().err
+
+
+class Words(Characters):
+    """It decodes too."""
+
+    def batch_decode(self, ids, **_):
+        return ["" for _ in ids]

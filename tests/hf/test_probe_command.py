@@ -28,6 +28,12 @@ def run(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def test_progress_is_on_stderr(capfd):
+    main(["probe", "somewhere/model", *SHORT, "--json"])
+    said = capfd.readouterr()
+    assert "Probing once which tiers Qwen2ForCausalLM tolerates" in said.err and json.loads(said.out)
+
+
 def test_json(capsys, probed, monkeypatch):
     said = json.loads(run(capsys, *SHORT, "--codec", "absmax", "--json", "--budget", ".3", "--budget", ".5"))
     assert said["model"] == "somewhere/model" and said["probe"] == "calibration"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from spectrumkv_hf import layer as layer_module
 from spectrumkv_hf.cache import _tensors_of
 from spectrumkv_hf.handle import SpectrumHandle
 from spectrumkv_hf.layer import SlidingSpectrumLayer, SpectrumLayer
-from spectrumkv_hf.memory import storage_bytes
+from spectrumkv_hf.memory import MemoryReport, storage_bytes
 from spectrumkv_hf.policy import FP16, TIERS
 from spectrumkv_kernels import tiered_attention
 
@@ -255,7 +256,40 @@ class TestMemory:
         assert report.fp16 == 2 * (411 + 159) * 2 * 32 * 2  # the full layer's tokens and the window's, K and V
         assert report.actual_ratio == report.stored / report.fp16
         assert 0.3 <= report.nominal_ratio < 0.7
-        assert "actual" in str(report)
+        assert str(report).startswith(f"{report.times_smaller:.2f} times smaller than the exact cache (")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+    def test_exact_is_what_a_dynamic_cache_holds(self, family, dtype):
+        """In the model's dtype, of a sliding layer what its window keeps, of stock layers everything."""
+        m = model(family, "sdpa", **sizes(family)).to(dtype)
+        ours, stock = SpectrumCache(m.config, budget=0.3, recent_window=8), DynamicCache(config=m.config)
+        for cache in (ours, stock):
+            generate(m, prompt(400), cache)
+        held = [t for layer in stock.layers for t in _tensors_of(layer) if t.is_floating_point()]
+        report = ours.memory()
+        assert report.exact == sum(t.nbytes for t in held)
+        assert report.times_smaller == report.exact / report.stored
+        assert report.times_smaller > (1 if family == "qwen3_next" else 1.5)
+
+    def test_report_says_when_more_is_stored(self):
+        report = MemoryReport(stored=3 << 20, exact=2 << 20, fp16=1 << 20, nominal_ratio=1.0)
+        assert str(report).startswith(
+            "1.50 times the exact cache (2.00 MiB -> 3.00 MiB)\n  nominal ratio 1.000, actual 3"
+        )
+        assert MemoryReport(0, 0, 0, 0.0).times_smaller == 1 and str(MemoryReport(0, 0, 0, 0.0)).startswith("empty")
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+    def test_repr_is_one_line(self, family):
+        """Whatever the number of layers, before use and after."""
+        m = model(family, "sdpa", **sizes(family))
+        cache = SpectrumCache(m.config, budget=0.3)
+        assert repr(cache).startswith("SpectrumCache(sink_protect b=0.3, ") and repr(cache).endswith(", 0 tokens)")
+        generate(m, prompt(300), cache)
+        said = repr(cache)
+        assert len(said) < 250 and "\n" not in said
+        assert " 311 tokens, " in said and cache.memory().headline() in said
+        assert sum(map(int, re.findall(r"(\d+) x ", said))) == len(cache.layers)
 
     def test_nothing_grows_but_the_tail(self):
         m = model("llama", "sdpa")

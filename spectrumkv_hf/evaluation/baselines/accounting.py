@@ -1,6 +1,5 @@
 """What caches that are not ours occupy: every byte they keep alive, over the bytes of the tokens they were given."""
 
-import importlib
 from collections.abc import Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -10,18 +9,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.memory import FP16_BYTES, MemoryReport, storage_bytes
-
-
-def required(module: str, install: str) -> Any:
-    """The module of an optional package.
-
-    Raises:
-        ImportError: it is missing; the message has the line that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as problem:
-        raise ImportError(f"this method needs a package that can't be imported ({problem}): {install}") from problem
 
 
 def reachable_tensors(root: Any) -> Iterator[torch.Tensor]:
@@ -53,17 +40,19 @@ class Counted(Cache):
 
     Attributes:
         given: Of each layer, the tokens so far and the elements of keys and values of one token in all rows and heads.
+        itemsize: Bytes of an element, as the model gave them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.given: dict[int, tuple[int, int]] = {}
+        self.itemsize = FP16_BYTES
         super().__init__(*args, **kwargs)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As of the cache class; keys and values are `[batch, kv_heads, tokens, head_dim]`."""
-        tokens = key_states.shape[2]
+        tokens, self.itemsize = key_states.shape[2], key_states.element_size()
         before, _ = self.given.get(layer_idx, (0, 0))
         self.given[layer_idx] = before + tokens, (key_states.numel() + value_states.numel()) // max(tokens, 1)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -90,4 +79,6 @@ def counted_memory(cache: Counted, nominal_ratio: float) -> MemoryReport:
         cache: After its prefill.
         nominal_ratio: Of its tokens, without scales.
     """
-    return MemoryReport(storage_bytes(reachable_tensors(cache)), cache.fp16_bytes(), nominal_ratio)
+    fp16 = cache.fp16_bytes()
+    exact = fp16 * cache.itemsize // FP16_BYTES
+    return MemoryReport(storage_bytes(reachable_tensors(cache)), exact, fp16, nominal_ratio)

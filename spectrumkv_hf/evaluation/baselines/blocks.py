@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from spectrumkv_hf.evaluation.baselines.accounting import required
 from spectrumkv_hf.evaluation.baselines.coded import Codec, Coded
+from spectrumkv_hf.extras import required
 from spectrumkv_hf.policy import Policy
 
 BLOCK = 64
@@ -29,7 +29,7 @@ class FourBit(Codec):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._functional = required("bitsandbytes.functional", "pip install bitsandbytes")
+        self._functional = required("bitsandbytes.functional", f"method {kind}")
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Codes, two a byte, and the absmax of each block."""

@@ -14,13 +14,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spectrumkv_hf.evaluation.baselines.accounting import Counted, counted_memory, required
+from spectrumkv_hf.evaluation.baselines.accounting import Counted, counted_memory
 from spectrumkv_hf.evaluation.methods import Method
+from spectrumkv_hf.extras import required
 from spectrumkv_hf.memory import MemoryReport
 
 PRESSES = {"snapkv": "SnapKVPress", "expected_attention": "ExpectedAttentionPress"}
-INSTALL = "pip install datasets && pip install --no-deps kvpress==0.5.5 'cachetools<6' fire termcolor"
-"""Without dependencies, whose pins would replace this Transformers; these are what its import needs."""
 
 
 def _kvpress() -> Any:
@@ -30,7 +29,7 @@ def _kvpress() -> Any:
         ImportError: it is missing.
     """
     attention = dict(ALL_ATTENTION_FUNCTIONS.items())
-    module = required("kvpress", INSTALL)
+    module = required("kvpress", f"pruning ({', '.join(PRESSES)})")
     # It wraps every attention function, for presses that mask by head. Those here don't, and other methods of the same
     # run should find Transformers as it was.
     for name, function in attention.items():

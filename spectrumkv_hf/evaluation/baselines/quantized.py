@@ -11,8 +11,9 @@ import transformers
 from transformers import PreTrainedModel, QuantizedCache, cache_utils
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf.evaluation.baselines.accounting import Counted, counted_memory, required
+from spectrumkv_hf.evaluation.baselines.accounting import Counted, counted_memory
 from spectrumkv_hf.evaluation.methods import Method
+from spectrumkv_hf.extras import required
 from spectrumkv_hf.memory import MemoryReport
 
 BITS = {"quanto": (4, 2), "hqq": (4, 8, 2, 1), "fp8": (8,)}
@@ -77,10 +78,7 @@ class Quantized(Method):
                     f"Transformers {transformers.__version__} has no FP8 cache, 5.23 has; fp8_e4m3 is this package's"
                 )
             return CountedQuantizedCache("fp8", model.config)
-        if self.backend == "quanto":
-            required("optimum.quanto", "pip install optimum-quanto")
-        else:
-            required("hqq.core.quantize", "pip install hqq")
+        required({"quanto": "optimum.quanto", "hqq": "hqq.core.quantize"}[self.backend], f"method {self.backend}")
         axis = AXIS[self.backend] if self.axis is None else self.axis
         cache = CountedQuantizedCache(
             self.backend, model.config, nbits=self.bits, axis_key=axis, axis_value=axis, q_group_size=GROUP

@@ -1,0 +1,143 @@
+"""What works with nothing but the declared dependencies: every --help, every module; and what a missing extra says."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import spectrumkv_hf
+from spectrumkv_hf.extras import INSTALL
+
+ROOT = Path(__file__).parents[1]
+DISTRIBUTIONS = {"lm_eval": "lm-eval", "optimum": "optimum-quanto"}
+"""Of modules, where they have another name."""
+BLOCKED = sorted({*INSTALL, "lmcache", "nixl_cu12", "nixl_cu13", "triton", "vllm", "pandas", "scipy", "sklearn"})
+
+RUNNER = """
+import contextlib, importlib, io, json, pkgutil, runpy, sys
+from importlib import machinery
+
+blocked, jobs = json.loads(sys.argv[1])
+find = machinery.PathFinder.find_spec
+machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name.partition(".")[0] in blocked else find(name, *rest)
+)
+
+def command(*arguments):
+    from spectrumkv_hf.cli import main
+    main(arguments)
+
+def example(path, *arguments):
+    sys.argv, sys.path[0] = [path, *arguments], path.rpartition("/")[0]
+    runpy.run_path(path, run_name="__main__")
+
+def module(name):
+    importlib.import_module(name)
+
+results = []
+for kind, *arguments in jobs:
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            {"command": command, "example": example, "module": module}[kind](*arguments)
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException as problem:
+            status = repr(problem)
+    results.append([status, out.getvalue(), err.getvalue()])
+json.dump(results, sys.stdout)
+"""
+
+
+def run(jobs):
+    """Status, stdout and stderr of commands, examples and imports in one process that lacks all extras."""
+    code = [sys.executable, "-c", RUNNER, json.dumps([BLOCKED, jobs])]
+    process = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def failures(jobs):
+    return {" ".join(job): result for job, result in zip(jobs, run(jobs), strict=True) if result[0] != 0}
+
+
+def test_help_of_every_command():
+    from spectrumkv_hf.cli import COMMANDS
+    from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
+
+    commands = [["--help"], *([name, "--help"] for name in COMMANDS)]
+    commands += [["eval", name, "--help"] for name in ("paper", *EXPERIMENTS)]
+    assert len(commands) > 15
+    assert not failures([["command", *arguments] for arguments in commands])
+
+
+def test_help_of_every_example():
+    examples = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()]
+    assert len(examples) > 15
+    assert not failures([["example", str(path), "--help"] for path in examples])
+
+
+def test_every_module_is_importable():
+    """But those that only make sense inside the program that loads them."""
+    paths = sorted((ROOT / "spectrumkv_hf").rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    assert "spectrumkv_hf.evaluation.figures" in names
+    failed = {name.removeprefix("module ") for name in failures([["module", name] for name in names])}
+    assert failed <= {
+        "spectrumkv_hf.evaluation.lm_eval_model",
+        "spectrumkv_hf.engines.lmcache_serde",
+        "spectrumkv_hf.engines.vllm_connector",
+    }
+
+
+MISSING = {
+    "datasets": ["command", "eval", "perplexity"],
+    "lm_eval": ["command", "lm-eval", "--tasks", "hellaswag"],
+    "gguf": ["command", "probe", "some.gguf"],
+    "bitsandbytes": ["command", "probe", "some/model", "--load-in", "4bit"],
+    "nixl": ["example", str(ROOT / "examples/pd_disaggregation.py"), "--transport", "nixl"],
+}
+
+
+def test_missing_extras(tmp_path):
+    """Before anything is loaded, in words, with a command that works in a checkout."""
+    output = str(tmp_path / "out")
+    figures = {
+        "a table of the paper": ["command", "eval", "needles", "--output", output],
+        "all of them": ["command", "eval", "paper", "--reduced", "--output", output],
+        "a plot": ["example", str(ROOT / "examples/generate.py"), "--plot", str(tmp_path / "x.png")],
+    }
+    jobs = [*MISSING.values(), *figures.values()]
+    for job, (status, _, stderr) in zip(jobs, run(jobs), strict=True):
+        module = next((name for name, each in MISSING.items() if each is job), "matplotlib")
+        assert status == 2, (job, status, stderr)
+        assert stderr.startswith("error: ") and f"needs the package {module} (" in stderr, stderr
+        assert INSTALL[module] in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_install_what_they_say():
+    """Each names an extra of this checkout that has the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for module, command in INSTALL.items():
+        extra = re.fullmatch(r"pip install -c constraints\.txt '\.\[([a-z-]+)\]'(?: && .*)?", command)[1]
+        packages = [re.split(r"[^\w-]", line)[0] for line in project["optional-dependencies"][extra]]
+        name = DISTRIBUTIONS.get(module, module)
+        assert name in packages or f"{name}==" in command, (module, command)
+
+
+def test_version(capsys):
+    from spectrumkv_hf.cli import main
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"spectrumkv-hf {spectrumkv_hf.__version__} (Python 3.")
+    assert f"PyTorch {torch.__version__}" in said and f"Transformers {transformers.__version__}" in said
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == spectrumkv_hf.__version__

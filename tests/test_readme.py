@@ -1,0 +1,244 @@
+"""The README's code runs and gives what it claims; its commands parse, and those that are cheap run."""
+
+import importlib
+import itertools
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from spectrumkv_hf import SpectrumCache, cache_argument, cli
+from spectrumkv_hf.evaluation import models
+from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
+from spectrumkv_hf.evaluation.text import passage
+from spectrumkv_hf.transfer import CacheSender, recv_cache
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2"}
+"""Models of the README by the local ones that stand in for them."""
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+SNIPPET, SAVE, STREAM = blocks("python")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Hub names lead to local models, in the dtype of their checkpoints."""
+    try:
+        models.smollm2_file()
+    except FileNotFoundError as problem:
+        pytest.skip(str(problem))
+    loaded = {name: models.load(local, torch.bfloat16) for name, local in HUB.items()}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: loaded[name][0])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: loaded[name][1])
+    return loaded
+
+
+def test_snippet(hub, tmp_path, monkeypatch, capsys):
+    """It prints the text and the gain that stand below it, and the exact cache gives the same text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where from_model keeps what its probe finds
+    assert len(SNIPPET.strip().splitlines()) <= 12
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of deprecated names
+        exec(SNIPPET, names)
+    said = capsys.readouterr()
+    assert said.out == blocks("text")[0]
+    assert "Probing once" in said.err
+    model, inputs = names["model"], names["inputs"]
+    exact = model.generate(**inputs, **cache_argument(DynamicCache(config=model.config)), max_new_tokens=23)
+    assert torch.equal(exact, names["output"])
+    assert names["cache"].memory().times_smaller > 2.4
+
+
+def test_save_and_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = families.model("llama", "sdpa")
+    cache = SpectrumCache(model.config, budget=0.3)
+    with torch.no_grad():
+        model(families.prompt(200), **cache_argument(cache))
+    names = {"SpectrumCache": SpectrumCache, "cache": cache, "model": model}
+    exec(SAVE, names)
+    assert names["cache"] is not cache
+    assert torch.equal(names["cache"].serialize(), cache.serialize())
+
+
+def stream(rank, place):
+    """The part of the block that the process of one rank runs."""
+    dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=2)
+    model = families.model("llama", "sdpa")
+    sending, receiving = re.fullmatch(r"(.*?)^(cache = recv_cache.*)", STREAM, re.DOTALL | re.MULTILINE).groups()
+    names = {"model": model, "inputs": {"input_ids": families.prompt(200)}}
+    if rank == 0:
+        names |= {"CacheSender": CacheSender, "cache_argument": cache_argument, "cache": SpectrumCache(model.config)}
+    else:
+        names["recv_cache"] = recv_cache
+    with torch.no_grad():
+        exec(receiving if rank else sending, names)
+    torch.save(names["cache"].serialize(), Path(place, str(rank)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_stream(tmp_path):
+    torch.multiprocessing.spawn(stream, args=(str(tmp_path),), nprocs=2)
+    sent, received = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert torch.equal(sent, received)
+
+
+def commands(text, comments):
+    """The commands of shell text as lists of words, without `sudo`, variables and what follows `&&`."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=comments)
+        for together, part in itertools.groupby(words, key="&&".__eq__):
+            part = [word for word in part if word != "sudo" and not re.match(r"[A-Z_]+=", word)]
+            if not together and part:
+                yield part
+
+
+def alternatives(words):
+    """`a|b` once each, and what is in brackets as if it were not."""
+    options = [word.strip("[]").strip("|").split("|") for word in words]
+    for index in range(max(map(len, options))):
+        yield [option[min(index, len(option) - 1)] for option in options]
+
+
+IN_BLOCKS = [command for block in blocks("sh") for command in commands(block, comments=True)]
+IN_TEXT = [
+    words
+    for span in re.findall(
+        r"`((?:spectrumkv|python|make|pip) [^`\n]+)`",
+        re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE),
+    )
+    for command in commands(span, comments=False)
+    for words in alternatives(command)
+]
+
+
+def parse(words):
+    """Read a command's arguments as it would itself.
+
+    Raises:
+        SystemExit: they are wrong.
+    """
+    program, *arguments = words
+    if program == "spectrumkv":
+        command, *arguments = arguments
+        module = importlib.import_module(cli.COMMANDS[command][0])
+        parser = ArgumentParser(prog=f"spectrumkv {command}")
+        module.add_arguments(parser)
+        return parser.parse_args(arguments)
+    assert program == "python" and arguments[0].startswith("examples/")
+    held, sys.argv = sys.argv, arguments
+    try:
+        return runpy.run_path(str(ROOT / arguments[0]))["parse_args"]()
+    finally:
+        sys.argv = held
+
+
+@pytest.mark.parametrize("words", [*IN_BLOCKS, *IN_TEXT], ids=lambda words: " ".join(words)[:90])
+def test_command_parses(words, capsys):
+    match words:
+        case ["spectrumkv" | "python", *_]:
+            try:
+                parse(words)
+            except SystemExit as end:
+                assert end.code == 0, capsys.readouterr().err
+        case ["make", *targets]:
+            known = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+            assert {target for target in targets if "=" not in target} <= known
+        case ["pip", "install", *arguments]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            for argument in arguments:
+                if named := re.fullmatch(r"\.(?:\[([\w,-]+)\])?", argument):
+                    assert {*(named[1] or "").split(",")} - {""} <= extras.keys()
+                    assert arguments[:2] == ["-c", "constraints.txt"]
+        case ["pytest", *_]:
+            pass
+        case _:
+            pytest.fail(f"not known: {words}")
+
+
+def test_all_commands_are_found():
+    """The patterns above still fit the README."""
+    programs = [words[0] for words in (*IN_BLOCKS, *IN_TEXT)]
+    assert programs.count("spectrumkv") > 10 and programs.count("python") > 8 and programs.count("make") > 5
+    named = re.search(r"`spectrumkv eval ([^`]*)`\s+`([^`]*) --help`", README)
+    assert {*"".join(named.groups()).split("|")} == {*EXPERIMENTS}
+
+
+NEEDLES, WIKITEXT = (
+    next(words for words in IN_BLOCKS if words[:2] == ["spectrumkv", "lm-eval"] and task in words)
+    for task in ("needle", "wikitext_file")
+)
+
+
+def lm_eval(words, output):
+    """Run a command of the README; the cells that it measured, and what it printed."""
+    code = [sys.executable, "-m", "spectrumkv_hf.cli", *words[1:], "--output", str(output)]
+    result = subprocess.run(code, capture_output=True, text=True, cwd=output.parent)
+    assert result.returncode == 0, result.stderr
+    return json.loads(output.read_text())["cells"], result.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where the README's commands find what they name."""
+    pytest.importorskip("lm_eval")
+    try:
+        models.smollm2_file()
+    except FileNotFoundError as problem:
+        pytest.skip(str(problem))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "wikitext-2").mkdir()
+    articles = (f" = {title} = \n\n {passage()}\n" for title in ("One", "Two"))
+    (tmp_path / "wikitext-2/test.txt").write_text("".join(articles), encoding="utf-8")
+    return tmp_path
+
+
+def test_offline_needles_are_found(folder):
+    """The README's command on half of its documents, over the exact cache: whole prompts, which the model answers."""
+    cells, shown = lm_eval([*NEEDLES, "--limit", "5", "--policy", "exact"], folder / "out.json")
+    assert cells["needle exact"]["metrics"]["needle"]["found,none"] >= 0.8
+    assert cells["needle exact"]["cache"]["cut"] == 0 and "warning" not in shown
+
+
+@pytest.mark.slow
+def test_lm_eval_commands(folder):
+    cells, shown = lm_eval(NEEDLES, folder / "needles.json")
+    assert [cell["metrics"]["needle"]["found,none"] for cell in cells.values()] == [0.9, 0.9, 0.9]
+    assert "warning" not in shown
+    cells, shown = lm_eval(WIKITEXT, folder / "wikitext.json")
+    perplexity = [cell["metrics"]["wikitext_file"]["word_perplexity,none"] for cell in cells.values()]
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.01) == pytest.approx(perplexity[2], rel=0.05)
+    assert "warning" not in shown
+
+
+@pytest.mark.slow
+def test_demo_holds_what_the_readme_says(tmp_path):
+    """With the defaults of `make demo`."""
+    report = tmp_path / "report.json"
+    code = [sys.executable, str(ROOT / "examples/generate.py"), "--repeats", "1", "--json", str(report)]
+    subprocess.run(code, check=True, capture_output=True)
+    rows = json.loads(report.read_text())["results"]
+    claimed = re.search(r"the caches hold ([\d.]+), ([\d.]+) and ([\d.]+) MiB", README).groups()
+    assert [f"{row['kv_mib']:.1f}" for row in rows] == [*claimed]
+    start = "The text provides a detailed explanation of the tides, focusing on the rhythm of the Moon's orbit"
+    assert all(row["text"].startswith(start) for row in rows)
