@@ -75,9 +75,13 @@ def config(family: str, **changes):
     return getattr(transformers, name)(**{**COMMON, **settings, **changes})
 
 
-@functools.cache
 def model(family: str, attention: str | None = None, **changes):
-    """A random model in float32, the same at every call. Weights are large enough for attention to discriminate."""
+    """A random model in float32, alike at every call. Weights are large enough for attention to discriminate."""
+    return copy.deepcopy(_built(family, attention, **changes))  # what a test does to it stays there
+
+
+@functools.cache
+def _built(family: str, attention: str | None, **changes):
     prefix, _ = FAMILIES[family]
     name = {"gpt2": "GPT2LMHeadModel"}.get(family, f"{prefix}ForCausalLM")
     torch.manual_seed(7)

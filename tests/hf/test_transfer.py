@@ -40,9 +40,9 @@ def new_cache(family, policy, budget):
 
 
 @torch.no_grad()
-def prefill(family, cache):
-    ids = prompt(TOKENS).to(model(family).device)
-    return model(family)(ids, past_key_values=cache).logits[:, -1:]
+def prefill(family, cache, given=None):
+    m = given or model(family)
+    return m(prompt(TOKENS).to(m.device), past_key_values=cache).logits[:, -1:]
 
 
 @torch.no_grad()
@@ -542,10 +542,10 @@ def send_half_a_prefill():
     def fail(*_):
         raise ArithmeticError("no more")
 
-    hook = model("llama").model.layers[1].register_forward_pre_hook(fail)
+    m = model("llama")
+    m.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(ArithmeticError), CacheSender(cache, peer(), timeout=PATIENCE):
-        prefill("llama", cache)
-    hook.remove()
+        prefill("llama", cache, m)
     return send_whole("llama", "greedy", 0.5)[2]
 
 
