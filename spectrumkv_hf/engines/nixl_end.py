@@ -23,6 +23,8 @@ HELLO_MAGIC = b"SPKVNIXL"
 VERSION = 1
 MAX_METADATA = 1 << 20
 MAX_STAGING = 1 << 32
+RETRY = 0.05
+"""Seconds until a receiver that refused a connection is asked again."""
 POLL = 0.0005
 """Seconds between two looks at a transfer or for notifications."""
 
@@ -123,14 +125,18 @@ class End:
 
 
 def meet(host: str, port: int, timeout: float) -> tuple[bytes, int, int, int, socket.socket]:
-    """Connect to a receiver within `timeout` seconds: its agent's metadata, slots, their bytes and address, the
-    connection."""
+    """Connect to a receiver within `timeout` seconds, also one that comes later: its agent's metadata, slots, their
+    bytes and address, the connection."""
     where = f"the receiver at {host}:{port}"
     until = time.monotonic() + timeout
-    try:
-        connection = socket.create_connection((host, port), timeout)
-    except OSError as problem:
-        raise TransportError(f"can't reach {where}: {problem}") from problem
+    while True:
+        try:
+            connection = socket.create_connection((host, port), max(until - time.monotonic(), RETRY))
+            break
+        except OSError as problem:
+            if not isinstance(problem, ConnectionRefusedError) or time.monotonic() + RETRY > until:
+                raise TransportError(f"can't reach {where}: {problem}") from problem
+            time.sleep(RETRY)
     try:
         magic, version, slots, slot_bytes, address, length = HELLO.unpack(exactly(connection, HELLO.size, until))
         if magic != HELLO_MAGIC or version != VERSION:

@@ -169,10 +169,10 @@ def send_and_watch(path):
         while time.monotonic() < until and not path.exists():
             time.sleep(0.01)
 
-    hook = model("llama").model.layers[1].register_forward_pre_hook(wait_for_layer_0)
+    m = model("llama")
+    m.model.layers[1].register_forward_pre_hook(wait_for_layer_0)
     with CacheSender(cache, peer(), timeout=PATIENCE):
-        prefill("llama", cache)
-    hook.remove()
+        prefill("llama", cache, m)
     return path.exists()
 
 

@@ -332,7 +332,10 @@ def test_nixl_length_that_differs_leaves_the_connection(nixl_ends):
         (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1 << 31, 1 << 40, 0, 9), "offers 2147483648 slots"),
         (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 1 << 30), "1073741824 of metadata"),
         (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 99) + b"short", "it closed the connection"),
-        (struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 64) + bytes(range(1, 65)), "lost the receiver|NIXL is not"),
+        (
+            struct.pack("<8sHIQQI", b"SPKVNIXL", 1, 1, 64, 0, 64) + bytes(range(1, 65)),
+            "lost the receiver|needs the package nixl",
+        ),
     ],
     ids=["nothing", "http", "version", "slots", "long", "short", "metadata"],
 )
