@@ -30,9 +30,13 @@ SLOW_START = 5.0
 # -- what they run ----------------------------------------------------------------------------------------------------
 
 
+device = "cpu"
+"""Where this process's models are."""
+
+
 def model(family):
     """With a window long enough for tokens to be tiered before they leave it."""
-    return families.model(family, **({"sliding_window": 160} if family == "gemma3" else {}))
+    return families.model(family, **({"sliding_window": 160} if family == "gemma3" else {})).to(device)
 
 
 def new_cache(family, policy, budget):
@@ -48,8 +52,9 @@ def prefill(family, cache, given=None):
 @torch.no_grad()
 def decode(family, cache, steps=6):
     """Logits of further steps, `[1, steps, vocabulary]`."""
-    ids = prompt(steps, seed=3).to(model(family).device)
-    return torch.cat([model(family)(ids[:, i, None], past_key_values=cache).logits for i in range(steps)], dim=1)
+    m = model(family)
+    ids = prompt(steps, seed=3).to(m.device)
+    return torch.cat([m(ids[:, i, None], past_key_values=cache).logits for i in range(steps)], dim=1)
 
 
 def expected(family, policy, budget):
@@ -102,18 +107,19 @@ def test_round_trip(pair, family, policy, budget):
 
 
 @contextlib.contextmanager
-def on_gpu(family):
-    """The model on the GPU."""
-    model(family).cuda()
+def on_gpu():
+    """Models on the GPU."""
+    global device
+    device = "cuda"
     try:
         yield
     finally:
-        model(family).cpu()
+        device = "cpu"
 
 
 def send_from_gpu(streamed):
     cache = new_cache("llama", "greedy", 0.5)
-    with on_gpu("llama"):
+    with on_gpu():
         if streamed:
             with CacheSender(cache, peer(), timeout=PATIENCE):
                 prefill("llama", cache)
@@ -124,7 +130,7 @@ def send_from_gpu(streamed):
 
 
 def receive_on_gpu():
-    with on_gpu("llama"):
+    with on_gpu():
         cache = recv_cache(peer(), model("llama").config, timeout=PATIENCE, device="cuda")
         assert cache.layers[0].device.type == "cuda"
         return cache.serialize().cpu(), decode("llama", cache).cpu()
@@ -423,7 +429,7 @@ def timeout():
 
 def device():
     """The model where the transport has its tensors."""
-    return on_gpu("llama") if over_nccl() else contextlib.nullcontext()
+    return on_gpu() if over_nccl() else contextlib.nullcontext()
 
 
 def stall():
@@ -491,7 +497,7 @@ def check_fault(outcome, message):
 
 def check_logits(logits, kind):
     """The sender's cache works as without a transfer."""
-    with on_gpu("llama") if kind == "nccl" else contextlib.nullcontext():
+    with on_gpu() if kind == "nccl" else contextlib.nullcontext():
         assert torch.equal(logits, expected("llama", "greedy", 0.5).cpu())
 
 
