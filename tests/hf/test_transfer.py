@@ -30,13 +30,13 @@ SLOW_START = 5.0
 # -- what they run ----------------------------------------------------------------------------------------------------
 
 
-device = "cpu"
+where = "cpu"
 """Where this process's models are."""
 
 
 def model(family):
     """With a window long enough for tokens to be tiered before they leave it."""
-    return families.model(family, **({"sliding_window": 160} if family == "gemma3" else {})).to(device)
+    return families.model(family, **({"sliding_window": 160} if family == "gemma3" else {})).to(where)
 
 
 def new_cache(family, policy, budget):
@@ -109,12 +109,12 @@ def test_round_trip(pair, family, policy, budget):
 @contextlib.contextmanager
 def on_gpu():
     """Models on the GPU."""
-    global device
-    device = "cuda"
+    global where
+    where = "cuda"
     try:
         yield
     finally:
-        device = "cpu"
+        where = "cpu"
 
 
 def send_from_gpu(streamed):
