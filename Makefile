@@ -36,9 +36,8 @@ lint: $(BIN)/installed
 # need neither, run in `make test` only. TESTS=tests runs everything on one:
 # make test-with-5.23.0+3.9.0 TESTS=tests
 MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
-BYTES := $(wildcard tests/hf/test_wire_*.py tests/hf/test_trans*.py tests/hf/test_files.py)
-TESTS ?= $(filter-out $(BYTES),$(wildcard tests/hf/test_*.py)) \
-	$(wildcard tests/kernels/*triton*.py tests/kernels/test_compiles.py tests/kernels/test_dispatch.py)
+TESTS ?= tests/policy tests/tiered tests/probe tests/commands tests/evaluation \
+	$(wildcard tests/kernels/*/*triton*.py tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py)
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
 
 test-with-%: pyproject.toml constraints.txt

@@ -18,13 +18,13 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.evaluation.environment import environment
-from spectrumkv_hf.evaluation.methods import cache_memory
-from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
-from spectrumkv_hf.evaluation.text import passage
-from spectrumkv_hf.evaluation.transfer import prefill
-from spectrumkv_hf.whole_file import write_whole
+from spectrumkv_hf.evaluation.protocols.quality import prefill
+from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.subjects.methods import cache_memory
+from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.support.whole_file import write_whole
 
 BASELINE = "dynamic"
 FILL_TOKENS = 4096

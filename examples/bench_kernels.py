@@ -20,10 +20,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from spectrumkv_hf.evaluation.environment import versions
-from spectrumkv_hf.extras import required
-from spectrumkv_hf.whole_file import whole_file, write_whole
-from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, operation
+from spectrumkv_hf.evaluation.report.environment import versions
+from spectrumkv_hf.support.extras import required
+from spectrumkv_hf.support.whole_file import whole_file, write_whole
+from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, dense, encode, key_mean, tiered_attention
 
 SHAPES = {  # heads, KV heads, head_dim
     "Qwen2.5-7B": (28, 4, 128),
@@ -109,14 +109,13 @@ def stored_bytes(segments: list[Segment]) -> int:
 
 
 def attend(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
-    read = operation("tiered_attention", query.device)
+    read = tiered_attention
     return read(
         query, segments, length=tokens, scale=query.shape[-1] ** -0.5, codec=CODEC, mean=mean, rotary=rotary
     )  # fmt: skip
 
 
 def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
-    dense = operation("dense", query.device)
     return packed(query, *dense(segments, 0, tokens, DTYPE, CODEC, mean, rotary, True))
 
 
@@ -158,9 +157,9 @@ def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats:
 def compress(keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], rotary: Rotary) -> None:
     """Mean of the keys, then codes of the tokens `places` of each width."""
     device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
-    mean = operation("key_mean", device)(keys, positions, rotary)
+    mean = key_mean.on(device.type)(keys, positions, rotary)
     for bits, index in places.items():
-        operation("encode", device)(keys, values, index.int(), bits, CODEC, mean, rotary, index=index)
+        encode.on(device.type)(keys, values, index.int(), bits, CODEC, mean, rotary, index=index)
 
 
 def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

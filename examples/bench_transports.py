@@ -17,8 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spectrumkv_hf.evaluation.report import HelpFormatter, print_table
-from spectrumkv_hf.transport import HEAD_BYTES, REPLY_BYTES, RankTransport, ReceivingTransport, SendingTransport
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter, print_table
+from spectrumkv_hf.transfer.transport import (
+    HEAD_BYTES,
+    REPLY_BYTES,
+    RankTransport,
+    ReceivingTransport,
+    SendingTransport,
+)
 
 TRANSPORTS = ("gloo", "file", "nixl")
 TIMEOUT = 120.0
@@ -32,10 +38,10 @@ def connect(kind: str, folder: Path, pipe: Connection, sending: bool) -> Sending
         dist.init_process_group("gloo", init_method=address, rank=int(sending), world_size=2, timeout=limit)
         return RankTransport(int(not sending))
     if kind == "file":
-        from spectrumkv_hf.engines.directory import DirectoryReceiver, DirectorySender
+        from spectrumkv_hf.transfer.directory import DirectoryReceiver, DirectorySender
 
         return (DirectorySender if sending else DirectoryReceiver)(folder / "frames")
-    from spectrumkv_hf.engines.nixl import NixlListener, NixlSender
+    from spectrumkv_hf.transfer.nixl import NixlListener, NixlSender
 
     if sending:
         return NixlSender(*pipe.recv(), TIMEOUT)

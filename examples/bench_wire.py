@@ -15,11 +15,11 @@ import torch
 from transformers import LlamaConfig
 
 from spectrumkv_hf import SpectrumCache, wire
-from spectrumkv_hf.evaluation.environment import versions
-from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders
-from spectrumkv_hf.layer import SpectrumLayer
-from spectrumkv_hf.whole_file import write_whole
-from spectrumkv_hf.wire_frame import digest
+from spectrumkv_hf.evaluation.report.environment import versions
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders
+from spectrumkv_hf.support.whole_file import write_whole
+from spectrumkv_hf.tiered.layer import SpectrumLayer
+from spectrumkv_hf.wire.frame import digest
 
 
 def filled_cache(args: argparse.Namespace, budget: float) -> SpectrumCache:

@@ -5,7 +5,7 @@ python examples/eval_access_skew.py --model MODEL --text-file wikitext-2/test.tx
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "access-skew", *sys.argv[1:]])

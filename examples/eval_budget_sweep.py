@@ -5,7 +5,7 @@ python examples/eval_budget_sweep.py --model MODEL --text-file wikitext-2/test.t
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "budget-sweep", *sys.argv[1:]])

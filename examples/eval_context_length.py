@@ -5,7 +5,7 @@ python examples/eval_context_length.py --model MODEL --text-file wikitext-2/test
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "context-length", *sys.argv[1:]])

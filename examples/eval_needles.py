@@ -5,7 +5,7 @@ python examples/eval_needles.py --model MODEL --output results/MODEL
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "needles", *sys.argv[1:]])

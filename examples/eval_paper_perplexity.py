@@ -5,7 +5,7 @@ python examples/eval_paper_perplexity.py --model MODEL --text-file wikitext-2/te
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "paper-perplexity", *sys.argv[1:]])

@@ -5,7 +5,7 @@ python examples/eval_perplexity.py --model MODEL --text-file wikitext-2/test.txt
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "perplexity", *sys.argv[1:]])

@@ -5,7 +5,7 @@ python examples/eval_sinks.py --model MODEL --text-file wikitext-2/test.txt --ou
 
 import sys
 
-from spectrumkv_hf.cli import main
+from spectrumkv_hf.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", "sinks", *sys.argv[1:]])

@@ -22,14 +22,14 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrai
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf import MemoryReport, SpectrumCache, cache_argument, get_policy
-from spectrumkv_hf.evaluation.environment import environment
-from spectrumkv_hf.evaluation.methods import Tiered, cache_memory
-from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
-from spectrumkv_hf.evaluation.text import passage, text_windows
-from spectrumkv_hf.evaluation.transfer import Quality, measure, prefill
-from spectrumkv_hf.extras import required
-from spectrumkv_hf.whole_file import whole_file, write_whole
+from spectrumkv_hf.evaluation.protocols.quality import Quality, measure, prefill
+from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.subjects.methods import Tiered, cache_memory
+from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.subjects.text import passage, text_windows
+from spectrumkv_hf.support.extras import required
+from spectrumkv_hf.support.whole_file import whole_file, write_whole
 
 QUESTION = "Summarise the text above."
 """What the built-in prompt asks after the passage."""

@@ -40,11 +40,11 @@ from pd_disaggregation import (
 from tqdm import tqdm
 
 from spectrumkv_hf import get_policy
-from spectrumkv_hf.bypass import TransferCosts
-from spectrumkv_hf.evaluation.environment import environment
-from spectrumkv_hf.evaluation.models import load_from
-from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
-from spectrumkv_hf.whole_file import write_whole
+from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.subjects.models import load_from
+from spectrumkv_hf.support.whole_file import write_whole
+from spectrumkv_hf.transfer.break_even import TransferCosts
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 """Of the prefill and the decode end of the link, a network of their own."""

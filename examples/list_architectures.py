@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spectrumkv_hf import SpectrumCache
-from spectrumkv_hf.layer import SpectrumLayer
+from spectrumkv_hf.tiered.layer import SpectrumLayer
 
 
 def untiered() -> tuple[int, dict[str, list[str]]]:

@@ -26,16 +26,16 @@ import torch.distributed as dist
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrumkv_hf import Policy, SpectrumCache, cache_argument, get_policy
-from spectrumkv_hf.bypass import TransferCosts, choose_policy
-from spectrumkv_hf.engines.directory import DirectoryReceiver, DirectorySender
-from spectrumkv_hf.evaluation.environment import environment
-from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.report import HelpFormatter, check_folders, print_table
-from spectrumkv_hf.evaluation.text import passage
-from spectrumkv_hf.extras import missing
+from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
+from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.support.extras import missing
+from spectrumkv_hf.support.whole_file import write_whole
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
-from spectrumkv_hf.transport import ReceivingTransport, SendingTransport
-from spectrumkv_hf.whole_file import write_whole
+from spectrumkv_hf.transfer.break_even import TransferCosts, choose_policy
+from spectrumkv_hf.transfer.directory import DirectoryReceiver, DirectorySender
+from spectrumkv_hf.transfer.transport import ReceivingTransport, SendingTransport
 
 PREFILL, DECODE = 0, 1
 """Ranks."""
@@ -221,7 +221,7 @@ def sender_of(args: argparse.Namespace) -> int | SendingTransport:
     if args.transport == "file":
         return DirectorySender(receive_text())
     if args.transport == "nixl":
-        from spectrumkv_hf.engines.nixl import NixlSender
+        from spectrumkv_hf.transfer.nixl import NixlSender
 
         host, port = receive_text().split()
         return NixlSender(host, int(port), args.timeout)
@@ -236,7 +236,7 @@ def receiver_of(args: argparse.Namespace) -> int | ReceivingTransport:
         send_text(folder)
         return DirectoryReceiver(folder)
     if args.transport == "nixl":
-        from spectrumkv_hf.engines.nixl import NixlListener
+        from spectrumkv_hf.transfer.nixl import NixlListener
 
         with NixlListener(args.host) as listener:
             send_text(f"{listener.address[0]} {listener.address[1]}")

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import spectrumkv_hf
-from spectrumkv_hf.extras import INSTALL
+from spectrumkv_hf.support.extras import INSTALL
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"lm_eval": "lm-eval", "optimum": "optimum-quanto"}
@@ -30,7 +30,7 @@ machinery.PathFinder.find_spec = classmethod(
 )
 
 def command(*arguments):
-    from spectrumkv_hf.cli import main
+    from spectrumkv_hf.commands.main import main
     main(arguments)
 
 def example(path, *arguments):
@@ -68,7 +68,7 @@ def failures(jobs):
 
 
 def test_help_of_every_command():
-    from spectrumkv_hf.cli import COMMANDS
+    from spectrumkv_hf.commands.main import COMMANDS
     from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 
     commands = [["--help"], *([name, "--help"] for name in COMMANDS)]
@@ -87,10 +87,10 @@ def test_every_module_is_importable():
     """But those that only make sense inside the program that loads them."""
     paths = sorted((ROOT / "spectrumkv_hf").rglob("*.py"))
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    assert "spectrumkv_hf.evaluation.figures" in names
+    assert "spectrumkv_hf.evaluation.report.figures" in names
     failed = {name.removeprefix("module ") for name in failures([["module", name] for name in names])}
     assert failed <= {
-        "spectrumkv_hf.evaluation.lm_eval_model",
+        "spectrumkv_hf.evaluation.subjects.lm_eval_model",
         "spectrumkv_hf.engines.lmcache_serde",
         "spectrumkv_hf.engines.vllm_connector",
     }
@@ -133,7 +133,7 @@ def test_the_commands_install_what_they_say():
 
 
 def test_version(capsys):
-    from spectrumkv_hf.cli import main
+    from spectrumkv_hf.commands.main import main
 
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -9,7 +9,7 @@ import limited_link
 import pd_disaggregation
 import pytest
 
-from spectrumkv_hf.evaluation import models
+from spectrumkv_hf.evaluation.subjects import models
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

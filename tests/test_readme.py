@@ -20,10 +20,11 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from spectrumkv_hf import SpectrumCache, cache_argument, cli
-from spectrumkv_hf.evaluation import models
+from spectrumkv_hf import SpectrumCache, cache_argument
+from spectrumkv_hf.commands import main as cli
 from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
-from spectrumkv_hf.evaluation.text import passage
+from spectrumkv_hf.evaluation.subjects import models
+from spectrumkv_hf.evaluation.subjects.text import passage
 from spectrumkv_hf.transfer import CacheSender, recv_cache
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,7 @@ NEEDLES, WIKITEXT = (
 
 def lm_eval(words, output):
     """Run a command of the README; the cells that it measured, and what it printed."""
-    code = [sys.executable, "-m", "spectrumkv_hf.cli", *words[1:], "--output", str(output)]
+    code = [sys.executable, "-m", "spectrumkv_hf.commands.main", *words[1:], "--output", str(output)]
     result = subprocess.run(code, capture_output=True, text=True, cwd=output.parent)
     assert result.returncode == 0, result.stderr
     return json.loads(output.read_text())["cells"], result.stdout

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from spectrumkv_hf import get_policy
-from spectrumkv_hf.cli import main
-from spectrumkv_hf.evaluation import models
-from spectrumkv_hf.evaluation.methods import Tiered
-from spectrumkv_hf.evaluation.text import passage, text_windows
-from spectrumkv_hf.evaluation.transfer import measure
+from spectrumkv_hf.commands.main import main
+from spectrumkv_hf.evaluation.protocols.quality import measure
+from spectrumkv_hf.evaluation.subjects import models
+from spectrumkv_hf.evaluation.subjects.methods import Tiered
+from spectrumkv_hf.evaluation.subjects.text import passage, text_windows
 from spectrumkv_hf.policy import SinkProtect
 from spectrumkv_hf.probe import CalibrationProbe, probe_model
 

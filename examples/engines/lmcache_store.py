@@ -22,9 +22,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from spectrumkv_hf import cache_argument
-from spectrumkv_hf.evaluation.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.report import HelpFormatter
-from spectrumkv_hf.evaluation.text import passage
+from spectrumkv_hf.evaluation.report.tables import HelpFormatter
+from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
+from spectrumkv_hf.evaluation.subjects.text import passage
 
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 try:

@@ -1,32 +1,31 @@
-"""Tensor operations of SpectrumKV: codecs, attention over tiers, importance. Knows nothing of Transformers."""
+"""Tensor operations of SpectrumKV: codecs, attention over tiers, importance. Knows nothing of Transformers.
 
-from spectrumkv_kernels.attention import Segment, tiered_attention
-from spectrumkv_kernels.codec import CODECS, Codec, decode, dense, encode, key_mean, take
-from spectrumkv_kernels.dispatch import operation
-from spectrumkv_kernels.hadamard import hadamard
-from spectrumkv_kernels.quantize import Quantized, dequantize, pack, quantize, saturated, unpack
-from spectrumkv_kernels.rotary import Rotary
-from spectrumkv_kernels.scores import attention_scores, real_tokens
+An operation is called as a function and runs where its tensors are: `tiered_attention(query, ...)`. Its `reference`
+in plain PyTorch specifies it.
+"""
+
+from spectrumkv_kernels.codec.quantize import FLOAT16_MAX, Quantized, dequantize, pack, quantize, saturated, unpack
+from spectrumkv_kernels.codec.reference import CODECS, Codec, take
+from spectrumkv_kernels.operations import (
+    affine_flaws,
+    attention_scores,
+    decode,
+    dense,
+    digest_sums,
+    encode,
+    key_mean,
+    tier_positions,
+    tiered_attention,
+    write_sums,
+)
+from spectrumkv_kernels.rotation.hadamard import hadamard
+from spectrumkv_kernels.rotation.rotary import Rotary
+from spectrumkv_kernels.scores.reference import real_tokens
+from spectrumkv_kernels.segment import Segment
+from spectrumkv_kernels.wire.tier_map import pack_map
 
 __all__ = [
-    "CODECS",
-    "Codec",
-    "Quantized",
-    "Rotary",
-    "Segment",
-    "attention_scores",
-    "decode",
-    "dense",
-    "dequantize",
-    "encode",
-    "hadamard",
-    "key_mean",
-    "operation",
-    "pack",
-    "quantize",
-    "real_tokens",
-    "saturated",
-    "take",
-    "tiered_attention",
-    "unpack",
-]
+    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores", "decode",
+    "dense", "dequantize", "digest_sums", "encode", "hadamard", "key_mean", "pack", "pack_map", "quantize",
+    "real_tokens", "saturated", "take", "tier_positions", "tiered_attention", "unpack", "write_sums",
+]  # fmt: skip

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from spectrumkv_hf.importance import READS_QUERIES, importance
 from spectrumkv_hf.policy import DROPPED, FP16, Policy, Tier, increments
-from spectrumkv_hf.store import Arena, TieredStore
-from spectrumkv_hf.wire_frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor
-from spectrumkv_hf.wire_layer import read_map, read_side
-from spectrumkv_hf.wire_payload import Payload, Tensors, read_payload
-from spectrumkv_kernels import Codec, Rotary, operation
-from spectrumkv_kernels.tier_map import pack_map
+from spectrumkv_hf.policy.importance import READS_QUERIES, importance
+from spectrumkv_hf.tiered.store import Arena, TieredStore
+from spectrumkv_hf.wire.frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor
+from spectrumkv_hf.wire.layer import read_map, read_side
+from spectrumkv_hf.wire.payload import Payload, Tensors, read_payload
+from spectrumkv_kernels import Codec, Rotary, pack_map, tier_positions
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """Types of keys and values that can be compressed."""
@@ -313,7 +312,7 @@ class BlockCodec:
             every = torch.arange(spec.tokens, dtype=torch.int32, device=device)
             return [every.expand(layers, spec.kv_heads, -1)]
         packed = read_map(held, f"{prefix}map", rows, spec.tokens)
-        positions, found = operation("tier_positions", packed.device)(packed, spec.tokens, sizes, 0)
+        positions, found = tier_positions(packed, spec.tokens, sizes, 0)
         for code, n in enumerate(sizes):
             held.checks.refuse(found[..., code] != n, "the tier map has other counts than its policy")
         held.checks.settle()

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from spectrumkv_hf.engines.blocks import BlockCodec, KVSpec, short_hash
-from spectrumkv_hf.engines.folders import file_mode, open_folder
 from spectrumkv_hf.engines.layouts import check_layout, merge_blocks, split_blocks
-from spectrumkv_hf.whole_file import open_regular, replacing
-from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.support.folders import file_mode, open_folder
+from spectrumkv_hf.support.whole_file import open_regular, replacing
+from spectrumkv_hf.wire.frame import WireError
 
 
 class PromptStore:

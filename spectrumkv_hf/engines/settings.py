@@ -6,10 +6,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from spectrumkv_hf.engines.blocks import BlockCodec
-from spectrumkv_hf.identity import layer_configs, model_identity
-from spectrumkv_hf.importance import READS_QUERIES
 from spectrumkv_hf.policy import POLICIES, get_policy
-from spectrumkv_hf.rope import rotary_of
+from spectrumkv_hf.policy.importance import READS_QUERIES
+from spectrumkv_hf.tiered.identity import layer_configs, model_identity
+from spectrumkv_hf.tiered.rope import rotary_of
 from spectrumkv_kernels import CODECS, Rotary
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")

@@ -23,7 +23,7 @@ from spectrumkv_hf.engines.adapters import Adapters
 from spectrumkv_hf.engines.layouts import PER_TOKEN, VLLM_CPU
 from spectrumkv_hf.engines.prompt_store import PromptStore
 from spectrumkv_hf.engines.settings import block_codec, model_shape
-from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire.frame import WireError
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the loggers below its own
 

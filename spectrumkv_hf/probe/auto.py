@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from spectrumkv_hf.identity import fingerprint
 from spectrumkv_hf.policy import Policy, SinkProtect
 from spectrumkv_hf.probe import storage
 from spectrumkv_hf.probe.calibration import CalibrationProbe, ProbeError
 from spectrumkv_hf.probe.paper import PaperProbe
 from spectrumkv_hf.probe.verdict import PaperVerdict, Verdict
+from spectrumkv_hf.tiered.identity import fingerprint
 from spectrumkv_kernels import CODECS
 
 logger = logging.getLogger(__name__)

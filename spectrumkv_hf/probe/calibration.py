@@ -11,15 +11,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf.cache import SpectrumCache
-from spectrumkv_hf.calls import cache_argument
-from spectrumkv_hf.evaluation.text import passage
-from spectrumkv_hf.evaluation.transfer import mean_kl
-from spectrumkv_hf.layer import FUSED_QUERIES, Attention, SpectrumLayer
+from spectrumkv_hf.evaluation.protocols.quality import mean_kl
+from spectrumkv_hf.evaluation.subjects.text import passage
 from spectrumkv_hf.policy import FP16, INT4, INT8, Greedy, SinkProtect, Tier
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, LayerError, TierReport
-from spectrumkv_hf.store import Arena
-from spectrumkv_kernels import CODECS, operation
+from spectrumkv_hf.support.calls import cache_argument
+from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.layer import FUSED_QUERIES, Attention, SpectrumLayer
+from spectrumkv_hf.tiered.store import Arena
+from spectrumkv_kernels import CODECS, decode, encode
 
 DEFAULT_LOSS = 0.01
 """Nats. Between what INT4 costs three models of 135M to 500M parameters with this codec, .0025 to .0085, and with the
@@ -289,9 +289,9 @@ def _recoded(layer: SpectrumLayer, arena: Arena, coding: Coding) -> Arena:
     def decoded(tier: Tier) -> tuple[torch.Tensor, torch.Tensor]:
         if tier == FP16:
             return exact
-        how = store.codec, store.mean, store.rotary
-        coded = operation("encode", store.device)(*exact, arena.positions, tier.bits, *how)
-        return operation("decode", store.device)(*coded, arena.positions, tier.bits, *how)
+        at, codec, mean, rotary = arena.positions, store.codec, store.mean, store.rotary
+        k, v = encode(*exact, at, tier.bits, codec, mean, rotary)
+        return decode(k, v, at, tier.bits, codec, mean, rotary)
 
     both = decoded(coding.keys)
     sides = both[0], (both if coding.values == coding.keys else decoded(coding.values))[1]

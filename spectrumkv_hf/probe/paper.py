@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrumkv_hf.evaluation.methods import PAPER, Exact, Method, Tiered
-from spectrumkv_hf.evaluation.needles import NEEDLES, NeedlePrompts, needle_prompts, retrieve
+from spectrumkv_hf.evaluation.protocols.needles import NEEDLES, NeedlePrompts, needle_prompts, retrieve
+from spectrumkv_hf.evaluation.subjects.methods import PAPER, Exact, Method, Tiered
 from spectrumkv_hf.policy import get_policy
 from spectrumkv_hf.probe.calibration import ProbeError
 from spectrumkv_hf.probe.verdict import PaperVerdict, Trial

@@ -1,7 +1,7 @@
 """Verdicts on disk, by what they depend on.
 
-One file a verdict, `<digest of the key>.json` in the folder `probe` of those that `spectrumkv_kernels.cache_folder` has
-rules for. A file appears whole, under its final name, so processes may write and read at the same time: the last one
+One file a verdict, `<digest of the key>.json` in the folder `probe` of those that `cache_folder` has rules
+for. A file appears whole, under its final name, so processes may write and read at the same time: the last one
 wins, and all have measured the same.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spectrumkv_kernels import cache_folder
+from spectrumkv_kernels.backend import cache_folder
 
 logger = logging.getLogger(__name__)
 

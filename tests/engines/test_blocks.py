@@ -10,11 +10,14 @@ from spectrumkv_hf import POLICIES, get_policy
 from spectrumkv_hf.engines import blocks
 from spectrumkv_hf.engines.blocks import BlockCodec, KVSpec, RawSpec, spec_of
 from spectrumkv_hf.engines.settings import block_codec, model_shape
-from spectrumkv_hf.importance import kv_norm
 from spectrumkv_hf.policy import FP16, INT4, INT8
-from spectrumkv_hf.wire_frame import WireError
-from spectrumkv_kernels import CODECS, Rotary, dequantize, encode, hadamard, key_mean, quantize
-from spectrumkv_kernels.tier_map import pack_map
+from spectrumkv_hf.policy.importance import kv_norm
+from spectrumkv_hf.wire.frame import WireError
+from spectrumkv_kernels import CODECS, Rotary, dequantize
+from spectrumkv_kernels.codec.quantize import quantize
+from spectrumkv_kernels.codec.reference import encode, key_mean
+from spectrumkv_kernels.rotation.hadamard import hadamard
+from spectrumkv_kernels.wire.tier_map import pack_map
 
 SHAPE = (3, 2, 37, 16)  # layers, kv_heads, tokens, head_dim
 LLAMA = model_shape(config("llama"))

@@ -27,7 +27,7 @@ from lmcache.v1.distributed.serde.base import SerdeConfig
 from lmcache.v1.distributed.storage_manager import StorageManager
 
 from spectrumkv_hf.engines.lmcache_serde import SpectrumDeserializer, SpectrumSerializer, chunk_codec
-from spectrumkv_hf.wire_frame import FrameHeader
+from spectrumkv_hf.wire.frame import FrameHeader
 
 LAYERS, HEADS, TOKENS, DIM = 2, 2, 32, 16
 HIDDEN = HEADS * DIM

@@ -11,7 +11,7 @@ from spectrumkv_hf.engines.blocks import spec_of
 from spectrumkv_hf.engines.layouts import LAYOUTS, PER_TOKEN, VLLM_CPU, split_blocks
 from spectrumkv_hf.engines.prompt_store import PromptStore
 from spectrumkv_hf.engines.settings import ModelShape, block_codec, model_shape
-from spectrumkv_hf.wire_frame import WireError
+from spectrumkv_hf.wire.frame import WireError
 from spectrumkv_kernels import Rotary
 
 LLAMA = model_shape(config("llama"))

@@ -13,7 +13,7 @@ import atheris
 import torch
 
 FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1]), str(FOLDER.parents[1] / "kernels"), str(FOLDER.parent / "hf")]
+sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1]), str(FOLDER.parents[1] / "kernels"), str(FOLDER.parent / "support")]
 with atheris.instrument_imports(include=["spectrumkv_hf"]):
     import wire_target
 from wire_forge import forged, opened, split  # noqa: E402

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from families import config  # noqa: E402
 from wire_forge import CONFIG, _counting, golden_cache, resealed, split  # noqa: E402
 from wire_hostile import spending, streams  # noqa: E402
 
-from spectrumkv_hf import SpectrumCache  # noqa: E402
-from spectrumkv_hf.layer import SpectrumLayer  # noqa: E402
-from spectrumkv_hf.wire import WireError  # noqa: E402
-from spectrumkv_hf.wire_frame import FrameHeader  # noqa: E402
-from spectrumkv_hf.wire_patch import ExactCopy, request  # noqa: E402
-from spectrumkv_hf.wire_payload import EXPANSION, FREE_LENGTH  # noqa: E402
+from spectrumkv_hf import SpectrumCache
+from spectrumkv_hf.tiered.layer import SpectrumLayer
+from spectrumkv_hf.wire import WireError
+from spectrumkv_hf.wire.frame import FrameHeader
+from spectrumkv_hf.wire.patch import ExactCopy, request
+from spectrumkv_hf.wire.payload import EXPANSION, FREE_LENGTH
 
 HYBRID = config("qwen3_next")
 WINDOWS = config("gemma3", sliding_window=136, head_dim=8)

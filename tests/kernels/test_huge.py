@@ -14,7 +14,12 @@ import torch
 from reference import error, frequencies
 from test_attention import CODEC, Case, build, randn
 
-from spectrumkv_kernels import Quantized, Rotary, Segment, attention_cpp, build_cpp, checksum, codec, scores
+from spectrumkv_kernels import Quantized, Rotary, Segment
+from spectrumkv_kernels.attention import cpp as attention_cpp
+from spectrumkv_kernels.backend import build_cpp
+from spectrumkv_kernels.codec import reference as codec
+from spectrumkv_kernels.scores import reference as scores
+from spectrumkv_kernels.wire import checksum
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -22,7 +27,10 @@ if torch.cuda.is_available():
 
 from triton.runtime import interpreter  # noqa: E402
 
-from spectrumkv_kernels import attention_triton, checksum_triton, codec_triton, scores_triton  # noqa: E402
+from spectrumkv_kernels.attention import triton_attention as attention_triton
+from spectrumkv_kernels.codec import triton_codec as codec_triton
+from spectrumkv_kernels.scores import triton_scores as scores_triton
+from spectrumkv_kernels.wire import triton_checksum as checksum_triton
 
 MANY = 65600
 """More than the second and third axis of a grid can have."""

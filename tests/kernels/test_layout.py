@@ -36,6 +36,6 @@ def test_import_needs_no_transformers(tmp_path):
 def test_wheel_holds_the_sources_of_compiled_kernels():
     """They are built where they are used."""
     included = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-    sources = {path.name for path in (ROOT / "kernels" / "spectrumkv_kernels").glob("*.[ch]*") if path.suffix != ".py"}
-    assert "attention.cpp" in sources
-    assert {f"spectrumkv_kernels/{name}" for name in sources} <= included
+    kernels = ROOT / "kernels"
+    sources = {str(path.relative_to(kernels)) for path in kernels.rglob("*") if path.suffix in (".cpp", ".h")}
+    assert "spectrumkv_kernels/attention/attention.cpp" in sources and sources <= included

@@ -1,7 +1,7 @@
 """Every experiment of `spectrumkv eval` by name."""
 
-from spectrumkv_hf.evaluation.experiment import Experiment
 from spectrumkv_hf.evaluation.experiments.access_skew import AccessSkew
+from spectrumkv_hf.evaluation.experiments.experiment import Experiment
 from spectrumkv_hf.evaluation.experiments.layer_error import LayerError
 from spectrumkv_hf.evaluation.experiments.needles import Needles
 from spectrumkv_hf.evaluation.experiments.paper_perplexity import PaperPerplexity

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spectrumkv_hf.evaluation.experiment import Experiment, Run, Table, join
-from spectrumkv_hf.evaluation.results import Cell
-from spectrumkv_hf.evaluation.skew import attention_mass, gini
+from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Run, Table, join
+from spectrumkv_hf.evaluation.protocols.skew import attention_mass, gini
+from spectrumkv_hf.evaluation.report.results import Cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +82,7 @@ class AccessSkew(Experiment):
         return Table(["Gini coefficient", "mean of layers", "lowest", "highest"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import lines, new_figure
 
         figure, axes = new_figure(self.title)
         lines(axes[0], {kind: [(x["layer"], x[kind]) for x in self._means(run)] for kind in KINDS})

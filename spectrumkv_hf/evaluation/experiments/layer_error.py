@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import cosine_similarity
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf.cache import SpectrumCache
-from spectrumkv_hf.evaluation.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.methods import Exact, Method
-from spectrumkv_hf.evaluation.results import Cell
-from spectrumkv_hf.evaluation.transfer import prefill
-from spectrumkv_hf.layer import SpectrumLayer
+from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.protocols.quality import prefill
+from spectrumkv_hf.evaluation.report.results import Cell
+from spectrumkv_hf.evaluation.subjects.methods import Exact, Method
+from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.layer import SpectrumLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ class LayerError(Experiment):
         return Table(header, rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import legend_below, lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, new_figure
 
         figure, axes = new_figure(self.title, 4, width=4)
         panels = (("keys", "relative_l2"), ("values", "relative_l2"), ("keys", "cosine"), ("keys", "max_abs"))

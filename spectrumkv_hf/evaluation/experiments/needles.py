@@ -6,10 +6,18 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from spectrumkv_hf.evaluation.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.methods import Method, at_budgets, family_of, parse_method
-from spectrumkv_hf.evaluation.needles import DEPTHS, NEEDLES, Needle, NeedlePrompts, ask, found, needle_prompts
-from spectrumkv_hf.evaluation.results import Cell
+from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.protocols.needles import (
+    DEPTHS,
+    NEEDLES,
+    Needle,
+    NeedlePrompts,
+    ask,
+    found,
+    needle_prompts,
+)
+from spectrumkv_hf.evaluation.report.results import Cell
+from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets, family_of, parse_method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +122,7 @@ class Needles(Experiment):
         return Table(["method", "actual", "nominal", "found", "%"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import heat_map, lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import heat_map, lines, new_figure
 
         families: dict[str, list[str]] = {}
         for spec in run.args.methods:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spectrumkv_hf.evaluation.experiment import Experiment, Run, Table, join
-from spectrumkv_hf.evaluation.methods import Tiered, at_budgets, family_of, parse_method
-from spectrumkv_hf.evaluation.paper_protocol import paper_loss, perplexity_change, projections
-from spectrumkv_hf.evaluation.report import shown, with_error
-from spectrumkv_hf.evaluation.results import Cell
+from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Run, Table, join
+from spectrumkv_hf.evaluation.protocols.paper_protocol import paper_loss, perplexity_change, projections
+from spectrumkv_hf.evaluation.report.results import Cell
+from spectrumkv_hf.evaluation.report.tables import shown, with_error
+from spectrumkv_hf.evaluation.subjects.methods import Tiered, at_budgets, family_of, parse_method
 from spectrumkv_hf.policy import Policy
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class PaperPerplexity(Experiment):
         return Table(["policy", "nominal", "PPL", "ΔPPL %", "±"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import legend_below, lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, new_figure
 
         exact = self._losses(run, "fp16")
         curves: dict[str, list[tuple[float, float]]] = {}

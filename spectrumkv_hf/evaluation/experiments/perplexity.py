@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from spectrumkv_hf.evaluation.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.methods import Method, at_budgets
-from spectrumkv_hf.evaluation.report import shown, with_error
-from spectrumkv_hf.evaluation.results import Cell
-from spectrumkv_hf.evaluation.transfer import Quality, exact_logits, transfer_quality
+from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.protocols.quality import Quality, exact_logits, transfer_quality
+from spectrumkv_hf.evaluation.report.results import Cell
+from spectrumkv_hf.evaluation.report.tables import shown, with_error
+from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf.bypass import TransferCosts
-from spectrumkv_hf.cache import SpectrumCache
-from spectrumkv_hf.evaluation.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.methods import Exact, Method, Tiered
-from spectrumkv_hf.evaluation.results import Cell
-from spectrumkv_hf.evaluation.text import passage
-from spectrumkv_hf.evaluation.transfer import last_logits, prefill
+from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.protocols.quality import last_logits, prefill
+from spectrumkv_hf.evaluation.report.results import Cell
+from spectrumkv_hf.evaluation.subjects.methods import Exact, Method, Tiered
+from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.transfer.break_even import TransferCosts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ class Ttft(Experiment):
     about = (
         "The paper's table timed a prefill of half of the prompt. Here prefill, compression, (de)serialisation and the "
         "first decode step are measured in one process, and the transfer is **computed** from bytes and bandwidth "
-        "(`spectrumkv_hf.bypass`); examples/limited_link.py measures a real link."
+        "(`spectrumkv_hf.transfer.break_even`); examples/limited_link.py measures a real link."
     )
     depends = ("repeats",)
     reduced: Mapping[str, Any] = {"contexts": [256], "methods": ["sink_protect:0.3"], "repeats": 1}
@@ -122,7 +122,7 @@ class Ttft(Experiment):
         return float(whole + cell["deserialize"] + cell["decode"])
 
     def costs(self, run: Run, context: int, spec: str) -> TransferCosts:
-        """What `spectrumkv_hf.bypass` computes with; compression is what prefill and serialising take beyond exact."""
+        """What `break_even` computes with; compression is what prefill and serialising take beyond exact."""
         exact, cell = (run.results.cells[join((context, name))] for name in ("exact", spec))
         return TransferCosts(
             fp16_bytes=exact["bytes"],
@@ -155,7 +155,7 @@ class Ttft(Experiment):
         return Table(header, rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.figures import new_figure
+        from spectrumkv_hf.evaluation.report.figures import new_figure
 
         contexts, specs, link = run.args.contexts, run.args.methods, min(run.args.links)
         title = f"{self.title}; transfer computed for {link:g} Gbit/s, sent whole"

@@ -1,7 +1,7 @@
 """Which methods each table under the transfer protocol compares."""
 
-from spectrumkv_hf.evaluation import figures
 from spectrumkv_hf.evaluation.experiments.perplexity import Perplexity
+from spectrumkv_hf.evaluation.report import figures
 
 QUICK = {"dataset": "passage", "contexts": [256], "continuation": 64, "windows": 1}
 SINKS = (0, 1, 4, 16)

@@ -1,0 +1,250 @@
+"""Second of the three kernels of the attention: all that reads keys and values."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane
+
+WEIGHT_PEAK = tl.constexpr(14)
+"""Binary logarithm of the largest weight on a value code; float16 then holds weights down to 2**-38 of it."""
+
+
+@triton.jit
+def _capped(s, bias, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log2, the cap having been put on them in natural units; a bias of -inf stays."""
+    if SOFTCAP:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1) * LOG2E + bias
+    return s
+
+
+@triton.jit
+def _hidden(
+    s, token, live, positions, q_at, row_mask, mask_stride, mask_first, mask_lowest, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Scores `[N, R]`, in units of log2, with what a row may not see at -inf."""
+    if CAUSAL or WINDOW or RAGGED or MASK != "none":
+        position = tl.load(positions + token, mask=live, other=-1)[:, None]
+        seen = live[:, None]
+        if RAGGED:
+            seen = seen & (position >= 0)
+        if CAUSAL:
+            seen = seen & (position <= q_at[None, :])
+        if WINDOW:
+            seen = seen & (position > q_at[None, :] - window)
+        if MASK != "none":
+            column = position - mask_first
+            seen = seen & (column >= 0)
+            entry = tl.load(row_mask[None, :] + column.to(tl.int64) * mask_stride, mask=seen, other=0)
+            if MASK == "bool":
+                seen = seen & (entry != 0)
+            else:
+                s += entry.to(tl.float32) * LOG2E
+                seen = seen & (entry.to(tl.float32) > mask_lowest)
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _affine(stored, token, live, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+    """Scale and zero point of `token`, float32, by one read."""
+    if SYMMETRIC:
+        scale = tl.load(stored + token, mask=live, other=0.0).to(tl.float32)
+        return scale, scale * -(2.0 ** (BITS - 1))
+    both = tl.load(stored.to(tl.pointer_type(tl.uint32)) + token, mask=live, other=0)
+    scale = both.to(tl.uint16).to(tl.float16, bitcast=True)
+    zero = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+INTEGERS = [
+    *("rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "length", "splits", "window"),
+    *("mask_batch", "mask_head", "mask_query", "mask_stride", "mask_first"),
+]
+"""Arguments for whose values nothing is compiled anew."""
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attend_kernel(
+    query,  # [batch * kv_heads, rows, D]
+    halves,  # of `prepare_kernel`
+    floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; factor
+    segments,  # of each: keys, values, positions; of coded ones scales and zero points of keys, of values
+    mask,
+    sizes,  # of each: tokens, tokens that fit, as 2n + 3 (never 1 nor divisible by 16, so nothing is recompiled)
+    chunks,  # of each: tokens that a program reads, likewise
+    rotated_at,
+    state_at,
+    factor_at,
+    kv_heads,
+    rows,
+    queries,
+    length,
+    splits,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_stride,
+    mask_first,
+    mask_lowest,
+    window,
+    scale,
+    softcap,
+    BITS: tl.constexpr,
+    SHARED: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    MEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RAGGED: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Attention of the rows of one KV head over a share of every segment.
+
+    Tokens are rows of the products and queries, which are few, columns: those come in eights, rows in sixteens.
+    """
+    if ROWS_PAD <= R:
+        bh = tl.program_id(0).to(tl.int64)
+        first = 0
+    else:
+        blocks = tl.cdiv(rows, R)
+        bh = (tl.program_id(0) // blocks).to(tl.int64)
+        first = tl.program_id(0) % blocks * R
+    row = first + tl.arange(0, R)
+    real = row < rows
+    q_at = length - queries + row % queries
+    head = (bh % kv_heads) * (rows // queries) + row // queries
+    row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
+    row_mask += (row % queries).to(tl.int64) * mask_query
+    part = tl.program_id(1)
+    for i in tl.static_range(len(BITS)):
+        size = (sizes[i][0] - 3) // 2
+        room = (sizes[i][1] - 3) // 2
+        chunk = (chunks[i] - 3) // 2
+        begin = tl.program_id(1) * chunk
+        if begin < size:
+            # Tokens are counted from `begin` on: the offsets of a program's own fit 32 bits, those from the start of
+            # all rows, heads and tokens need not.
+            count = tl.minimum(chunk, size - begin)
+            base = bh * room + begin
+            at_row = (bh * splits + part) * rows + row
+            out = floats + at_row[None, :] * DV
+            positions = segments[i][2] + (begin if SHARED[i] else base)
+            N: tl.constexpr = TILES[i]
+            m = tl.full([R], float("-inf"), tl.float32)
+            total = tl.zeros([N, R], tl.float32)
+            if BITS[i] == 16:
+                BLOCK_D: tl.constexpr = pad(D)
+                BLOCK_V: tl.constexpr = pad(DV)
+                d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+                keys = segments[i][0] + base * D
+                values = segments[i][1] + base * DV
+                q = tl.load(query + (bh * rows + row)[None, :] * D + d[:, None], mask=real[None, :] & (d < D)[:, None])
+                q = tl.where(real[None, :] & (d < D)[:, None], q, 0.0).to(keys.dtype.element_ty)
+                acc = tl.zeros([BLOCK_V, R], tl.float32)
+                for start in tl.range(0, count, N, num_stages=STAGES):
+                    token = start + tl.arange(0, N)
+                    live = token < count
+                    k = tl.load(keys + token[:, None] * D + d[None, :], mask=live[:, None] & (d < D), other=0)
+                    bias = tl.where(live, 0.0, float("-inf"))[:, None]
+                    s = dot(k, q, tl.zeros([N, R], tl.float32)) * scale + bias
+                    s = _capped(s, bias, softcap, SOFTCAP)
+                    s = _hidden(
+                        s, token, live, positions, q_at, row_mask, mask_stride, mask_first, mask_lowest, window,
+                        CAUSAL, WINDOW, RAGGED, MASK,
+                    )  # fmt: skip
+                    peak = tl.maximum(m, tl.max(s, axis=0))
+                    safe = tl.where(peak == float("-inf"), 0.0, peak)
+                    alpha = tl.exp2(m - safe)[None, :]
+                    m = peak
+                    p = tl.exp2(s - safe[None, :])
+                    total = total * alpha + p
+                    v = tl.load(
+                        values + token[None, :] * DV + dv[:, None], mask=live[None, :] & (dv < DV)[:, None], other=0
+                    )
+                    acc = dot(v, p.to(v.dtype), acc * alpha)
+                tl.store(out + dv[:, None], acc, mask=real[None, :] & (dv < DV)[:, None])
+            else:
+                B: tl.constexpr = BITS[i]
+                WK: tl.constexpr = D * B // 16
+                WV: tl.constexpr = DV * B // 16
+                wk, wv = tl.arange(0, pad(WK)), tl.arange(0, pad(WV))
+                WIDE: tl.constexpr = 1 if SYMMETRIC else 2
+                keys = segments[i][0].to(tl.pointer_type(tl.int16)) + base * WK
+                values = segments[i][1].to(tl.pointer_type(tl.int16)) + base * WV
+                key_affine = segments[i][3] + base * WIDE
+                value_affine = segments[i][4] + base * WIDE
+                unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
+                spread = tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
+                planes = ()
+                accs = ()
+                for j in tl.static_range(16 // B):
+                    channel = 2 * wk + j % 2 + j // 2 * (2 * WK)
+                    q = tl.load(
+                        halves + rotated_at + (bh * rows + row)[None, :] * D + channel[:, None],
+                        mask=real[None, :] & (wk < WK)[:, None], other=0,
+                    )  # fmt: skip
+                    planes = planes + ((q * 2.0 ** (-B * (j // 2))).to(tl.float16),)
+                    accs = accs + (tl.zeros([pad(WV), R], tl.float32),)
+                # A row's score of the mean comes as one more channel of the key.
+                term = first + tl.arange(0, pad(min(ROWS_PAD, R)))
+                pick = (term[:, None] == row[None, :]).to(tl.float16)
+                zeros = tl.zeros([N, R], tl.float32)
+                for start in tl.range(0, count, N, num_stages=STAGES):
+                    token = start + tl.arange(0, N)
+                    live = token < count
+                    k = tl.load(keys + token[:, None] * WK + wk[None, :], mask=live[:, None] & (wk < WK), other=0)
+                    ks, kz = _affine(key_affine, token, live, SYMMETRIC, B)
+                    vs, vz = _affine(value_affine, token, live, SYMMETRIC, B)
+                    s = tl.zeros([N, R], tl.float32)
+                    for j in tl.static_range(16 // B):
+                        s = dot(plane(k, 8 * (j % 2), (2**B - 1) << (B * (j // 2))), planes[j], s)
+                    bias = tl.where(live, 0.0, float("-inf"))[:, None]
+                    s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
+                    if MEAN:
+                        at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
+                        place = halves + (bh * length + at)[:, None] * ROWS_PAD + term[None, :]
+                        c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
+                        s += dot(c, pick, tl.zeros([N, R], tl.float32))
+                    s = _capped(s, bias, softcap, SOFTCAP)
+                    s = _hidden(
+                        s, token, live, positions, q_at, row_mask, mask_stride, mask_first, mask_lowest, window,
+                        CAUSAL, WINDOW, RAGGED, MASK,
+                    )  # fmt: skip
+                    # The reference exponent is that of p times the value's scale, so that float16 holds the product.
+                    t = s + tl.log2(tl.maximum(vs, 2.0**-24))[:, None]
+                    peak = tl.maximum(m, tl.max(t, axis=0) - WEIGHT_PEAK)
+                    safe = tl.where(peak == float("-inf"), 0.0, peak)
+                    alpha = tl.exp2(m - safe)[None, :]
+                    m = peak
+                    p = tl.exp2(s - safe[None, :])
+                    total = total * alpha + p
+                    zeros = zeros * alpha + p * vz[:, None]
+                    w = (p * vs[:, None]).to(tl.float16)
+                    v = tl.load(
+                        values + token[None, :] * WV + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0
+                    )
+                    new = ()
+                    for j in tl.static_range(16 // B):
+                        x = plane(v, 8 * (j % 2), (2**B - 1) << (B * (j // 2)))
+                        new = new + (dot(x, w, accs[j] * alpha),)
+                    accs = new
+                low = tl.sum(zeros, axis=0)[None, :]
+                for j in tl.static_range(16 // B):
+                    channel = 2 * wv + j % 2 + j // 2 * (2 * WV)
+                    acc = accs[j] * (SUBNORMAL * 2.0 ** (-B * (j // 2))) + low
+                    tl.store(out + channel[:, None], acc, mask=real[None, :] & (wv < WV)[:, None])
+            tl.store(floats + state_at + at_row * 2, m, mask=real)
+            tl.store(floats + state_at + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
+        part += tl.cdiv(size, chunk)
+    if OVERLAPS:
+        gdc_launch_dependents()

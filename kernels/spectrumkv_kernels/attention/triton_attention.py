@@ -1,0 +1,424 @@
+"""Triton twin of `attention`: decode attention that reads only the compressed bytes.
+
+Three launches: `prepare_kernel` makes the queries ready, every program of `attend_kernel` reads a share of all segments
+for one KV head and row of the batch, and `merge_kernel` joins the parts.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from spectrumkv_kernels.attention import reference as attention
+from spectrumkv_kernels.attention.triton_attend import attend_kernel
+from spectrumkv_kernels.attention.triton_dot import LOG2E
+from spectrumkv_kernels.attention.triton_merge import merge_kernel
+from spectrumkv_kernels.attention.triton_prepare import prepare_kernel
+from spectrumkv_kernels.backend.launch_triton import Held, launch, on_device, shared, trait
+from spectrumkv_kernels.codec.quantize import Quantized
+from spectrumkv_kernels.codec.reference import Codec, dims
+from spectrumkv_kernels.rotation.hadamard import hadamard_matrix
+from spectrumkv_kernels.rotation.rotary import Rotary
+from spectrumkv_kernels.segment import Segment
+
+# The numbers below were the fastest of those tried on an H100, for 4 query heads of 128 channels on a KV head.
+FINE = 128
+"""Positions that share one coarse rotation: `exp(i t f) = exp(i 128 (t // 128) f) exp(i (t % 128) f)`."""
+QUERY_PEAK = 1024.0
+"""Rotated queries are scaled to this peak, so that float16 holds them with 11 bits whatever their size."""
+ROWS = 64
+"""Query rows of one program at most."""
+PREPARED = 32
+"""Query rows whose scores of the mean are computed together."""
+TURNED = 16
+"""Query rows that are rotated together."""
+SHARE_BYTES = 1 << 14
+"""A program reads this much at least."""
+TILE = {16: 16, 8: 64, 4: 64, 2: 64}
+"""Tokens of an iteration, by bits."""
+STAGES = 3
+"""Depth of the pipeline of loads."""
+OPTIONS = {"num_warps": 2, "maxnreg": 168}
+RESIDENT = 6
+"""Programs of `attend_kernel` with these options that a multiprocessor holds at once."""
+PREPARE_OPTIONS = {"num_warps": 4}
+MERGED = 32
+"""Parts that are joined at a time."""
+PREPARE_RESIDENT = 4
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.lru_cache(maxsize=4096)
+def _shares(heads: int, most: int, device: torch.device) -> int:
+    """How many programs, `most` at most, share the tokens of each of `heads`: the fewest that keep the device busy."""
+    slots = RESIDENT * _multiprocessors(device)
+    most = max(1, min(most, 4 * slots // heads))
+
+    def busy(shares: int) -> float:
+        waves = heads * shares / slots
+        return waves / math.ceil(waves)
+
+    best = max(map(busy, range(1, most + 1)))
+    return next(n for n in range(1, most + 1) if busy(n) >= 0.95 * best)
+
+
+def _tables(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and -sin of the first `FINE` positions, float16, and cos and sin of every `FINE`th one, float32."""
+    return _tables_for(rotary, max(1 << (length - 1).bit_length(), 4096), device)
+
+
+@functools.lru_cache(maxsize=32)
+def _tables_for(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    if not rotary.inv_freq:
+        empty = torch.zeros(1, device=device)
+        return empty.half(), empty
+    angles = torch.tensor(rotary.inv_freq, dtype=torch.float64)
+    fine = torch.arange(FINE, dtype=torch.float64)[:, None] * angles
+    coarse = torch.arange(0, length, FINE, dtype=torch.float64)[:, None] * angles
+    fine = torch.cat((fine.cos(), -fine.sin()), dim=-1).half()
+    return fine.to(device), torch.cat((coarse.cos(), coarse.sin()), dim=-1).float().to(device)
+
+
+class _Laid(NamedTuple):
+    """A segment as the kernel takes it.
+
+    Attributes:
+        held: Tensors, in rows without gaps between them.
+        tokens: How many.
+        room: Tokens that the buffers behind it hold for each row and head.
+        dims: Head dims of keys and values.
+        shared: All rows and heads have the same positions.
+        trait: What of it decides which code is compiled.
+    """
+
+    held: Held
+    tokens: int
+    room: int
+    dims: tuple[int, int]
+    shared: bool
+    trait: Any
+
+
+def _laid(segment: Segment) -> _Laid:
+    found: _Laid | None = segment.known.get(__name__)
+    if found is None:
+        room = _room(segment)
+        if room is None:
+            segment = _contiguous(segment)
+            room = segment.positions.shape[-1]
+        held = _held(segment)
+        traits = (held.tensors[0].dtype, *[address % 16 for address in held.addresses])
+        found = _Laid(held, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), traits)
+        segment.known[__name__] = found
+    return found
+
+
+def _room(segment: Segment) -> int | None:
+    """Tokens that the buffers behind a segment hold for each row and head; None where they are laid out otherwise."""
+    bits, keys, values, positions = segment
+    batch, heads, tokens = positions.shape
+    if bits < 16:
+        tensors = (*keys, *values, positions)
+        return tokens if all(t.is_contiguous() for t in tensors) else None
+    rooms = set()
+    for t in (keys, values):
+        strides, dim = t.stride(), t.shape[3]
+        room = strides[1] // dim if heads > 1 else strides[0] // dim if batch > 1 else tokens
+        if strides[3] != 1 or (tokens > 1 and strides[2] != dim):
+            return None
+        if (heads > 1 and strides[1] != room * dim) or (batch > 1 and strides[0] != heads * room * dim):
+            return None
+        rooms.add(room)
+    if not shared(positions):
+        rooms.add(tokens if positions.is_contiguous() else -1)
+    return rooms.pop() if len(rooms) == 1 else None
+
+
+def _contiguous(segment: Segment) -> Segment:
+    def whole(stored: Any) -> Any:
+        if isinstance(stored, Quantized):
+            return Quantized(*(t.contiguous() for t in stored))
+        return stored.contiguous()
+
+    return Segment(segment.bits, whole(segment.keys), whole(segment.values), segment.positions.contiguous())
+
+
+def tiered_attention(
+    query: torch.Tensor,
+    segments: Sequence[Segment],
+    *,
+    length: int,
+    scale: float,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    ragged: bool = False,
+) -> torch.Tensor:
+    """As `attention.tiered_attention`, up to the rounding of queries and weights to 11 bits for coded tokens.
+
+    Nothing is compiled anew as lengths grow, and the host waits for nothing. A CUDA graph can be captured: replays
+    read what lies in the same tensors then; positions of -1, with `ragged`, mark places that no token has taken yet.
+    """
+    held = [s for s in segments if s.positions.shape[-1]]
+    held.sort(key=_is_exact)
+    laid = [_laid(s) for s in held]
+    batch, heads, queries, dim = query.shape
+    kv_heads, value_dim, bits = held[0].positions.shape[1], laid[0].dims[1], tuple([s.bits for s in held])
+    flat, rows = batch * kv_heads, heads // kv_heads * queries
+    device, query = query.device, query.contiguous()
+    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
+    if plan is None:
+        return attention.tiered_attention(
+            query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
+            window=window, softcap=softcap, sinks=sinks, ragged=ragged,
+        )  # fmt: skip
+    _check_device("segments", held[0].positions, device)
+    # With a cap the scores must be in natural units first; else exp2 saves a product.
+    units = float(scale) if softcap is not None else scale * LOG2E.value
+    coded = bits[0] < 16
+    centred = mean is not None and coded
+    turned = codec.hadamard and coded
+    work = _work(
+        plan, flat, rows, dim, value_dim, length if centred else 0, tuple([s.tokens for s in laid]),
+        tuple([s.room for s in laid]), device,
+    )  # fmt: skip
+    rotated_at, state_at, factor_at = work.rotated_at, work.state_at, work.factor_at
+    halves = torch.empty(work.halves, dtype=torch.float16, device=device)
+    floats = torch.empty(work.floats, dtype=torch.float32, device=device)
+    out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
+    traits = (work.trait, query.dtype, query.data_ptr() % 16)
+    tensors: tuple[torch.Tensor | Held, ...]
+    numbers: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    known: tuple[Any, ...]
+    strides: tuple[int, ...]
+    with on_device(query):
+        if coded:
+            centre, fine, coarse = query, query, query
+            if mean is not None:
+                centre, (fine, coarse) = mean, _tables(rotary, length, device)
+            tensors = (query, plan.signs if codec.hadamard else query, centre, fine, coarse, halves, floats)
+            numbers = (
+                rotated_at, factor_at, rows, flat, work.turning, work.row_blocks, work.each, length, units
+            )  # fmt: skip
+            constants = (
+                dim, len(rotary.inv_freq), rotary.interleaved, codec.hadamard, centred, QUERY_PEAK, FINE,
+                plan.rows_pad, TURNED, PREPARED,
+            )  # fmt: skip
+            known = (traits, centre.data_ptr() % 16)
+            grid = (work.turning + work.scoring, 1, 1)
+            launch(prepare_kernel, grid, tensors, numbers, constants, known, **PREPARE_OPTIONS)
+        masked, strides, kind, lowest, first = query, (0, 0, 0, 0), "none", 0.0, 0
+        known = (traits, *[s.trait for s in laid])
+        if mask is not None:
+            _check_device("mask", mask, device)
+            masked, strides, kind, lowest, first = _masking(mask, length)
+            known = (*known, trait((masked, *strides, first)))
+        segment_tensors = Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid]))
+        tensors = (query, halves, floats, segment_tensors, masked)
+        numbers = (
+            work.sizes, work.chunks, rotated_at, state_at, factor_at, kv_heads, rows, queries, length, work.splits,
+            *strides, first, lowest, window or 0, units, float(softcap or 0),
+        )  # fmt: skip
+        overlaps = plan.overlaps
+        constants = (
+            bits, tuple([s.shared for s in laid]), dim, value_dim, plan.columns, plan.rows_pad,
+            codec.symmetric, centred, queries > 1 and mask is None, window is not None and mask is None, ragged,
+            kind, softcap is not None, plan.tiles, STAGES, overlaps,
+        )  # fmt: skip
+        launch(attend_kernel, work.grid, tensors, numbers, constants, known, **OPTIONS)
+        known = traits
+        if sinks is not None:
+            _check_device("sinks", sinks, device)
+            known = (traits, trait(sinks))
+        tensors = (floats, query if sinks is None else sinks, out)
+        numbers = (state_at, rows, queries, kv_heads, work.splits, work.coded_splits)
+        constants = (value_dim, plan.block, turned, sinks is not None, MERGED, overlaps)
+        # It may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both at
+        # their predecessors' start was slower: programs that wait take the places of others.
+        options = {"launch_pdl": True} if overlaps else {}
+        launch(merge_kernel, (flat * rows, 1, 1), tensors, numbers, constants, known, **options)
+    return out
+
+
+def _is_exact(segment: Segment) -> bool:
+    return segment.bits == 16
+
+
+def _covers(dtype: torch.dtype, dim: int, value_dim: int, bits: tuple[int, ...]) -> bool:
+    """Whether the kernels do these dims."""
+    wide = 128 if dtype == torch.float32 else 256
+    return max(dim, value_dim) <= wide and not any(d * b % 16 for b in bits for d in (dim, value_dim))
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Kernels can be launched before the one that they wait for has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Plan:
+    """What does not change while a cache grows.
+
+    Attributes:
+        rows_pad: Query rows of a KV head, rounded up to a power of two.
+        columns: Of them in one program.
+        row_blocks: Programs for all of them.
+        costs: Bytes that a token of each segment takes to read.
+        tiles: Tokens of one iteration, of each segment.
+        block: Channels of a value, rounded up to a power of two.
+        signs: The Hadamard matrix for queries, of 1 and -1.
+        coded: Segments that are not exact, which come first.
+        overlaps: The merge may be launched before what it waits for has ended.
+    """
+
+    rows_pad: int
+    columns: int
+    row_blocks: int
+    costs: tuple[int, ...]
+    tiles: tuple[int, ...]
+    block: int
+    signs: torch.Tensor
+    coded: int
+    overlaps: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    rows: int,
+    dim: int,
+    value_dim: int,
+    bits: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan | None:
+    """None where the kernels don't do this."""
+    if not _covers(dtype, dim, value_dim, bits):
+        return None
+    rows_pad = triton.next_power_of_2(rows)
+    columns = min(max(rows_pad, 8), ROWS)
+    block = triton.next_power_of_2(value_dim)
+    wide = max(triton.next_power_of_2(dim), block, 128)
+    return _Plan(
+        rows_pad=rows_pad,
+        columns=columns,
+        row_blocks=-(-rows // columns),
+        costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
+        tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
+        block=block,
+        signs=hadamard_matrix(dim, device).sign().to(dtype),
+        coded=sum(b < 16 for b in bits),
+        overlaps=_overlaps(device),
+    )
+
+
+class _Work(NamedTuple):
+    """How a step's work is shared out, the same for all layers with as many tokens in each tier.
+
+    Attributes:
+        halves, floats: Elements of the workspaces.
+        rotated_at, state_at, factor_at: Where their parts begin.
+        turning, scoring: Programs of `prepare_kernel` that rotate queries, and that score the mean.
+        row_blocks: Of the latter, for the rows at one position.
+        each: Blocks of positions for one of them.
+        sizes, chunks: Of the segments, as `attend_kernel` takes them.
+        splits: Parts of a row.
+        coded_splits: Of them from segments that are not exact.
+        grid: Of `attend_kernel`.
+        trait: What of these numbers decides which code is compiled.
+    """
+
+    halves: int
+    floats: int
+    rotated_at: int
+    state_at: int
+    factor_at: int
+    turning: int
+    scoring: int
+    row_blocks: int
+    each: int
+    sizes: tuple[tuple[int, int], ...]
+    chunks: tuple[int, ...]
+    splits: int
+    coded_splits: int
+    grid: tuple[int, int, int]
+    trait: Any
+
+
+@functools.lru_cache(maxsize=64)
+def _work(
+    plan: _Plan,
+    flat: int,
+    rows: int,
+    dim: int,
+    value_dim: int,
+    scored: int,
+    tokens: tuple[int, ...],
+    rooms: tuple[int, ...],
+    device: torch.device,
+) -> _Work:
+    """Work for `tokens` in each segment and the mean's scores at `scored` positions."""
+    read = sum(cost * size for cost, size in zip(plan.costs, tokens, strict=True))
+    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
+    chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(tokens, plan.tiles, strict=True)]
+    counts = [-(-size // chunk) for size, chunk in zip(tokens, chunks, strict=True)]
+    splits = sum(counts)
+    row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-scored // FINE)
+    each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device))), 1)
+    rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
+    state_at = flat * splits * rows * value_dim
+    factor_at = state_at + flat * splits * rows * 2
+    sizes = tuple((2 * size + 3, 2 * room + 3) for size, room in zip(tokens, rooms, strict=True))
+    return _Work(
+        halves=rotated_at + flat * rows * dim,
+        floats=factor_at + flat * rows * 2,
+        rotated_at=rotated_at,
+        state_at=state_at,
+        factor_at=factor_at,
+        turning=-(-flat * rows // TURNED),
+        scoring=row_blocks * -(-parts // each),
+        row_blocks=row_blocks,
+        each=each,
+        sizes=sizes,
+        chunks=tuple(2 * chunk + 3 for chunk in chunks),
+        splits=splits,
+        coded_splits=sum(counts[: plan.coded]),
+        grid=(flat * plan.row_blocks, max(counts), 1),
+        trait=trait((rotated_at, state_at, factor_at, sizes)),
+    )
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:  # the kernel would read what lies at that address on its own
+        raise ValueError(f"{name} must lie on {device}, as the query does, got {tensor.device}")
+
+
+def _masking(mask: torch.Tensor, length: int) -> tuple[torch.Tensor, tuple[int, ...], str, float, int]:
+    """The mask for the kernel, its strides, kind, what hides, and the position of its first column."""
+    sizes, strides = mask.shape, mask.stride()
+    first = length - sizes[3]
+    strides = (*(0 if n == 1 else s for n, s in zip(sizes[:3], strides[:3], strict=True)), strides[3])
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), strides, "bool", 0.0, first
+    return mask, strides, "additive", torch.finfo(mask.dtype).min / 2, first
+
+
+def _held(segment: Segment) -> Held:
+    _, keys, values, positions = segment
+    tensors: tuple[torch.Tensor, ...] = (keys, values, positions)
+    if isinstance(keys, Quantized):
+        tensors = (keys.codes, values.codes, positions, keys.affine, values.affine)
+    return Held(tensors, tuple([tensor.data_ptr() for tensor in tensors]))

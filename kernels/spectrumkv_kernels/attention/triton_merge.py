@@ -1,0 +1,92 @@
+"""Last of the three kernels of the attention: joins the parts."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from spectrumkv_kernels.attention.triton_dot import LOG2E
+
+
+@triton.jit
+def _sign(i, j):
+    """Entry of the Hadamard matrix: the parity of the bits that `i` and `j` share."""
+    x = i & j
+    x ^= x >> 4
+    x ^= x >> 2
+    x ^= x >> 1
+    return 1.0 - 2.0 * (x & 1).to(tl.float32)
+
+
+@triton.jit
+def _hadamard(x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Orthonormal Hadamard transform of every `SIZE` of the `BLOCK` elements, as a product of two small ones."""
+    LOW: tl.constexpr = min(SIZE, 16)
+    HIGH: tl.constexpr = SIZE // LOW
+    i = tl.arange(0, LOW)
+    x = tl.reshape(x, (BLOCK // LOW, LOW, 1)) * _sign(i[:, None], i[None, :])[None, :, :]
+    x = tl.sum(x, axis=1)
+    if HIGH > 1:
+        i = tl.arange(0, HIGH)
+        x = tl.reshape(x, (BLOCK // SIZE, HIGH, 1, LOW)) * _sign(i[:, None], i[None, :])[None, :, :, None]
+        x = tl.sum(x, axis=1)
+    return tl.reshape(x, (BLOCK,)) * SIZE**-0.5
+
+
+@triton.jit(do_not_specialize=["state_at", "rows", "queries", "kv_heads", "splits", "coded"])
+def merge_kernel(
+    partial,  # of `attend_kernel`
+    sinks,  # [heads]
+    out,  # [batch * kv_heads, rows, DV]
+    state_at,
+    rows,
+    queries,
+    kv_heads,
+    splits,
+    coded,  # the first splits that hold sums of codes, which are to be rotated back
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    SINKS: tl.constexpr,
+    S: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Join the parts of one row. Grid: batch x heads x rows."""
+    if OVERLAPS:
+        gdc_wait()
+    state = partial + state_at
+    bh = (tl.program_id(0) // rows).to(tl.int64)
+    row = tl.program_id(0) % rows
+    d = tl.arange(0, BLOCK)
+    top = tl.full([S], float("-inf"), tl.float32)
+    for start in range(0, splits, S):
+        i = start + tl.arange(0, S)
+        top = tl.maximum(
+            top, tl.load(state + ((bh * splits + i) * rows + row) * 2, mask=i < splits, other=float("-inf"))
+        )
+    peak = tl.max(top, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + (bh % kv_heads) * (rows // queries) + row // queries).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([S], tl.float32)
+    turned = tl.zeros([BLOCK], tl.float32)
+    plain = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, splits, S):
+        i = start + tl.arange(0, S)
+        at = (bh * splits + i) * rows + row
+        weight = tl.exp2(tl.load(state + at * 2, mask=i < splits, other=float("-inf")) - peak)
+        total += weight * tl.load(state + at * 2 + 1, mask=i < splits, other=0.0)
+        x = tl.load(partial + at[:, None] * DV + d[None, :], mask=(i < splits)[:, None] & (d < DV)[None, :], other=0.0)
+        x *= weight[:, None]
+        if HADAMARD:
+            turned += tl.sum(tl.where((i < coded)[:, None], x, 0.0), axis=0)
+            plain += tl.sum(tl.where((i < coded)[:, None], 0.0, x), axis=0)
+        else:
+            plain += tl.sum(x, axis=0)
+    if HADAMARD:
+        plain += _hadamard(turned, DV & -DV, BLOCK)
+    norm = tl.sum(total, axis=0)
+    if SINKS:
+        norm += tl.exp2(sink - peak)
+    plain /= tl.where(norm > 0, norm, 1.0)
+    tl.store(out + (bh * rows + row) * DV + d, plain, mask=d < DV)

@@ -1,0 +1,111 @@
+"""First of the three kernels of the attention: queries for coded keys, and the scores of the mean."""
+
+import triton
+import triton.language as tl
+
+from spectrumkv_kernels.attention.triton_dot import SUBNORMAL, dot, pad
+
+
+@triton.jit(do_not_specialize=["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length"])
+def prepare_kernel(
+    query,  # [flat, rows, D]
+    signs,  # [D, D] in the dtype of query: Hadamard matrix of 1 and -1
+    mean,  # [flat, D] float32
+    fine,  # [POSITIONS, 2 * PAIRS] float16: cos and -sin of t f
+    coarse,  # [positions / POSITIONS, 2 * PAIRS] float32: cos and sin of POSITIONS t f
+    halves,
+    floats,
+    rotated_at,
+    factor_at,
+    rows,
+    flat,
+    turning,
+    row_blocks,
+    blocks,
+    length,
+    scale,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    MEAN: tl.constexpr,
+    PEAK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    R: tl.constexpr,
+):
+    """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
+
+    `flat` is batch times KV heads. Results, in the workspaces `halves` and `floats`:
+        offset: q . R(t) mean, `[flat, length, ROWS_PAD]`, first in `halves`.
+        rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
+        factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
+            `factor_at` on in `floats`.
+    """
+    BLOCK_D: tl.constexpr = pad(D)
+    d = tl.arange(0, BLOCK_D)
+    if tl.program_id(0) < turning:
+        rotated, factor = halves + rotated_at, floats + factor_at
+        line = tl.program_id(0).to(tl.int64) * TURNED + tl.arange(0, TURNED)
+        given = line < flat * rows
+        x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0)
+        if HADAMARD:
+            h = tl.load(signs + d[:, None] * D + d[None, :], mask=(d < D)[:, None] & (d < D), other=0.0)
+            x = dot(x, h, tl.zeros([TURNED, BLOCK_D], tl.float32))
+        x = x.to(tl.float32)
+        peak = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
+        x = (x * (PEAK / peak)[:, None]).to(tl.float16)
+        norm = scale * SUBNORMAL / PEAK
+        if HADAMARD:
+            norm *= (D & -D) ** -0.5
+        tl.store(rotated + line[:, None] * D + d[None, :], x, mask=given[:, None] & (d < D))
+        tl.store(factor + line * 2, peak * norm, mask=given)
+        tl.store(factor + line * 2 + 1, tl.sum(x.to(tl.float32), axis=1) / SUBNORMAL, mask=given)
+    elif MEAN:
+        pid = tl.program_id(0) - turning
+        place = pid % row_blocks * R + tl.arange(0, R)
+        head, row = (place // ROWS_PAD).to(tl.int64), place % ROWS_PAD
+        real = (row < rows) & (head < flat)
+        at = head * rows + row
+        rest = tl.zeros([R], tl.float32)
+        if 2 * PAIRS < D:
+            fixed = ((d >= 2 * PAIRS) & (d < D))[None, :] & real[:, None]
+            q = tl.load(query + at[:, None] * D + d[None, :], mask=fixed, other=0.0).to(tl.float32) * scale
+            rest = tl.sum(q * tl.load(mean + head[:, None] * D + d[None, :], mask=fixed, other=0.0), axis=1)
+        pair = tl.arange(0, pad(PAIRS))
+        live = pair < PAIRS
+        first, second = pair[:, None], pair[:, None] + PAIRS
+        if INTERLEAVED:
+            first, second = pair[:, None] * 2, pair[:, None] * 2 + 1
+        known = live[:, None] & real[None, :]
+        qx = tl.load(query + at[None, :] * D + first, mask=known, other=0.0).to(tl.float32) * scale
+        qy = tl.load(query + at[None, :] * D + second, mask=known, other=0.0).to(tl.float32) * scale
+        mx = tl.load(mean + head[None, :] * D + first, mask=known, other=0.0)
+        my = tl.load(mean + head[None, :] * D + second, mask=known, other=0.0)
+        re, im = qx * mx + qy * my, qx * my - qy * mx  # conj(q) m
+        # float16 holds them after division by the largest there can be.
+        size = tl.maximum(tl.sqrt(tl.max(re * re + im * im, axis=0)), 1e-30)
+        re, im = re / size[None, :], im / size[None, :]
+        t = tl.arange(0, POSITIONS)
+        cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
+        sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
+        out = halves + head * length * ROWS_PAD + row
+        start = pid // row_blocks * blocks
+        stop = tl.minimum(start + blocks, tl.cdiv(length, POSITIONS))
+        # Conditions on scalars decide how many pairs are read: Triton 3.9's interpreter takes no mask made from them.
+        some = pair < tl.where(start < stop, PAIRS, 0)
+        c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=some, other=0.0)
+        s = tl.load(coarse + start * (2 * PAIRS) + PAIRS + pair, mask=some, other=0.0)
+        for block in range(start, stop):
+            x = (re * c[:, None] - im * s[:, None]).to(tl.float16)
+            y = (re * s[:, None] + im * c[:, None]).to(tl.float16)
+            ahead = (block + 1) * (2 * PAIRS) + pair
+            some = pair < tl.where(block + 1 < stop, PAIRS, 0)
+            c = tl.load(coarse + ahead, mask=some, other=0.0)
+            s = tl.load(coarse + ahead + PAIRS, mask=some, other=0.0)
+            scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
+            scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
+            position = block * POSITIONS + t
+            mask = (position < length)[:, None] & (head < flat)[None, :]
+            tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)

@@ -1,0 +1,1 @@
+"""Which implementation runs, and how C++ and Triton are built and launched."""

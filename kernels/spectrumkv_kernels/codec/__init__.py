@@ -1,0 +1,1 @@
+"""How tokens are rounded to INT8 and INT4, and back."""

@@ -1,0 +1,165 @@
+"""Codecs: how keys and values of a token become integer codes, and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spectrumkv_kernels.codec.quantize import Quantized, dequantize, quantize
+from spectrumkv_kernels.rotation.hadamard import hadamard
+from spectrumkv_kernels.rotation.rotary import Rotary
+from spectrumkv_kernels.segment import Segment
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What is done to a vector before it is rounded.
+
+    Attributes:
+        name: As users select it.
+        center: Subtract `R(t) mean` from keys, the mean being taken in the frame before RoPE.
+        hadamard: Rotate keys and values by the orthonormal Hadamard matrix.
+        symmetric: Round without a zero point.
+        version: Raised when the name comes to stand for other codes, so that what was measured before is not taken
+            for theirs.
+    """
+
+    name: str
+    center: bool
+    hadamard: bool
+    symmetric: bool
+    version: int = 1
+
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        Codec("spectrum", center=True, hadamard=True, symmetric=False),
+        Codec("absmax", center=False, hadamard=False, symmetric=True),  # the paper's
+    )
+}
+
+
+def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Tokens `index`, `[batch, kv_heads, n]`, of `[batch, kv_heads, tokens]` or `[batch, kv_heads, tokens, dim]`."""
+    if tensor.dim() == 4:
+        index = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
+    return tensor.gather(2, index)
+
+
+def key_mean(
+    keys: torch.Tensor, positions: torch.Tensor, rotary: Rotary, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`mean_t R(-t) k_t`, float32 `[batch, kv_heads, head_dim]`.
+
+    Args:
+        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
+        positions: integers `[tokens]`.
+        rotary: The rotation of the model.
+        weights: `[batch or 1, tokens]`, 0 for tokens to leave out. A row without any weight has the mean 0.
+    """
+    flat = rotary.rotate(keys.float(), positions, inverse=True)
+    if weights is None:
+        return flat.mean(-2)
+    weights = weights.float()[:, None, :, None]
+    total = weights.sum(-2)
+    return (flat * weights).sum(-2) / total.where(total > 0, 1.0)
+
+
+def encode(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    bits: int,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    index: torch.Tensor | None = None,
+) -> tuple[Quantized, Quantized]:
+    """Quantise keys and values of the tokens of one tier.
+
+    Args:
+        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
+        values: `[batch, kv_heads, tokens, value_dim]`.
+        positions: int32 `[batch, kv_heads, n]`; slots of the tokens that are taken.
+        bits: Width of a code, 2, 4 or 8.
+        codec: What to do before rounding.
+        mean: `key_mean` of the layer, float32 `[batch, kv_heads, head_dim]`; None where the codec does not centre.
+        rotary: The rotation that `mean` was taken with.
+        index: int64 `[batch, kv_heads, n]`, the tokens to take, in this order; None: all.
+    """
+    if index is not None:
+        keys, values = take(keys, index), take(values, index)
+    k, v = keys.float(), values.float()
+    if mean is not None:
+        k = k - rotary.rotate(mean.unsqueeze(-2), positions)
+    if codec.hadamard:
+        k, v = hadamard(k), hadamard(v)
+    return quantize(k, bits, codec.symmetric), quantize(v, bits, codec.symmetric)
+
+
+def decode(
+    keys: Quantized,
+    values: Quantized,
+    positions: torch.Tensor,
+    bits: int,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float32 keys and values that `encode` stored, `[batch, kv_heads, tokens, dim]`. Arguments as there."""
+    k, v = dequantize(keys, bits), dequantize(values, bits)
+    if codec.hadamard:
+        k, v = hadamard(k), hadamard(v)
+    if mean is not None:
+        k = k + rotary.rotate(mean.unsqueeze(-2), positions)
+    return k, v
+
+
+def dims(segment: Segment) -> tuple[int, int]:
+    """The head dims of keys and values."""
+    bits, keys, values, _ = segment
+    if isinstance(keys, Quantized):
+        return keys.codes.shape[-1] * 8 // bits, values.codes.shape[-1] * 8 // bits
+    return keys.shape[-1], values.shape[-1]
+
+
+def dense(
+    segments: Sequence[Segment],
+    start: int,
+    size: int,
+    dtype: torch.dtype,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    complete: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the positions from `start` to `start + size`, in their order.
+
+    Args:
+        segments: One at least; no position is in two of them.
+        start: The first position; 0 or more.
+        size: How many.
+        dtype: Of the result and of 16-bit segments, which are copied.
+        codec: How the other segments were encoded.
+        mean: As for `encode`.
+        rotary: Likewise.
+        complete: Every one of these positions lies in a segment, so that no memory need be cleared.
+
+    Returns:
+        `[batch, kv_heads, size, dim]` each, 0 where no segment has the position.
+    """
+    batch, heads = segments[0].positions.shape[:2]
+    keys, values = (
+        torch.zeros(batch, heads, size + 1, dim, dtype=dtype, device=segments[0].positions.device)
+        for dim in dims(segments[0])
+    )  # the last slot takes what lies elsewhere, and rows' empty places
+    for segment in segments:
+        k, v, positions = segment.keys, segment.values, segment.positions
+        if isinstance(k, Quantized):
+            k, v = decode(k, v, positions, segment.bits, codec, mean, rotary)
+        slot = positions.long() - start
+        slot = slot.where((slot >= 0) & (slot < size), size).unsqueeze(-1)
+        keys.scatter_(2, slot.expand_as(k), k.to(dtype))
+        values.scatter_(2, slot.expand_as(v), v.to(dtype))
+    return keys[:, :, :size], values[:, :, :size]

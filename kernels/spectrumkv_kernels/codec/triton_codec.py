@@ -1,0 +1,356 @@
+"""Triton twins of `spectrumkv_kernels.codec.reference`."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from spectrumkv_kernels.backend.launch_triton import on_device, shared
+from spectrumkv_kernels.codec import reference as twin
+from spectrumkv_kernels.codec.quantize import Quantized
+from spectrumkv_kernels.codec.reference import Codec
+from spectrumkv_kernels.codec.triton_mean import mean_kernel, sums_kernel
+from spectrumkv_kernels.codec.triton_quantize import load_codes, store_codes
+from spectrumkv_kernels.rotation.rotary import Rotary
+from spectrumkv_kernels.rotation.triton_hadamard import hadamard, join_quarters
+from spectrumkv_kernels.rotation.triton_rotary import rotated_mean
+from spectrumkv_kernels.segment import Segment
+
+ELEMENTS = 4096
+"""Of a block of tokens and channels, for 4 warps."""
+SPLIT = 512
+"""Tokens that one program of `key_mean` sums up."""
+SEGMENTS = 4
+"""Most segments of one launch."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _load_residual(
+    x, inside, positions, mean, factors, channels, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """These channels of tokens that begin at `x`, less those of `R(t) mean`: float32 `[tokens, channels]`."""
+    y = tl.load(x + channels[None, :], mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
+    if mean is not None:
+        y -= rotated_mean(mean, factors, positions, channels, DIM, PAIRS, INTERLEAVED)
+    return y
+
+
+@triton.jit
+def _encode_tokens(
+    x, stride, index, positions, mean, factors, codes, scales, zeros, first, block, n,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on."""
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    inside = token < n
+    at = tl.load(positions + first + token, mask=inside, other=0) if mean is not None else token
+    source = token if index is None else tl.load(index + token, mask=inside, other=0)
+    x += source.to(tl.int64)[:, None] * stride
+    if WIDTH == DIM and WIDTH >= 32:
+        channels = tl.arange(0, WIDTH // 4)
+        y0 = _load_residual(x, inside, at, mean, factors, channels, DIM, PAIRS, INTERLEAVED)
+        y1 = _load_residual(x, inside, at, mean, factors, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y2 = _load_residual(x, inside, at, mean, factors, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
+        y3 = _load_residual(x, inside, at, mean, factors, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y = join_quarters(y0, y1, y2, y3)
+    else:
+        y = _load_residual(x, inside, at, mean, factors, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
+    BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
+    store_codes(hadamard(y, BLOCK), codes, scales, zeros, first + token, inside, BLOCK**-0.5, DIM, BITS)
+
+
+@triton.jit(do_not_specialize=["index", "n", "index_batch", "index_head"])
+def _encode_kernel(
+    keys, values, index, positions, mean, factors,
+    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, n, heads,
+    key_batch, key_head, key_token, value_batch, value_head, value_token, index_batch, index_head,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of tokens x batch x heads, keys and values."""
+    blocks = tl.cdiv(n, TOKENS)
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = row // heads, row % heads
+    first = row * n
+    if index is not None:
+        index += batch * index_batch + head * index_head
+    if tl.program_id(1) == 0:
+        keys += batch * key_batch + head * key_head
+        if mean is not None:
+            mean += row * KEY_DIM
+        _encode_tokens(
+            keys, key_token, index, positions, mean, factors, key_codes, key_scale, key_zero, first, block, n,
+            KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
+        )  # fmt: skip
+    else:
+        values += batch * value_batch + head * value_head
+        _encode_tokens(
+            values, value_token, index, positions, None, None, value_codes, value_scale, value_zero, first, block, n,
+            VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decode_tokens(
+    x, stride, scales, zeros, positions, mean, factors, out, row, block, n, start, size,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCATTER: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write `TOKENS` keys or values of one row and segment to where they belong."""
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    inside = token < n
+    at = tl.load(positions + token, mask=inside, other=-1)
+    channels = tl.arange(0, WIDTH)
+    real = (channels < DIM)[None, :]
+    if BITS == 16:
+        place = x + token.to(tl.int64)[:, None] * stride + channels[None, :]
+        y = tl.load(place, mask=inside[:, None] & real, other=0.0)
+    else:
+        stored = row * n + token
+        STEP: tl.constexpr = 1 if zeros is None else 2
+        scale = tl.load(scales + stored * STEP, mask=inside, other=0.0).to(tl.float32)
+        if zeros is None:
+            zero = scale * -(2.0 ** (BITS - 1))
+        else:
+            zero = tl.load(zeros + stored * STEP, mask=inside, other=0.0).to(tl.float32)
+        if WIDTH == DIM and WIDTH >= 32:
+            part = tl.arange(0, WIDTH // 4)
+            y0 = load_codes(x, scale, zero, stored, inside, part, DIM, BITS)
+            y1 = load_codes(x, scale, zero, stored, inside, part + WIDTH // 4, DIM, BITS)
+            y2 = load_codes(x, scale, zero, stored, inside, part + WIDTH // 2, DIM, BITS)
+            y3 = load_codes(x, scale, zero, stored, inside, part + 3 * WIDTH // 4, DIM, BITS)
+            y = join_quarters(y0, y1, y2, y3)
+        else:
+            y = load_codes(x, scale, zero, stored, inside, channels, DIM, BITS)
+        BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
+        y = hadamard(y, BLOCK) * BLOCK**-0.5
+        if mean is not None:
+            y += rotated_mean(mean, factors, at, channels, DIM, PAIRS, INTERLEAVED)
+    slot = at - start if SCATTER else token
+    there = inside & (slot >= 0) & (slot < size)
+    place = out + (row * size + slot)[:, None] * DIM + channels[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=there[:, None] & real)
+
+
+@triton.jit(do_not_specialize=["count0", "count1", "count2", "count3", "start", "size"])
+def _dense_kernel(
+    segments,  # of each: keys, their scale and zero, values, their scale and zero, positions
+    strides,  # of 16-bit keys and values: batch, head, token
+    count0, count1, count2, count3, out_keys, out_values, mean, factors, start, size, heads,
+    BITS: tl.constexpr,  # of each segment
+    SHARED: tl.constexpr,  # whether all rows of the segment have the same positions
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SCATTER: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of tokens of all segments x batch x heads, keys and values."""
+    counts = (count0, count1, count2, count3)
+    all_blocks = 0
+    for i in tl.static_range(len(BITS)):
+        all_blocks += tl.cdiv(counts[i], TOKENS)
+    block = tl.program_id(0) % all_blocks
+    row = (tl.program_id(0) // all_blocks).to(tl.int64)
+    batch, head = row // heads, row % heads
+    for i in tl.static_range(len(BITS)):
+        n = counts[i]
+        blocks = tl.cdiv(n, TOKENS)
+        if (block >= 0) & (block < blocks):
+            key_batch, key_head, key_token, value_batch, value_head, value_token = strides[i]
+            keys, key_scale, key_zero, values, value_scale, value_zero, positions = segments[i]
+            if not SHARED[i]:
+                positions += row * n
+            if tl.program_id(1) == 0:
+                keys += batch * key_batch + head * key_head
+                if mean is not None:
+                    mean += row * KEY_DIM
+                _decode_tokens(
+                    keys, key_token, key_scale, key_zero, positions, mean, factors, out_keys, row, block, n, start,
+                    size, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
+                )  # fmt: skip
+            else:
+                values += batch * value_batch + head * value_head
+                _decode_tokens(
+                    values, value_token, value_scale, value_zero, positions, None, None, out_values, row, block, n,
+                    start, size, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
+                )  # fmt: skip
+        block -= blocks
+
+
+def _widths(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[str, int]:
+    """Sizes of heads and of blocks, as the kernels take them."""
+    key_width, value_width = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    return {
+        "KEY_DIM": key_dim,
+        "KEY_WIDTH": key_width,
+        "VALUE_DIM": value_dim,
+        "VALUE_WIDTH": value_width,
+        "TOKENS": max(1, elements // max(key_width, value_width)),
+    }
+
+
+def _rotation(rotary: Rotary, centred: bool, device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:
+    """The tables of the rotation, and how the kernels are told about them."""
+    pairs = len(rotary.inv_freq) if centred else 0
+    return rotary.factors(device) if pairs else None, {"PAIRS": pairs, "INTERLEAVED": rotary.interleaved}
+
+
+def _fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
+    """Whether the kernels can do it; what they can't is the twin's, errors included."""
+    whole = bits in (2, 4, 8) and all(t.shape[-1] * bits % 8 == 0 for t in tensors)
+    return whole and all(t.dtype in DTYPES for t in tensors) and 2 * len(rotary.inv_freq) <= tensors[0].shape[-1]
+
+
+def _dense_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def key_mean(
+    keys: torch.Tensor, positions: torch.Tensor, rotary: Rotary, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `codec.key_mean`. Reads the keys once; splits of the tokens are summed in a fixed order."""
+    batch, heads, tokens, dim = keys.shape
+    if not _fits(rotary, 8, keys) or not keys.numel():
+        return twin.key_mean(keys, positions, rotary, weights)
+    keys, positions = _dense_last(keys), positions.contiguous()
+    factors, rotation = _rotation(rotary, True, keys.device)
+    width, splits = triton.next_power_of_2(dim), triton.cdiv(tokens, SPLIT)
+    if weights is None:
+        total = torch.full((batch,), float(tokens), device=keys.device)
+    else:
+        weights = weights.float().expand(batch, -1).contiguous()
+        total = weights.sum(-1)
+    sums = torch.empty(batch, heads, splits, 2, width, dtype=torch.float32, device=keys.device)
+    mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
+    sizes = {"DIM": dim, "WIDTH": width, **rotation}
+    with on_device(keys):
+        sums_kernel[(splits * batch * heads,)](
+            keys, positions, weights, factors, sums, tokens, heads, *keys.stride()[:3],
+            TOKENS=max(1, ELEMENTS // 2 // width), SPLIT=max(SPLIT, 1), **sizes,
+        )  # fmt: skip
+        mean_kernel[(batch * heads,)](sums, total, mean, splits, heads, SPLITS=max(1, ELEMENTS // 2 // width), **sizes)
+    return mean
+
+
+def encode(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    bits: int,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    index: torch.Tensor | None = None,
+) -> tuple[Quantized, Quantized]:
+    """As `codec.encode`. Reads the tokens once."""
+    if not _fits(rotary, bits, keys, values):
+        return twin.encode(keys, values, positions, bits, codec, mean, rotary, index)
+    batch, heads, n = positions.shape
+    keys, values = _dense_last(keys), _dense_last(values)
+    index = None if index is None else _dense_last(index)
+    factors, rotation = _rotation(rotary, mean is not None, keys.device)
+
+    def allocate(dim: int) -> Quantized:
+        codes = torch.empty(batch, heads, n, dim * bits // 8, dtype=torch.uint8, device=keys.device)
+        shape = (batch, heads, n, 1 if codec.symmetric else 2)
+        return Quantized(codes, torch.empty(shape, dtype=torch.float16, device=keys.device))
+
+    sizes = _widths(keys.shape[-1], values.shape[-1])
+    k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
+    with on_device(keys):
+        _encode_kernel[triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2](
+            keys, values, index, positions.contiguous(), None if mean is None else mean.contiguous(), factors,
+            *_parts(k), *_parts(v),
+            n, heads, *keys.stride()[:3], *values.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
+            BITS=bits, HADAMARD=codec.hadamard, **sizes, **rotation,
+        )  # fmt: skip
+    return k, v
+
+
+def decode(
+    keys: Quantized,
+    values: Quantized,
+    positions: torch.Tensor,
+    bits: int,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `codec.decode`."""
+    key_dim, value_dim = keys.codes.shape[-1] * 8 // bits, values.codes.shape[-1] * 8 // bits
+    if mean is not None and 2 * len(rotary.inv_freq) > key_dim:
+        return twin.decode(keys, values, positions, bits, codec, mean, rotary)
+    out = [torch.empty(*positions.shape, dim, device=positions.device) for dim in (key_dim, value_dim)]
+    _read([Segment(bits, keys, values, positions)], out, 0, codec, mean, rotary, scatter=False)
+    return out[0], out[1]
+
+
+def dense(
+    segments: Sequence[Segment],
+    start: int,
+    size: int,
+    dtype: torch.dtype,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    complete: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `codec.dense`, in one launch."""
+    dims = twin.dims(segments[0])
+    if mean is not None and 2 * len(rotary.inv_freq) > dims[0]:
+        return twin.dense(segments, start, size, dtype, codec, mean, rotary, complete)
+    positions = segments[0].positions
+    new = torch.empty if complete else torch.zeros
+    out = [new(*positions.shape[:2], size, dim, dtype=dtype, device=positions.device) for dim in dims]
+    _read([s for s in segments if s.positions.shape[-1]], out, start, codec, mean, rotary, scatter=True)
+    return out[0], out[1]
+
+
+def _read(
+    segments: Sequence[Segment],
+    out: Sequence[torch.Tensor],
+    start: int,
+    codec: Codec,
+    mean: torch.Tensor | None,
+    rotary: Rotary,
+    scatter: bool,
+) -> None:
+    """Write the tokens of the segments to `out`, at `position - start` if `scatter`, else in their order."""
+    batch, heads, size = out[0].shape[:3]
+    factors, rotation = _rotation(rotary, mean is not None, out[0].device)
+    sizes = _widths(out[0].shape[-1], out[1].shape[-1], ELEMENTS // 2)
+    for first in range(0, len(segments), SEGMENTS):
+        part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
+        counts = [s.positions.shape[-1] for s in segments[first : first + SEGMENTS]]
+        blocks = sum(triton.cdiv(n, sizes["TOKENS"]) for n in counts)
+        tensors, strides, bits, once = zip(*part, strict=True)
+        with on_device(out[0]):
+            _dense_kernel[blocks * batch * heads, 2](
+                tensors, strides, *counts, *[0] * (SEGMENTS - len(counts)), *out,
+                None if mean is None else mean.contiguous(), factors, start, size, heads,
+                BITS=bits, SHARED=once, HADAMARD=codec.hadamard, SCATTER=scatter, **sizes, **rotation,
+            )  # fmt: skip
+
+
+def _parts(stored: Quantized) -> tuple[torch.Tensor | None, ...]:
+    return stored.codes, stored.scale, stored.zero
+
+
+def _flat(segment: Segment) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...], int, bool]:
+    """Tensors of a segment, strides of 16-bit ones, bits, and whether all rows share their positions."""
+    tensors: list[torch.Tensor | None] = []
+    strides: list[int] = []
+    for side in (segment.keys, segment.values):
+        if isinstance(side, Quantized):
+            tensors += _parts(Quantized(side.codes.contiguous(), side.affine.contiguous()))
+            strides += (0, 0, 0)
+        else:
+            plain = _dense_last(side)
+            tensors += (plain, None, None)
+            strides += plain.stride()[:3]
+    positions = segment.positions
+    tensors.append(positions if shared(positions) else positions.contiguous())
+    return tuple(tensors), tuple(strides), segment.bits, shared(positions)

@@ -1,0 +1,105 @@
+"""Every operation with its implementations: the reference in plain PyTorch, and how to get the others."""
+
+from collections.abc import Callable
+from typing import Any
+
+from spectrumkv_kernels.attention import reference as attention
+from spectrumkv_kernels.backend.dispatch import Operation
+from spectrumkv_kernels.codec import reference as codec
+from spectrumkv_kernels.scores import reference as scores
+from spectrumkv_kernels.wire import affine, checksum, tier_map
+
+
+def _triton_key_mean() -> Callable[..., Any]:
+    from spectrumkv_kernels.codec import triton_codec
+
+    return triton_codec.key_mean
+
+
+def _triton_encode() -> Callable[..., Any]:
+    from spectrumkv_kernels.codec import triton_codec
+
+    return triton_codec.encode
+
+
+def _triton_decode() -> Callable[..., Any]:
+    from spectrumkv_kernels.codec import triton_codec
+
+    return triton_codec.decode
+
+
+def _triton_dense() -> Callable[..., Any]:
+    from spectrumkv_kernels.codec import triton_codec
+
+    return triton_codec.dense
+
+
+def _triton_attention() -> Callable[..., Any]:
+    from spectrumkv_kernels.attention import triton_attention
+
+    return triton_attention.tiered_attention
+
+
+def _cpp_attention() -> Callable[..., Any]:
+    from spectrumkv_kernels.attention import cpp
+
+    cpp.library()
+    return cpp.tiered_attention
+
+
+def _triton_scores() -> Callable[..., Any]:
+    from spectrumkv_kernels.scores import triton_scores
+
+    return triton_scores.attention_scores
+
+
+def _triton_digest_sums() -> Callable[..., Any]:
+    from spectrumkv_kernels.wire import triton_checksum
+
+    return triton_checksum.digest_sums
+
+
+def _cpp_digest_sums() -> Callable[..., Any]:
+    from spectrumkv_kernels.wire import cpp_checksum
+
+    cpp_checksum.library()
+    return cpp_checksum.digest_sums
+
+
+def _triton_write_sums() -> Callable[..., Any]:
+    from spectrumkv_kernels.wire import triton_checksum
+
+    return triton_checksum.write_sums
+
+
+def _cpp_write_sums() -> Callable[..., Any]:
+    from spectrumkv_kernels.wire import cpp_checksum
+
+    cpp_checksum.library()
+    return cpp_checksum.write_sums
+
+
+def _cpp_tier_positions() -> Callable[..., Any]:
+    from spectrumkv_kernels.wire import cpp_tier_map
+
+    cpp_tier_map.library()
+    return cpp_tier_map.tier_positions
+
+
+def _cpp_affine_flaws() -> Callable[..., Any]:
+    from spectrumkv_kernels.wire import cpp_affine
+
+    cpp_affine.library()
+    return cpp_affine.affine_flaws
+
+
+key_mean = Operation(codec.key_mean, triton=_triton_key_mean)
+encode = Operation(codec.encode, triton=_triton_encode)
+decode = Operation(codec.decode, triton=_triton_decode)
+dense = Operation(codec.dense, triton=_triton_dense)
+tiered_attention = Operation(attention.tiered_attention, triton=_triton_attention, cpp=_cpp_attention)
+attention_scores = Operation(scores.attention_scores, triton=_triton_scores)
+digest_sums = Operation(checksum.digest_sums, triton=_triton_digest_sums, cpp=_cpp_digest_sums)
+write_sums = Operation(checksum.write_sums, triton=_triton_write_sums, cpp=_cpp_write_sums)
+tier_positions = Operation(tier_map.tier_positions, cpp=_cpp_tier_positions)
+affine_flaws = Operation(affine.affine_flaws, cpp=_cpp_affine_flaws)

@@ -1,0 +1,1 @@
+"""The Hadamard matrix, and the rotation by position (RoPE)."""

@@ -1,0 +1,48 @@
+"""The rotation R(t) inside Triton kernels."""
+
+import triton
+import triton.language as tl
+
+from spectrumkv_kernels.rotation import rotary
+
+FACTOR_ROWS = tl.constexpr(rotary.FACTOR_ROWS)
+
+
+@triton.jit
+def partner(channels, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The other channel of each one's pair, and the sign of its sine in `R(t)`."""
+    if INTERLEAVED:
+        first = channels % 2 == 0
+        other = channels ^ 1
+    else:
+        first = channels < PAIRS
+        other = tl.where(first, channels + PAIRS, channels - PAIRS)
+    return other, tl.where(first, -1.0, 1.0)
+
+
+@triton.jit
+def turn(factors, positions, channels, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Cosine and sine of each channel's angle, `[positions, channels]`, from the tables of `Rotary.factors`."""
+    pair = channels // 2 if INTERLEAVED else channels % PAIRS
+    TABLE: tl.constexpr = FACTOR_ROWS * PAIRS
+    turned = (channels < 2 * PAIRS)[None, :]
+    t = tl.maximum(positions, 0)
+    fine = factors + (t % FACTOR_ROWS)[:, None] * PAIRS + pair[None, :]
+    coarse = factors + 2 * TABLE + tl.minimum(t // FACTOR_ROWS, FACTOR_ROWS - 1)[:, None] * PAIRS + pair[None, :]
+    cos_fine = tl.load(fine, mask=turned, other=1.0)
+    sin_fine = tl.load(fine + TABLE, mask=turned, other=0.0)
+    cos_coarse = tl.load(coarse, mask=turned, other=1.0)
+    sin_coarse = tl.load(coarse + TABLE, mask=turned, other=0.0)
+    return cos_coarse * cos_fine - sin_coarse * sin_fine, sin_coarse * cos_fine + cos_coarse * sin_fine
+
+
+@triton.jit
+def rotated_mean(mean, factors, positions, channels, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """`R(t) mean`, `[positions, channels]`."""
+    shift = tl.load(mean + channels, mask=channels < DIM, other=0.0)[None, :]
+    if PAIRS:
+        cos, sin = turn(factors, positions, channels, PAIRS, INTERLEAVED)
+        other, sign = partner(channels, PAIRS, INTERLEAVED)
+        across = tl.load(mean + other, mask=channels < 2 * PAIRS, other=0.0) * sign
+        shift = shift * cos + across[None, :] * sin
+    return shift

@@ -1,0 +1,252 @@
+"""Attention mass that each key receives from a sample of the queries, in Triton."""
+
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from spectrumkv_kernels.attention.triton_dot import LOG2E
+from spectrumkv_kernels.scores import reference as twin
+from spectrumkv_kernels.scores.reference import probe_rows, real_tokens
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+PROGRAMS = 1024
+"""The first pass splits the keys until it has about so many programs: a few for each multiprocessor."""
+
+SPLIT = 1024
+"""The fewest keys of a split."""
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+LENGTHS = ["window", "tokens", "probes", "offset", "span", "mask_heads", "mask_batch", "mask_head", "mask_row"]
+"""Arguments that vary with lengths: their values must not have a kernel compiled anew."""
+
+
+@triton.jit
+def _seen(at, n, tokens, window, hidden, mask, mask_column):
+    """Whether a row, whose place among the keys is `at` (-1: none), sees key `n`, and what an additive mask adds.
+
+    `at`, `n` and `mask`, pointers to the rows of the mask, broadcast to `[rows, keys]` or `[keys, rows]`.
+    """
+    bias = 0.0
+    if mask is None:
+        seen = n <= at
+        if window is not None:
+            seen = seen & (n > at - window)
+    else:
+        entries, readable = mask + n.to(tl.int64) * mask_column, (at >= 0) & (n < tokens)
+        if mask.dtype.element_ty == tl.uint8:
+            seen = tl.load(entries, mask=readable, other=0) != 0
+        else:
+            bias = tl.load(entries, mask=readable, other=float("-inf")).to(tl.float32)
+            seen = bias > hidden
+            bias *= LOG2E
+    return seen, bias
+
+
+@triton.jit
+def _logits(product, scale, softcap, at, n, tokens, window, hidden, mask, mask_column):
+    """Scores of products of queries and keys, as exponents of 2; -inf where a row does not see the key."""
+    seen, bias = _seen(at, n, tokens, window, hidden, mask, mask_column)
+    if softcap is not None:
+        product, scale = 1 - 2 / (1 + tl.exp2(product * (scale / softcap * 2 * LOG2E))), softcap  # tanh
+    logits = product * (scale * LOG2E)
+    if mask is not None and mask.dtype.element_ty != tl.uint8:
+        logits += bias
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def _places(rows, p, probes, offset):
+    """Queries of the probes `p`, and their places among the keys; -1 for none."""
+    row = tl.load(rows + p, mask=p < probes, other=-1)
+    return row, tl.where(row >= 0, row + offset, -1).to(tl.int32)
+
+
+# Row r of a KV head stands for head r % GROUP of its group and probe r // GROUP, so that rows ascend in position.
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _normalisers_kernel(
+    query, keys, rows, mask, lse, scale, softcap, window, hidden, tokens, probes, offset, span,
+    key_batch: tl.int64, key_head: tl.int64, key_token,
+    mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of each row's scores over `span` of the keys, `lse` `[splits, batch * kv_heads, rows]`."""
+    row_blocks = tl.cdiv(probes * GROUP, BLOCK_R)
+    row_block, pair = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
+    pairs, split = tl.num_programs(0) // row_blocks, tl.program_id(1)
+    batch, head = pair // KV_HEADS, pair % KV_HEADS
+    r, d = row_block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    p, g = r // GROUP, r % GROUP
+    row, at = _places(rows + batch * probes, p, probes, offset)
+    query += (batch * probes * KV_HEADS + head) * GROUP * D
+    q_at = query + (p.to(tl.int64) * (KV_HEADS * GROUP) + g)[:, None] * D + d[None, :]
+    q = tl.load(q_at, mask=(p < probes)[:, None] & (d < D)[None, :], other=0.0)
+    keys += batch * key_batch + head * key_head
+    if mask is not None:
+        mask += (batch * mask_batch + (head * GROUP + g) * mask_head + row * mask_row)[:, None]
+
+    begin = split * span
+    end = min(begin + span, tokens)
+    if mask is None:
+        end = min(end, tl.max(at) + 1)
+        if window is not None:
+            oldest = tl.min(tl.where(at >= 0, at, tokens)) - window + 1
+            begin = max(begin, oldest // BLOCK_N * BLOCK_N)
+    top = tl.full([BLOCK_R], -3e38, tl.float32)  # finite: -inf - -inf would be NaN
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k_at = keys + n[None, :].to(tl.int64) * key_token + d[:, None]
+        k = tl.load(k_at, mask=(n < tokens)[None, :] & (d < D)[:, None], other=0.0)
+        product = tl.dot(q, k, input_precision="ieee")
+        logits = _logits(product, scale, softcap, at[:, None], n[None, :], tokens, window, hidden, mask, mask_column)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
+        top = new_top
+    out = lse + (split * pairs + pair) * probes * GROUP + r
+    tl.store(out, (top + tl.log2(total)) * LN2, mask=p < probes)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _mass_kernel(
+    query, keys, rows, mask, lse, out, scale, softcap, window, hidden, tokens, probes, offset, mask_heads,
+    key_batch: tl.int64, key_head: tl.int64, key_token,
+    mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Mean probability of a block of keys, `out` `[batch * kv_heads, tokens]`."""
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = pair // KV_HEADS, pair % KV_HEADS
+    n, d = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k_at = keys + batch * key_batch + head * key_head + n[:, None].to(tl.int64) * key_token + d[None, :]
+    k = tl.load(k_at, mask=(n < tokens)[:, None] & (d < D)[None, :], other=0.0)
+    rows += batch * probes
+    lse += pair * probes * GROUP
+    query += (batch * probes * KV_HEADS + head) * GROUP * D
+    if mask is not None:
+        mask += batch * mask_batch
+
+    seen_by = tl.zeros([BLOCK_N], tl.int32)
+    first, last = probes, 0  # the probes that see some of the keys lie between
+    for start in range(0, probes, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        row, at = _places(rows, p, probes, offset)
+        seen = tl.zeros([BLOCK_N, BLOCK_P], tl.int1)
+        for i in range(mask_heads):
+            mask_rows = mask
+            if mask is not None:
+                mask_rows = mask + (i * mask_head + row * mask_row)[None, :]
+            seen = seen | _seen(at[None, :], n[:, None], tokens, window, hidden, mask_rows, mask_column)[0]
+        seen_by += tl.sum(seen.to(tl.int32), 1)
+        sees = tl.max(seen.to(tl.int32), 0) > 0
+        first = min(first, tl.min(tl.where(sees, p, probes)))
+        last = max(last, tl.max(tl.where(sees, p + 1, 0)))
+
+    mass = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(first * GROUP, last * GROUP, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        p, g = r // GROUP, r % GROUP
+        row, at = _places(rows, p, probes, offset)
+        norm = tl.load(lse + r, mask=p < probes, other=float("inf")) * LOG2E
+        q_at = query + (p.to(tl.int64) * (KV_HEADS * GROUP) + g)[None, :] * D + d[:, None]
+        q = tl.load(q_at, mask=(p < probes)[None, :] & (d < D)[:, None], other=0.0)
+        mask_at = mask
+        if mask is not None:
+            mask_at = mask + ((head * GROUP + g) * mask_head + row * mask_row)[None, :]
+        product = tl.dot(k, q, input_precision="ieee")
+        logits = _logits(product, scale, softcap, at[None, :], n[:, None], tokens, window, hidden, mask_at, mask_column)
+        mass += tl.sum(tl.exp2(logits - norm[None, :]), 1)
+    tl.store(out + pair * tokens + n, mass / (GROUP * tl.maximum(seen_by, 1)), mask=n < tokens)
+
+
+def _launches(block_d: int, dtype: torch.dtype, masked: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Block sizes and options of the two kernels: what fits into registers without spilling, on sm_90."""
+    if dtype == torch.float32:  # no tensor cores
+        both = {"BLOCK_R": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        return both, both
+    normalisers = {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    mass = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3 if block_d <= 128 else 2}
+    if masked:  # whose entries and their addresses take registers
+        normalisers |= {"BLOCK_R": 64, "BLOCK_N": 128 if block_d == 128 else 64}
+    elif block_d > 128:
+        normalisers["BLOCK_N"] = 64
+    else:
+        normalisers["maxnreg"] = 128  # two programs on a multiprocessor
+    return normalisers, mass
+
+
+def attention_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    recent: int = 64,
+    strided: int = 64,
+) -> torch.Tensor:
+    """As `spectrumkv_kernels.scores.reference.attention_scores`, in two passes over the keys.
+
+    The first takes the normaliser of each probe's softmax, the second sums the probabilities that each key receives.
+    No probability is stored, and the order of every sum is fixed.
+    """
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    dtypes = {query.dtype, keys.dtype}
+    fits = len(dtypes) == 1 and query.dtype in DTYPES and head_dim <= 256 and recent + strided > 0
+    if not fits or (mask is not None and mask.dtype not in (torch.bool, *DTYPES)):
+        return twin.attention_scores(
+            query, keys, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks,
+            recent=recent, strided=strided,
+        )  # fmt: skip
+    if not query.is_cuda and query.dtype == torch.bfloat16:  # Triton's interpreter multiplies their bits
+        query, keys = query.float(), keys.float()
+    rows = probe_rows(real_tokens(mask, queries), queries, recent, strided, query.device)
+    rows = rows.expand(batch, -1).contiguous()
+    probes, group = rows.shape[1], heads // kv_heads
+    index = rows.clamp(min=0)[:, :, None, None].expand(-1, -1, heads, head_dim)
+    probing = query.transpose(1, 2).gather(1, index)  # [batch, probes, heads, head_dim]
+    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+    hidden, mask_heads, strides = 0.0, 1, [*keys.stride()[:3], 0, 0, 0, 0]
+    if mask is not None:
+        hidden = 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        mask = mask.expand(batch, heads, -1, -1)
+        strides[3:] = mask.stride()
+        mask_heads = heads if mask.stride(1) else 1
+
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    first, second = _launches(block_d, query.dtype, mask is not None)
+    row_blocks, pairs = triton.cdiv(probes * group, first["BLOCK_R"]), batch * kv_heads
+    splits = min(triton.cdiv(tokens, SPLIT), triton.cdiv(PROGRAMS, row_blocks * pairs))
+    span = triton.cdiv(triton.cdiv(tokens, splits), first["BLOCK_N"]) * first["BLOCK_N"]
+    splits = triton.cdiv(tokens, span)
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "BLOCK_D": block_d}
+    parts = torch.empty(splits, batch, kv_heads, probes, group, device=query.device)
+    out = torch.empty(batch, kv_heads, tokens, device=query.device)
+    with torch.cuda.device_of(query):
+        _normalisers_kernel[(row_blocks * pairs, splits)](
+            probing, keys, rows, mask, parts, scale, softcap, window, hidden, tokens, probes, tokens - queries, span,
+            *strides, **shape, **first,
+        )  # fmt: skip
+        lse = parts.logsumexp(0)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.float().view(kv_heads, 1, group))
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no probability where a row sees nothing
+        _mass_kernel[(triton.cdiv(tokens, second["BLOCK_N"]) * pairs,)](
+            probing, keys, rows, mask, lse, out, scale, softcap, window, hidden, tokens, probes, tokens - queries,
+            mask_heads, *strides, **shape, **second, BLOCK_P=32,
+        )  # fmt: skip
+    return out

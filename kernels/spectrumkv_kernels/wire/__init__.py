@@ -1,0 +1,1 @@
+"""What the wire format computes: checksums, tier maps, checks of scales."""

@@ -1,0 +1,139 @@
+"""How attention reaches a compressed layer: the registered `spectrumkv` attention, and a route for all others."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from spectrumkv_hf.attention.handle import SpectrumHandle
+from spectrumkv_hf.attention.masks import causal_mask
+
+NAME = "spectrumkv"
+FUSED = (NAME, "sdpa")
+"""Attention implementations whose function is known, so that reading the store directly means the same. The eager
+functions of models differ; they get dequantised keys and values."""
+UNKNOWN = frozenset(("position_bias", "cache", "output_attentions"))
+"""Arguments that only the attention function itself can honour."""
+
+
+def spectrumkv_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attn_implementation="spectrumkv"` on plain tensors: SDPA, or the model's eager function for what SDPA lacks.
+
+    Handles never get here: the route in `install` takes them out before.
+    """
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is None:
+        attention_mask = causal_mask(query, key.shape[2])
+    if attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+            ~attention_mask, torch.finfo(query.dtype).min
+        )
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, spectrumkv_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # without it the mask is silently None
+
+
+def install() -> None:
+    """Route attention on handles to their layer, whatever the implementation; called when a cache is built.
+
+    Only the one object that models ask for their attention function is touched, and calls on plain tensors pass
+    through. Idempotent; `uninstall` undoes it.
+    """
+    if "get_interface" in vars(ALL_ATTENTION_FUNCTIONS):
+        return
+    stock = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get_interface(attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_route, stock(attn_implementation, default), attn_implementation)
+
+    ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
+
+
+def uninstall() -> None:
+    """Undo `install`."""
+    vars(ALL_ATTENTION_FUNCTIONS).pop("get_interface", None)
+
+
+def _route(
+    stock: Callable[..., Any],
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not isinstance(key, SpectrumHandle):
+        if isinstance(kwargs.get("cache"), Cache):  # before 5.24 models pass on what they don't know, unused
+            raise TypeError(
+                f"Transformers {transformers.__version__} takes a cache as past_key_values=..., not as cache=..., "
+                "which is its name from 5.24 on"
+            )
+        return stock(module, query, key, value, *args, **kwargs)
+    return _on_handles(stock, name, module, query, key, value, *args, **kwargs)
+
+
+def _unset(argument: Any) -> bool:
+    return argument is None or argument is False
+
+
+@torch.compiler.disable
+def _on_handles(
+    stock: Callable[..., Any],
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: SpectrumHandle,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    layer = key.layer
+    whole = isinstance(value, SpectrumHandle) and value.layer is layer and key.stage == value.stage == "heads"
+    plain_mask = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
+    if not whole or key.repeats != 1 or not plain_mask or query.shape[2] != layer.new_tokens:
+        plain = [t.dense() if isinstance(t, SpectrumHandle) else t for t in (key, value)]
+        return stock(module, query, *plain, attention_mask, **kwargs)
+
+    weights = None
+
+    def on_dense(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        nonlocal weights
+        out, weights = stock(module, query, k, v, mask, **kwargs)
+        return out.transpose(1, 2)
+
+    out = layer.attend(
+        key.generation,
+        on_dense,
+        query,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
+        # Transformers 5.17 lets sdpa drop the softcap of Gemma-2; what reads the store must agree with the prefill.
+        softcap=None if name == "sdpa" else kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        fused=name in FUSED
+        and not kwargs.get("dropout")
+        and kwargs.get("is_causal") is not False
+        and (kwargs.keys().isdisjoint(UNKNOWN) or all(_unset(kwargs.get(argument)) for argument in UNKNOWN)),
+    )
+    return out.transpose(1, 2).contiguous(), weights

@@ -1,0 +1,1 @@
+"""What is said of it: tables, figures, results on disk."""

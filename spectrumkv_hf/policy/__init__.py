@@ -1,0 +1,27 @@
+"""Which token gets which tier: policies, and the importance by which they rank. Pure: no model, no cache."""
+
+from spectrumkv_hf.policy.policies import (
+    DROPPED,
+    FP16,
+    INT4,
+    INT8,
+    POLICIES,
+    TIERS,
+    Adaptive,
+    Counts,
+    DropScored,
+    Greedy,
+    Lossless,
+    Policy,
+    SinkProtect,
+    Tier,
+    exempt,
+    get_policy,
+    increments,
+    lifted,
+)
+
+__all__ = [
+    "DROPPED", "FP16", "INT4", "INT8", "POLICIES", "TIERS", "Adaptive", "Counts", "DropScored", "Greedy", "Lossless",
+    "Policy", "SinkProtect", "Tier", "exempt", "get_policy", "increments", "lifted",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Files, folders, optional packages and names of arguments: what the rest needs and any project has."""

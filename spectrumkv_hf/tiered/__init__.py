@@ -1,0 +1,1 @@
+"""The cache: stores, layers, and what Transformers calls."""

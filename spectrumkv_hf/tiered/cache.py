@@ -1,0 +1,578 @@
+"""`SpectrumCache`, a `transformers.Cache` whose tokens lie in precision tiers."""
+
+import copy
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from spectrumkv_hf.attention.route import install
+from spectrumkv_hf.policy import Policy, get_policy
+from spectrumkv_hf.tiered import fit
+from spectrumkv_hf.tiered.identity import FIELDS, layer_configs, model_identity, weights_fingerprint
+from spectrumkv_hf.tiered.layer import Indices, SharedRanking, SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.tiered.memory import FP16_BYTES, MemoryReport, storage_bytes
+from spectrumkv_hf.tiered.mixed_layers import (
+    CrossAttentionLayer,
+    HybridSlidingSpectrumLayer,
+    HybridSpectrumLayer,
+    LinearStates,
+)
+from spectrumkv_hf.tiered.rope import rotary_of
+from spectrumkv_hf.tiered.store import TAIL_STEP
+from spectrumkv_kernels import CODECS
+
+if TYPE_CHECKING:
+    from spectrumkv_hf.probe.auto import Probe
+
+logger = logging.getLogger(__name__)
+
+TIERED: dict[str, type[SpectrumLayer]] = {
+    "full_attention": SpectrumLayer,
+    "sliding_attention": SlidingSpectrumLayer,
+    "hybrid": HybridSpectrumLayer,
+    "hybrid_sliding": HybridSlidingSpectrumLayer,
+}
+"""The layer that tiers what a type of Transformers' layers holds."""
+
+_TAKES = {
+    "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding", "reference_sliding_attention"),
+    "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
+}
+"""Types of layers that take an option; Transformers 5.17 gives all options to all layers."""
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+class SpectrumCache(Cache):
+    """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
+
+    Drop-in for the cache of `model.generate(...)`: prefill attends over exact keys and values, then tokens move
+    into FP16, INT8 and INT4 tiers, and decoding reads those directly.
+
+    One cache a conversation: like every cache of Transformers it takes what it holds for the beginning of the next
+    prompt. Make a new one for another prompt, or call `reset()`.
+
+    Args:
+        config: The model's config, which is not changed. Layers with full or sliding-window attention are tiered, in
+            hybrid layers beside the exact states of a linear attention; others keep the class that Transformers has
+            for them (see `summary`).
+        policy: Name of a policy (`spectrumkv_hf.POLICIES`) or a policy. `"fp16"` is lossless.
+        budget: Mean nominal cost per token, as a fraction of FP16; None: the policy's default.
+        codec: `"spectrum"`, or `"absmax"` for the paper's.
+        model: The model that will use the cache. Its config is compared with `config`, RoPE included, and files of the
+            cache tell its weights from others'.
+        policy_options: Further fields of a policy given by name, such as `recent_window`, `scope`, `decay`.
+
+    Raises:
+        ValueError: an unknown policy or codec, a value out of range, an encoder-decoder config, a config that is not
+            `model`'s.
+        TypeError: `config` is no Transformers config, or an option that the policy does not have.
+
+    Example:
+        ```python
+        cache = SpectrumCache(config=model.config, policy="sink_protect", budget=0.3)
+        output = model.generate(**inputs, cache=cache)  # past_key_values=cache before Transformers 5.24
+        print(cache.memory())
+        ```
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: str | Policy = "sink_protect",
+        budget: float | None = None,
+        codec: str = "spectrum",
+        model: torch.nn.Module | None = None,
+        **policy_options: Any,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config is a model's config (model.config), got {type(config).__name__}")
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(config).__name__} is an encoder-decoder: its decoder needs a second cache for cross-attention. "
+                "Use SpectrumCache.for_encoder_decoder(config, ...)"
+            )
+        if codec not in CODECS:
+            raise ValueError(f"unknown codec {codec!r}: choose from {', '.join(CODECS)}")
+        self.policy = get_policy(policy, budget, **policy_options)
+        self.codec = CODECS[codec]
+        self._notes: dict[int, str] = {}
+        self._broken = ""  # why the cache can't be used until it is reset
+        text_config = config.get_text_config(decoder=True)
+        self.identity = model_identity(text_config)
+        self.weights: str | None = None
+        """Fingerprint of the model's weights, where they are known."""
+        if model is not None:
+            self._take_weights(model)
+        self._unfit = fit.no_decoder(config, text_config)
+        if self._unfit:
+            _warn_once(f"{self._unfit}: a SpectrumCache made for it can't be used")
+        if tokens := fit.rope_switch(text_config):
+            _warn_once(
+                f"behind {tokens} tokens, where the factors of {text_config.model_type}'s RoPE change, generate() "
+                "drops the cache it was given and goes on with a DynamicCache, uncompressed"
+            )
+        super().__init__(layers=self._build_layers(text_config))
+        install()
+
+    def _take_weights(self, model: Any) -> None:
+        theirs = model_identity(model.config.get_text_config(decoder=True))
+        fit.check_identity(self.identity, theirs, FIELDS)
+        self.weights = weights_fingerprint(model)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        budget: float | None = None,
+        policy: str | Policy | None = None,
+        codec: str = "spectrum",
+        probe: "str | Probe | None" = "calibration",
+        **policy_options: Any,
+    ) -> "SpectrumCache":
+        """A cache for `model` by the policy that a probe names at `budget`.
+
+        The model is probed when this process, and the disk, hold no verdict on it (`spectrumkv_hf.probe`); that takes
+        a few forwards of 640 tokens, under a progress bar (`transformers.utils.logging.disable_progress_bar()` turns it
+        off). The policy is `sink_protect`, with a floor for layers or at a higher budget where it would otherwise cost
+        more than the probe's loss; a warning says so. Without a verdict, for a model that can't be probed, it is
+        `sink_protect` as it is, with a warning.
+
+        Args:
+            model: The model that will use the cache, with its weights.
+            tokenizer: Its tokenizer, for the text that the probe reads; None: it reads random tokens.
+            budget: As of the class; None: .5, or that of `policy`.
+            policy: As of the class; given, nothing is probed. None: by the probe.
+            codec: As of the class.
+            probe: `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `CalibrationProbe` or
+                `PaperProbe` of the cache's codec; None for no probe.
+            policy_options: Further fields of the policy.
+
+        Raises:
+            ValueError: as of the class; an unknown probe, or one of another codec.
+            TypeError: as of the class.
+        """
+        if policy is None:
+            budget = 0.5 if budget is None else budget
+            if probe is not None and "floors" in policy_options:
+                raise TypeError("floors come from the probe: give a policy too, or probe=None")
+            least = "two_tier" if getattr(probe, "kind", probe) == "paper" else "sink_protect"
+            cls(model.config, least, budget, codec, **policy_options)  # complains before anything is measured
+            if probe is None:
+                policy = "sink_protect"
+            else:
+                from spectrumkv_hf.probe.auto import choose_policy
+
+                policy, policy_options = choose_policy(model, tokenizer, probe, codec, budget, policy_options), {}
+                budget = None
+        return cls(model.config, policy, budget, codec, model=model, **policy_options)
+
+    @classmethod
+    def for_encoder_decoder(cls, config: PreTrainedConfig, **options: Any) -> EncoderDecoderCache:
+        """Self-attention in a `SpectrumCache`, cross-attention exact and whole in a `DynamicCache`.
+
+        Args:
+            config: Of an encoder-decoder model; it is not changed.
+            options: As of the class.
+        """
+        if not config.is_encoder_decoder:
+            raise ValueError(f"{type(config).__name__} is no encoder-decoder: use SpectrumCache(config, ...)")
+        decoder = config.get_text_config(decoder=True)  # which may be a whole encoder-decoder's in turn (Florence-2)
+        decoder = copy.copy(decoder.get_text_config(decoder=True))
+        decoder.is_encoder_decoder = False
+        # Without the decoder's config, whose sliding windows don't apply: cross-attention sees the whole input.
+        return EncoderDecoderCache(cls(decoder, **options), DynamicCache())
+
+    def _build_layers(self, config: PreTrainedConfig) -> list[Any]:
+        types, kwargs = get_layer_types_and_kwargs(config)
+        if beyond := [layer for layer, _ in self.policy.floors if layer >= len(types)]:
+            raise ValueError(f"floors name layer {beyond[0]}, the model's layers are 0 to {len(types) - 1}")
+        per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs  # one dict up to Transformers 5.17
+        shares = getattr(config, "num_kv_shared_layers", None) or "reuse" in (
+            getattr(config, "kv_sharing_modes", None) or ()
+        )
+        crossing = getattr(config, "cross_attention_layers", None) or ()
+        ranking = SharedRanking() if self.policy.scope == "token" else None
+        configs = layer_configs(config)
+        rotary = functools.cache(lambda layer, kind: rotary_of(configs[layer], kind))
+        first = {id(own): index for index, own in reversed(list(enumerate(configs)))}  # layers alike share a rotation
+        layers: list[Any] = []
+        self._stock: dict[int, functools.partial[Any]] = {}
+        self._hybrid: dict[int, functools.partial[Any]] = {}
+        self._unchecked: dict[int, fit.Expected] = {}
+        for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
+            if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
+                raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
+            options = {name: value for name, value in options.items() if kind in _TAKES.get(name, (kind,))}
+            stock: functools.partial[Any] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+            own = configs[index]
+            note = self._stock_because(own, kind, options.get("sliding_window"))
+            if index in crossing:
+                stock, note = functools.partial(CrossAttentionLayer), "cross-attention: exact, not tiered"
+            if note:
+                self._notes[index] = note
+                self._stock[index] = stock
+                layers.append(stock())
+                continue
+            if kind in ("hybrid", "hybrid_sliding"):
+                self._hybrid[index] = stock
+            self._unchecked[index] = fit.Expected.of(own)
+            layers.append(
+                TIERED[kind](
+                    policy=self.policy,
+                    codec=self.codec,
+                    rotary=rotary(first[id(own)], kind),
+                    layer_idx=index,
+                    defer=bool(shares),
+                    shared=ranking,
+                    **options,
+                )
+            )
+            if ranking is not None:
+                ranking.members += 1
+        if self._notes and not self.policy.lossless:
+            what = f"of {type(config).__name__} uncompressed:\n{self.summary(layers)}"
+            if len(self._notes) < len(layers):
+                logger.info("SpectrumCache leaves some layers %s", what)
+            else:
+                _warn_once(f"SpectrumCache compresses nothing of this model: it leaves all layers {what}")
+        return layers
+
+    def _stock_because(self, config: PreTrainedConfig, kind: str, window: int | None) -> str | None:
+        """Why a layer keeps its stock class, or None where it is tiered."""
+        if kind not in TIERED:
+            return f"{kind}: not tiered"
+        if getattr(config, "kv_lora_rank", None):
+            return "MLA latents: not tiered"
+        if window is not None and self.policy.lossless:
+            return "sliding window: exact anyway"
+        least = self.policy.recent_window + 2 * TAIL_STEP
+        if window is not None and window < least:
+            return f"sliding window of {window}: below {least} tokens nothing would leave the exact tail"
+        return None
+
+    def summary(self, layers: list[Any] | None = None) -> str:
+        """Which layers are tiered, and why the others are not; a line for each kind."""
+        layers = self.layers if layers is None else layers
+        kinds = Counter(
+            (type(layer).__name__, self._notes.get(i) or self._tiering(i)) for i, layer in enumerate(layers)
+        )
+        return "\n".join(f"{count} x {name}: {note}" for (name, note), count in kinds.items())
+
+    def __repr__(self) -> str:
+        """One line: policy, layers by class, tokens and bytes."""
+        kinds = Counter(type(layer).__name__ for layer in self.layers)
+        lengths = sorted({layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")})
+        tokens = " or ".join(map(str, lengths or [0]))  # more than one after an interrupted forward
+        about = [
+            f"{self.policy.name} b={self.policy.budget:g}",
+            *(f"{count} x {name}" for name, count in kinds.items()),
+        ]
+        about += [f"{tokens} tokens", *([self.memory().headline()] if any(lengths) else [])]
+        return f"{type(self).__name__}({', '.join(about)})"
+
+    def _tiering(self, index: int) -> str:
+        floor = self.policy.floor(index)
+        least = f", {floor.name} or better" if floor else ""
+        beside = ", beside exact states" if index in self._hybrid else ""
+        return f"tiered, {self.policy.name} b={self.policy.budget:g}{least}{beside}"
+
+    def use_stock(self, index: int) -> None:
+        """Give a hybrid layer Transformers' own class, as in caches that were written before it could be tiered."""
+        self._stock[index] = self._hybrid.pop(index)
+        self._notes[index] = "hybrid: not tiered where the cache was written"
+        self.layers[index] = self._stock[index]()
+
+    @torch.compiler.disable  # of what is behind it nothing can be traced: C++, kernels, decisions on the host
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values, `[batch, kv_heads, tokens, dim]`, of a layer; see `SpectrumLayer.update`.
+
+        Raises:
+            ValueError: the cache was made for another model: one with fewer layers, with other heads, or without a
+                decoder. The cache is as it was.
+            RuntimeError: an earlier forward or operation ended before it had reached all layers.
+        """
+        self.check_whole()
+        self._check_model(layer_idx, key_states)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, SpectrumLayer):
+            earlier = (b for b in reversed(self.layers[:layer_idx]) if isinstance(b, SpectrumLayer))
+            before = next((b for b in earlier if b.is_initialized), None)
+            if before is not None and before.get_seq_length() != layer.get_seq_length() + key_states.shape[-2]:
+                raise RuntimeError(
+                    f"layer {before.layer_idx} holds {before.get_seq_length()} tokens, layer {layer_idx} would hold "
+                    f"{layer.get_seq_length() + key_states.shape[-2]}: a forward was interrupted. Call reset(), and "
+                    "give the whole prompt again"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_model(self, layer_idx: int, key_states: torch.Tensor) -> None:
+        """Refuse keys of a model that the cache was not made for; each layer's first ones are compared with it."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache was made for another model: its config has {len(self.layers)} layers, got keys and values "
+                f"of layer {layer_idx}. Make it from model.config"
+            )
+        if self._unfit:
+            raise ValueError(f"the cache was made for another model: {self._unfit}. Make it from model.config")
+        if layer_idx in self._unchecked:
+            layer = self.layers[layer_idx]
+            rotated = 2 * len(layer.rotary.inv_freq) if isinstance(layer, SpectrumLayer) else 0
+            self._unchecked[layer_idx].check(layer_idx, rotated, key_states)
+            del self._unchecked[layer_idx]
+
+    def check_whole(self) -> None:
+        """Refuse to go on with a cache in which an operation ended halfway.
+
+        Raises:
+            RuntimeError: until `reset`.
+        """
+        if self._broken:
+            raise RuntimeError(f"{self._broken}. Call reset(), and give the whole prompt again")
+
+    def _change(self, what: str, change: Callable[[Any], None]) -> None:
+        """Change every layer. An error that comes after the first of them leaves a cache that refuses use."""
+        self.check_whole()
+        # Layers that may refuse a change come first: where they do, nothing has happened yet.
+        order = sorted(self.layers, key=lambda layer: _is_atomic(layer) and not layer.is_sliding)
+        self._broken = f"{what} ended before it had reached all layers"
+        for done, layer in enumerate(order):
+            try:
+                change(layer)
+            except Exception as problem:
+                memory = isinstance(problem, torch.OutOfMemoryError | MemoryError)
+                if not done and (_is_atomic(layer) or not memory):  # it refused
+                    self._broken = ""
+                raise
+        self._broken = ""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; 0 removes none.
+
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: tokens would be seen again that a sliding window has left; see `activate_past_recording`.
+        """
+        self._change("crop", lambda layer: layer.crop(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Indices) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        rows = torch.as_tensor(beam_idx)
+        self._change("reorder_cache", lambda layer: layer.reorder_cache(rows))
+
+    def batch_select_indices(self, indices: Indices) -> None:
+        """Keep the rows `indices`."""
+        rows = torch.as_tensor(indices)
+        self._change("batch_select_indices", lambda layer: layer.batch_select_indices(rows))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._change("batch_repeat_interleave", lambda layer: layer.batch_repeat_interleave(repeats))
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: no bound; PEFT asks for it by this name."""
+        return self.get_max_length()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys and values of each layer, dequantised, and its sliding window, as `DynamicCache` gives them."""
+        for layer in self.layers:
+            window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
+
+    def reset(self) -> None:
+        """Forget all tokens, so that the cache serves another prompt. The layers stay the same objects."""
+        for index, layer in enumerate(self.layers):
+            if (made := self._stock.get(index)) is not None:
+                # Their own reset keeps the length up to Transformers 5.17.
+                type(layer).__init__(layer, *made.args, **made.keywords)
+            else:
+                layer.reset()
+        self._broken = ""
+
+    def on_layer(self, callback: Callable[[int], None]) -> Callable[[], None]:
+        """Call `callback` with a tiered layer's index whenever what the layer holds is final until its next update.
+
+        That is right after its attention where tokens were tiered or nothing was due; at the end of the last layer for
+        `scope="token"`; and at the next update, or when the layer is serialised, where other layers still read its
+        exact tokens (Gemma-3n). Layers of Transformers' own classes don't call: they are final once a later layer is.
+        What the callback raises comes out of the model's forward. A cache has one callback; a new one replaces it.
+
+        Returns:
+            A function that removes the callback.
+        """
+        tiered = [layer for layer in self.layers if isinstance(layer, SpectrumLayer)]
+
+        def set_callback(value: Callable[[int], None] | None) -> None:
+            for layer in tiered:
+                layer.on_final = value
+
+        set_callback(callback)
+        return functools.partial(set_callback, None)
+
+    def serialize(self) -> torch.Tensor:
+        """The cache as bytes, a contiguous uint8 tensor on its device; docs/wire-format.md describes them.
+
+        Raises:
+            WireError: a layer or policy that can't be serialised, or layers of different lengths.
+            RuntimeError: an operation ended before it had reached all layers.
+        """
+        from spectrumkv_hf import wire
+
+        return wire.serialize(self)
+
+    @classmethod
+    def deserialize(
+        cls,
+        buffer: Any,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> "SpectrumCache":
+        """The cache that `serialize` wrote.
+
+        Where the buffer begins at a multiple of 64 bytes and lies on `device`, tensors are views of it. Nothing writes
+        into it, and it must not change while the cache is in use.
+
+        Args:
+            buffer: bytes, bytearray, memoryview, mmap, or a contiguous uint8 tensor `[bytes]`.
+            config: Of the model that will use the cache.
+            device: Where the cache will lie; None: where the buffer does.
+            model: That model, if its weights are to be compared with those that made the cache. Caches from
+                `from_model`, or made with `model`, say which these were; others are not compared.
+
+        Raises:
+            WireError: the bytes are damaged, of another version, or of another model.
+            TypeError: `buffer` is none.
+        """
+        from spectrumkv_hf import wire
+
+        return wire.deserialize(buffer, config, device, model)
+
+    def apply_patch(self, frame: Any) -> None:
+        """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
+
+        Args:
+            frame: A buffer as of `deserialize`; its tensors are copied.
+
+        Raises:
+            WireError: the frame is damaged, or the tokens have changed since they were asked for (batch operations,
+                `crop`, another patch). The cache is as it was.
+        """
+        from spectrumkv_hf.wire import patch as wire_patch
+
+        wire_patch.apply(self, frame)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what `serialize` gives into a file, which appears at `path` whole or not at all.
+
+        A regular file there is replaced and keeps its permissions, a symbolic link is followed; a new file has those
+        that the umask leaves of 0666. Caches of others who have mapped the old file stay as they are.
+
+        Raises:
+            WireError: as of `serialize`.
+            OSError: it can't be written, or something else than a regular file is there.
+        """
+        from spectrumkv_hf import wire
+
+        wire.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        mmap: bool = True,
+        model: torch.nn.Module | None = None,
+    ) -> "SpectrumCache":
+        """The cache that `save` wrote.
+
+        Args:
+            path: Of the file.
+            config, device, model: As of `deserialize`.
+            mmap: On the CPU the cache's tensors are the mapped file, of which only what is used is read. `save` may
+                replace it meanwhile, but who writes into it changes the cache, and who shortens it ends this process
+                with SIGBUS. False: the file is read into memory, for files that others can write into.
+
+        Raises:
+            WireError: as of `deserialize`, or the file is empty.
+            OSError: it can't be read, or is no regular file.
+        """
+        from spectrumkv_hf import wire
+
+        return wire.load(path, config, device, mmap, model)
+
+    def _tiered(self) -> Iterator[SpectrumLayer]:
+        return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)
+
+    def memory(self) -> MemoryReport:
+        """Bytes stored by tier and part, and those of the exact cache that they replace."""
+        parts: Counter[str] = Counter()
+        tensors: list[torch.Tensor] = []
+        elements = cost = exact = 0.0
+        for layer in self._tiered():
+            store = layer.store
+            for name, tensor in store.tensors():
+                parts[name] += storage_bytes([tensor])
+                tensors.append(tensor)
+            keys, values = store.tail
+            per_token = store.batch_size * layer.kv_heads * (keys.shape[3] + values.shape[3])
+            visible = store.length - (layer._first_needed() if isinstance(layer, SlidingSpectrumLayer) else 0)
+            elements += visible * per_token
+            exact += visible * per_token * keys.element_size()
+            cost += store.tail_length * per_token
+            cost += sum(float(arena.tier.cost) * len(arena) * per_token for arena in store.arenas.values())
+        stock = [t for layer in self.layers for t in _exact_tensors_of(layer)]
+        uncompressed = storage_bytes(stock)
+        if uncompressed:
+            parts["uncompressed"] = uncompressed
+        order = sorted(parts, key=lambda name: -parts[name])
+        return MemoryReport(
+            stored=storage_bytes([*tensors, *stock]),
+            exact=int(exact) + uncompressed,
+            fp16=int(elements * FP16_BYTES) + uncompressed,
+            nominal_ratio=cost / elements if elements else 0.0,
+            parts={name: parts[name] for name in order},
+        )
+
+    def tier_map(self) -> dict[int, torch.Tensor]:
+        """Bits of every token by tiered layer, int64 `[batch, kv_heads, length]`; 0 where it was dropped or left."""
+        return {layer.layer_idx: layer.tier_map() for layer in self._tiered()}
+
+
+def _is_atomic(layer: Any) -> bool:
+    """Whether a layer changes as a whole or not at all; others may be left between keys and values, or states."""
+    return isinstance(layer, SpectrumLayer) and not isinstance(layer, LinearStates)
+
+
+def _exact_tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """Tensors in Transformers' own keeping: of a stock layer all, of a hybrid one the linear attention's states."""
+    if isinstance(layer, SpectrumLayer):
+        yield from layer.states() if isinstance(layer, LinearStates) else ()
+    else:
+        yield from _tensors_of(layer)
+
+
+def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a stock layer holds, in attributes or in dicts and lists of them."""
+    for value in vars(layer).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from (v for v in value.values() if isinstance(v, torch.Tensor))
+        elif isinstance(value, list | tuple):
+            yield from (v for v in value if isinstance(v, torch.Tensor))

@@ -1,0 +1,614 @@
+"""The tensors of one layer: an arena per tier, and a tail of recent tokens that are exact."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Counts, Policy, Tier, exempt, increments, lifted
+from spectrumkv_kernels import FLOAT16_MAX, Codec, Quantized, Rotary, Segment, dense, encode, key_mean, saturated, take
+
+TAIL_STEP = 64
+"""The tail's buffer grows by this many tokens at most, and decoding tiers this many at a time."""
+SLACK = 5
+"""The tail's buffer has room for at most one more token for this many that were seen: a short chat stays small."""
+
+TensorMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Arena:
+    """The tokens of one tier in one layer: as `spectrumkv_kernels.Segment`, whose fields these are."""
+
+    tier: Tier
+    keys: torch.Tensor | Quantized
+    values: torch.Tensor | Quantized
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.positions.shape[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @functools.cached_property
+    def segment(self) -> Segment:
+        """What attention reads; an arena's tensors are never replaced."""
+        return Segment(self.tier.bits, self.keys, self.values, self.positions)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor with its name: `keys.codes`, `keys.affine`, ..., `positions`."""
+        for side in ("keys", "values"):
+            stored = getattr(self, side)
+            if isinstance(stored, torch.Tensor):
+                yield side, stored
+            else:
+                yield from ((f"{side}.{name}", t) for name, t in stored._asdict().items())
+        yield "positions", self.positions
+
+    def map(self, function: TensorMap) -> "Arena":
+        """A new arena of `function` of every tensor, called in the order of `tensors`."""
+
+        def side(stored: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
+            if isinstance(stored, torch.Tensor):
+                return function(stored)
+            return Quantized(function(stored.codes), function(stored.affine))
+
+        return replace(self, keys=side(self.keys), values=side(self.values), positions=function(self.positions))
+
+    def extended(self, other: "Arena") -> "Arena":
+        """A new arena with the tokens of `other` behind its own."""
+
+        theirs = (tensor for _, tensor in other.tensors())  # in the order in which `map` visits its own
+        return self.map(lambda own: torch.cat((own, next(theirs)), dim=2))
+
+    def kept(self, keep: torch.Tensor) -> "Arena":
+        """A new arena of the tokens where `keep`, bool `[batch, kv_heads, tokens]`; rows with fewer start with -1."""
+        counts = keep.sum(-1, keepdim=True)
+        size = int(counts.max()) if keep.numel() else 0
+        order = torch.argsort(keep.to(torch.uint8), dim=-1, stable=True)[..., len(self) - size :]  # kept ones last
+        arena = self.map(lambda t: take(t, order))
+        empty = torch.arange(size, device=keep.device) < size - counts
+        arena.positions.masked_fill_(empty, -1)
+        return arena
+
+
+KEPT_COUNTING = 1 << 20
+"""Positions up to which they are kept, 4 MiB of them."""
+
+
+def _counting(start: int, length: int, device: torch.device) -> torch.Tensor:
+    """`start`, `start + 1`, ... up to `length`: int32 `[length - start]`, kept for all layers and steps."""
+    if length > KEPT_COUNTING:
+        return torch.arange(start, length, dtype=torch.int32, device=device)
+    return _counting_to(max(1 << (length - 1).bit_length(), 4096), device)[start:length]
+
+
+@functools.lru_cache(maxsize=8)
+def _counting_to(length: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(length, dtype=torch.int32, device=device)
+
+
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where it is a view that would keep a larger storage alive."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+class Contents(NamedTuple):
+    """What a store holds at one moment; never changed, only replaced as a whole. `TieredStore` has the same names."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    arenas: Mapping[Tier, Arena]
+    length: int = 0
+    tail_start: int = 0
+    first_kept: int = 0
+    mean: torch.Tensor | None = None
+    pads: torch.Tensor | None = None
+    ragged: bool = False
+    drops: bool = False
+    borrowed: bool = False
+
+
+class TieredStore:
+    """Keys and values of one layer.
+
+    Positions are slots: 0 for the first token seen, padding included. Tokens before `tail_start` lie in the arenas, in
+    ascending order, or were dropped; the others lie exact in the tail. Counts per tier are the same for all rows and
+    heads, so operations on the batch are plain gathers.
+
+    Every change is built aside and takes effect by one assignment, so that an error or an interrupt in the middle of it
+    leaves the store as it was.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec, rotary: Rotary) -> None:
+        """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
+        self.codec, self.rotary = codec, rotary
+        self._now = Contents(keys[:, :, :0].detach().clone(), values[:, :, :0].detach().clone(), {})
+
+    @classmethod
+    def assemble(
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        codec: Codec,
+        rotary: Rotary,
+        *,
+        length: int,
+        arenas: Sequence[Arena] = (),
+        tail_start: int = 0,
+        first_kept: int = 0,
+        mean: torch.Tensor | None = None,
+        pads: torch.Tensor | None = None,
+        ragged: bool = False,
+        drops: bool = False,
+    ) -> Self:
+        """A store of tensors that belong to someone else, which are not copied and into which nothing will be written.
+
+        Args:
+            keys, values: The tail, `[batch, kv_heads, length - tail_start, dim]`.
+            codec, rotary: How the arenas are coded.
+            length, tail_start, first_kept, mean, pads, ragged, drops: As the attributes of these names.
+            arenas: One for each tier.
+
+        Raises:
+            ValueError: the numbers of tokens do not fit together.
+        """
+        store = cls(keys, values, codec, rotary)
+        if not 0 <= first_kept <= tail_start <= length or keys.shape[2] != length - tail_start:
+            raise ValueError(
+                f"a tail of {keys.shape[2]} tokens does not end at {length} where it starts at {tail_start}, or tokens "
+                f"before {first_kept} are missing from it"
+            )
+        by_tier = {arena.tier: arena for arena in arenas}
+        ordered = {tier: by_tier[tier] for tier in TIERS if tier in by_tier}
+        store._now = Contents(
+            keys, values, ordered, length, tail_start, first_kept, mean, pads, ragged, drops, borrowed=True
+        )
+        return store
+
+    @property
+    def length(self) -> int:
+        """Tokens seen, `tail_start` and the tail's together."""
+        return self._now.length
+
+    @property
+    def tail_start(self) -> int:
+        """Position of the tail's first token."""
+        return self._now.tail_start
+
+    @property
+    def first_kept(self) -> int:
+        """Tokens before this position may be gone, for a layer with a window."""
+        return self._now.first_kept
+
+    @property
+    def arenas(self) -> Mapping[Tier, Arena]:
+        """By tier, the most precise first."""
+        return self._now.arenas
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        """float32 `[batch, kv_heads, head_dim]`, set when tokens are first tiered; None before that and where the codec
+        does not centre."""
+        return self._now.mean
+
+    @property
+    def pads(self) -> torch.Tensor | None:
+        """Padding tokens at the start of each row, int64 `[batch]`, or None where there are none."""
+        return self._now.pads
+
+    @property
+    def ragged(self) -> bool:
+        """Some positions are -1."""
+        return self._now.ragged
+
+    @property
+    def drops(self) -> bool:
+        """Some tokens were dropped."""
+        return self._now.drops
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tail lies in, `[batch, kv_heads, capacity, dim]`; its tokens come first."""
+        return self._now.keys, self._now.values
+
+    @property
+    def device(self) -> torch.device:
+        return self._now.keys.device
+
+    @property
+    def batch_size(self) -> int:
+        return self._now.keys.shape[0]
+
+    @property
+    def tail_length(self) -> int:
+        return self._now.length - self._now.tail_start
+
+    @property
+    def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact keys and values from `tail_start` on, views `[batch, kv_heads, tail_length, dim]`."""
+        tokens = self.tail_length
+        return self._now.keys.narrow(2, 0, tokens), self._now.values.narrow(2, 0, tokens)
+
+    # -- adding and tiering tokens ------------------------------------------------------------------------------------
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens, `[batch, kv_heads, tokens, dim]`, to the tail."""
+        now, held = self._now, self.tail_length
+        grown, length = held + keys.shape[2], now.length + keys.shape[2]
+        room = min(now.keys.shape[2], now.values.shape[2])
+        if held == 0 and grown > room:
+            self._now = now._replace(keys=owned(keys), values=owned(values), length=length, borrowed=False)
+            return
+        fixed = now.borrowed or (now.keys.is_inference() and not torch.is_inference_mode_enabled())  # no writing to it
+        if grown > room or fixed:
+            now = _with_capacity(now, grown, length)
+        # Behind the tokens that are held: what is not finished here is not seen.
+        now.keys.narrow(2, held, grown - held).copy_(keys)
+        now.values.narrow(2, held, grown - held).copy_(values)
+        self._now = now._replace(length=length)
+
+    def note_padding(self, real: torch.Tensor) -> None:
+        """Learn where rows begin, from `real`, bool `[batch, n]`, for the last `n` tokens: False at the start pads."""
+        start = self.length - real.shape[-1]
+        leading = (real.cumsum(-1) == 0).sum(-1)
+        if self.pads is not None:
+            leading = torch.where(self.pads == start, start + leading, self.pads)
+        elif start or not bool(leading.any()):
+            return
+        self._now = self._now._replace(pads=leading)
+
+    def note_ragged(self) -> None:
+        """Learn that some positions are -1."""
+        self._now = self._now._replace(ragged=True)
+
+    def _row_index(self, tokens: int) -> torch.Tensor:
+        """Place in its row of each of the tail's first `tokens`, int64 `[batch or 1, tokens]`; below 0 for padding."""
+        positions = torch.arange(self.tail_start, self.tail_start + tokens, device=self.device)
+        return positions[None] if self.pads is None else positions - self.pads[:, None]
+
+    def settle_mean(self, sinks: int) -> None:
+        """Fix the mean of rows that have none, from their tokens in the tail but the sinks and padding."""
+        self._now = self._now._replace(mean=self._settled_mean(sinks))
+
+    def _settled_mean(self, sinks: int) -> torch.Tensor | None:
+        if not self.codec.center:
+            return None
+        begins = None if self.pads is None else self.pads >= self.tail_start  # rows of which nothing is tiered yet
+        if self.mean is not None and (begins is None or not bool(begins.any())):
+            return self.mean
+        index = self._row_index(self.tail_length)
+        positions = torch.arange(self.tail_start, self.length, device=self.device)
+        counted = index >= (sinks if self.tail_length > sinks else 0)
+        keys = self.tail[0]
+        if not bool(keys.abs().amax() <= FLOAT16_MAX):  # NaN compares false
+            # Once in the mean, one such key would spoil every other that is centred on it.
+            sound = (keys.abs() <= FLOAT16_MAX).all(-1)
+            keys, counted = keys.masked_fill(~sound.unsqueeze(-1), 0), counted & sound.all(1)
+        mean = key_mean(keys, positions, self.rotary, counted)
+        if self.mean is not None and begins is not None:
+            mean = torch.where(begins[:, None, None], mean, self.mean)
+        return mean
+
+    def compress(self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None = None) -> None:
+        """Give the oldest `tokens` of the tail their tiers, by rank of `score`.
+
+        Tokens that no code stands for, because something in them is not finite or beyond the scales of float16, stay
+        exact. So that counts are equal for all heads, others of the best rank then do in heads with fewer of them.
+
+        Args:
+            tokens: How many, counted from `tail_start`.
+            policy: Says how many go into each tier.
+            score: float32 `[batch, kv_heads, tokens]`, higher ranks first, NaN last. Padding ranks last, and fills up
+                the arenas of rows that have fewer real tokens than others.
+            floor: The policy's for this layer.
+        """
+        mean = self._settled_mean(policy.sinks)
+        score = score.nan_to_num(nan=0.0)
+        assign = self._assign if self.pads is None else self._assign_padded
+        chosen = assign(tokens, policy, score, floor, None)
+        arenas = self._encoded(tokens, chosen, mean)
+        coded = [side for arena in arenas for side in (arena.keys, arena.values) if isinstance(side, Quantized)]
+        if coded and bool(torch.stack([saturated(side).any() for side in coded]).any()):
+            lossy = min(arena.tier.bits for arena in arenas)
+            chosen = assign(tokens, policy, score, floor, self._inexpressible(tokens, lossy, mean))
+            arenas = self._encoded(tokens, chosen, mean)
+        grown = dict(self.arenas)
+        for arena in arenas:
+            grown[arena.tier] = grown[arena.tier].extended(arena) if arena.tier in grown else arena
+        left = self.tail_length - tokens
+        now = _with_capacity(self._now, left, self.length, skip=tokens)
+        self._now = now._replace(
+            arenas={tier: grown[tier] for tier in TIERS if tier in grown},
+            tail_start=self.tail_start + tokens,
+            mean=mean,
+            drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
+        )
+
+    def _encoded(self, tokens: int, chosen: Sequence[torch.Tensor], mean: torch.Tensor | None) -> list[Arena]:
+        """Arenas of the tokens `chosen` for each of `TIERS` among the tail's first `tokens`."""
+        keys, values = (t[:, :, :tokens] for t in self.tail)
+        arenas = []
+        for tier, index in zip(TIERS, chosen, strict=True):
+            if not index.shape[-1] or tier == DROPPED:
+                continue
+            positions = (index + self.tail_start).to(torch.int32)
+            k: torch.Tensor | Quantized
+            v: torch.Tensor | Quantized
+            if tier == FP16:
+                k, v = take(keys, index), take(values, index)
+            else:
+                k, v = encode(keys, values, positions, tier.bits, self.codec, mean, self.rotary, index=index)
+            arenas.append(Arena(tier, k, v, positions))
+        return arenas
+
+    def _inexpressible(self, tokens: int, bits: int, mean: torch.Tensor | None) -> torch.Tensor:
+        """Which of the tail's first `tokens` no code of `bits` stands for, bool `[batch, kv_heads, tokens]`."""
+        keys, values = (t[:, :, :tokens] for t in self.tail)
+        positions = torch.arange(self.tail_start, self.tail_start + tokens, dtype=torch.int32, device=self.device)
+        positions = positions.expand(*keys.shape[:3]).contiguous()
+        coded = encode(keys, values, positions, bits, self.codec, mean, self.rotary)
+        lost = saturated(coded[0]) | saturated(coded[1])
+        return lost & (self._row_index(tokens) >= 0).unsqueeze(1)
+
+    def _assign(
+        self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
+    ) -> Sequence[torch.Tensor]:
+        """The tokens that go to each of `TIERS`: ascending, int64 `[batch, kv_heads, any]`.
+
+        Args:
+            tokens, policy, score, floor: As of `compress`.
+            exact: Tokens that have to stay exact, bool `[batch, kv_heads, tokens]`, or None.
+        """
+        row = exempt(lifted(increments(policy, self.tail_start, tokens), floor), _most(exact))
+        if self.tail_start < policy.sinks:
+            score[..., : policy.sinks - self.tail_start] = torch.finfo(score.dtype).max
+        if exact is not None:
+            score = score.masked_fill(exact, torch.inf)
+        ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
+        return [part.sort(-1).values for part in ranked.split([row.get(tier, 0) for tier in TIERS], dim=-1)]
+
+    def _assign_padded(
+        self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
+    ) -> Sequence[torch.Tensor]:
+        """`_assign` for rows that begin at different places.
+
+        The real tokens of each row take the documented counts for their number. The longest row sizes the arenas, and
+        the padding of the others fills them up.
+        """
+        batch, heads = score.shape[:2]
+        place = self._row_index(tokens)
+        before = place[:, 0].clamp(min=0).tolist()
+        now = (place >= 0).sum(-1).tolist()
+
+        def counts(had: int, new: int) -> Counts:
+            return exempt(lifted(increments(policy, had, new), floor), min(_most(exact), new))
+
+        rows = [counts(had, new) for had, new in zip(before, now, strict=True)]
+        own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
+        sizes = own.amax(0)
+        last = int(sizes.nonzero().max()) if int(sizes.sum()) else len(TIERS) - 1
+        sizes[last] += tokens - sizes.sum()
+
+        def tier_by(rank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            edges = counts.cumsum(-1)[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
+            return torch.searchsorted(edges, rank, right=True)
+
+        score = score.masked_fill((place < policy.sinks)[:, None], torch.finfo(score.dtype).max)
+        if exact is not None:
+            score = score.masked_fill(exact, torch.inf)
+        score = score.masked_fill((place < 0)[:, None], -torch.inf)
+        ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
+        places = torch.arange(tokens, device=self.device).expand_as(ranked).contiguous()
+        rank = torch.empty_like(ranked).scatter_(-1, ranked, places)
+        filler = (rank - torch.tensor(now, device=self.device)[:, None, None]).clamp(min=0)
+        tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_by(rank, own))
+        # Where one row has its sinks among many others' middle, tiers may want more than all tokens together. The least
+        # precise then gives some up; said here, so that positions stay in order within each tier.
+        order = torch.argsort(tier_of, dim=-1, stable=True)
+        tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
+        order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
+        return order.split(sizes.tolist(), dim=-1)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def segments(self) -> list[Segment]:
+        """Arenas and tail, as `tiered_attention` reads them."""
+        keys, values = self.tail
+        counting = _counting(self.tail_start, self.length, self.device)
+        positions = counting.as_strided(keys.shape[:3], (0, 0, 1))
+        tail = Segment(FP16.bits, keys, values, positions)
+        return [*[arena.segment for arena in self.arenas.values()], tail]
+
+    def dense(self, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values from position `start` on, `[batch, kv_heads, length - start, dim]`, in their own dtypes.
+
+        What was dropped is 0. Views of the tail where nothing else is asked for.
+        """
+        if start >= self.tail_start:
+            skip = start - self.tail_start
+            keys, values = self.tail
+            return keys[:, :, skip:], values[:, :, skip:]
+        size, dtype = self.length - start, self._now.keys.dtype
+        complete = not (self.drops or self.ragged) and start >= self.first_kept
+        return dense(self.segments(), start, size, dtype, self.codec, self.mean, self.rotary, complete)
+
+    def tier_map(self, start: int = 0) -> torch.Tensor:
+        """Bits of every token from `start` on, int64 `[batch, kv_heads, length - start]`: 0 for what was dropped."""
+        size = self.length - start
+        bits = torch.zeros(*self._now.keys.shape[:2], size + 1, dtype=torch.int64, device=self.device)
+        for arena in self.arenas.values():
+            bits.scatter_(2, self._slot(arena.positions, start, size), arena.tier.bits)
+        bits = bits[..., :size]
+        bits[..., max(self.tail_start - start, 0) :] = FP16.bits
+        return bits
+
+    def _slot(self, positions: torch.Tensor, start: int, size: int) -> torch.Tensor:
+        """Column of each position in a buffer that begins at `start`; `size` for those before it."""
+        return torch.where(positions >= start, positions.long() - start, size)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the store with its name."""
+        for tier, arena in self.arenas.items():
+            yield from ((f"{tier.name}.{name}", tensor) for name, tensor in arena.tensors())
+        yield "tail.keys", self._now.keys
+        yield "tail.values", self._now.values
+        if self.mean is not None:
+            yield "mean", self.mean
+        if self.pads is not None:
+            yield "pads", self.pads
+
+    # -- removing, moving and exchanging tokens -----------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position `length` on, in tail and arenas alike."""
+        now = self._now
+        if length < now.tail_start:
+            arenas, ragged = _filtered(now.arenas, lambda positions: positions < length)
+            keys, values = (t[:, :, :0].clone() for t in (now.keys, now.values))
+            now = now._replace(keys=keys, values=values, arenas=arenas, ragged=ragged, tail_start=length)
+        elif now.keys.shape[2] > 2 * _capacity(length - now.tail_start, length):
+            now = _with_capacity(now, length - now.tail_start, length)
+        pads = None if now.pads is None else now.pads.clamp(max=length)
+        now = now._replace(length=length, pads=pads, first_kept=min(now.first_kept, length))
+        if length == 0:
+            now = now._replace(mean=None, pads=None, drops=False)
+        self._now = now
+
+    def discard(self, start: int) -> None:
+        """Free the tokens before position `start`, which no query will see again."""
+        now = self._now
+        if start <= now.first_kept:
+            return
+        gone = max(start - now.tail_start, 0)
+        if gone:
+            now = _with_capacity(now, self.tail_length - gone, now.length, skip=gone)
+        arenas, ragged = _filtered(now.arenas, lambda positions: positions >= start)
+        self._now = now._replace(arenas=arenas, ragged=ragged, first_kept=start, tail_start=now.tail_start + gone)
+
+    def lift(self, wanted: torch.Tensor, arena: Arena) -> None:
+        """Put the tokens of `arena` in the place of those `wanted`, bool `[batch, kv_heads, tail_start]`."""
+        arenas: dict[Tier, Arena] = {}
+        for tier, old in self.arenas.items():
+            leaves = wanted.gather(2, old.positions.clamp(min=0).long())
+            stays = (old.positions >= 0) & ~leaves
+            arenas[tier] = old if bool(stays.all()) else old.kept(stays)
+        # `extended` copies, so that nothing of what was given stays alive.
+        empty = arena.map(lambda t: t[:, :, :0])
+        joined = arenas.get(arena.tier, empty).extended(arena)
+        order = torch.argsort(joined.positions, dim=-1, stable=True)
+        joined = joined.map(lambda t: take(t, order))
+        arenas[arena.tier] = joined.kept(joined.positions >= 0)
+        arenas = {tier: arenas[tier] for tier in TIERS if tier in arenas and len(arenas[tier])}
+        self._now = self._now._replace(arenas=arenas, ragged=_ragged(arenas))
+
+    def with_arenas(self, arenas: Sequence[Arena]) -> Self:
+        """A store that shares all with this one but its arenas, which have to hold the same tokens."""
+        other = copy.copy(self)
+        by_tier = {arena.tier: arena for arena in arenas}
+        other._now = self._now._replace(arenas={tier: by_tier[tier] for tier in TIERS if tier in by_tier})
+        return other
+
+    def replace_tail(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        """Other exact keys or values, `[batch, kv_heads, any, dim]`, in the place of all that are held.
+
+        The two can be given one after the other; until both are as long, the length is that of the shorter.
+        """
+        given = zip((keys, values), self.sides, strict=True)
+        keys, values = (owned(old if new is None else new.detach()) for new, old in given)
+        self._now = Contents(keys, values, {}, length=min(keys.shape[2], values.shape[2]))
+
+    @property
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tail`, and between two calls of `replace_tail` the new keys beside the old values, or the reverse."""
+        halfway = self._now.keys.shape[2] != self._now.values.shape[2]
+        return self.buffers if halfway else self.tail
+
+    def map(self, function: TensorMap) -> None:
+        """Replace every tensor by `function` of it, for operations on the batch and moves between devices."""
+        now = self._now
+        self._now = now._replace(
+            arenas={tier: arena.map(function) for tier, arena in now.arenas.items()},
+            keys=function(now.keys),
+            values=function(now.values),
+            mean=None if now.mean is None else function(now.mean),
+            pads=None if now.pads is None else function(now.pads),
+        )
+
+    def check_integrity(self) -> None:
+        """For tests: raise an `AssertionError` unless every token lies in one place, and all sizes fit together."""
+        now = self._now
+        batch, heads = now.keys.shape[:2]
+        assert now.keys.shape[:3] == now.values.shape[:3]
+        assert 0 <= now.first_kept <= now.tail_start <= now.length
+        assert self.tail_length <= now.keys.shape[2]
+        assert list(now.arenas) == [tier for tier in TIERS if tier in now.arenas]
+        times = torch.zeros(batch, heads, now.tail_start + 1, dtype=torch.int64)
+        for tier, arena in now.arenas.items():
+            assert arena.tier == tier and len(arena)
+            positions = arena.positions.cpu()
+            assert positions.dtype == torch.int32 and positions.shape == (batch, heads, len(arena))
+            assert all(t.shape[:3] == positions.shape for _, t in arena.tensors())
+            assert int(positions.amin()) >= -1
+            empty = positions < 0
+            assert now.ragged or not bool(empty.any())
+            steps = positions.diff(dim=-1)
+            assert bool(((steps > 0) | empty[..., :-1]).all())  # ascending, behind the places that are empty
+            times.scatter_add_(
+                2, positions.long().where(~empty, now.tail_start), torch.ones_like(positions, dtype=torch.int64)
+            )
+        times = times[..., : now.tail_start]
+        assert bool((times <= 1).all())
+        assert now.drops or bool((times[..., now.first_kept :] == 1).all())
+        coded = any(tier.bits < FP16.bits for tier in now.arenas)
+        assert (now.mean is not None) or not (coded and self.codec.center)
+        assert now.mean is None or bool(now.mean.isfinite().all())
+        assert now.pads is None or now.pads.shape == (batch,)
+
+
+def _capacity(held: int, length: int) -> int:
+    """Tokens that the tail's buffers have room for where `held` lie in them, of `length` that were seen."""
+    return min(-(-held // TAIL_STEP) * TAIL_STEP, held + length // SLACK)
+
+
+def _with_capacity(now: Contents, held: int, length: int, skip: int = 0) -> Contents:
+    """The contents with new buffers, which have room for `held` tokens and start with the tail's from `skip` on.
+
+    Args:
+        length: As of `_capacity`.
+    """
+    capacity = _capacity(held, length)
+    copied = min(now.length - now.tail_start - skip, held)
+
+    def resized(old: torch.Tensor) -> torch.Tensor:
+        new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+        new[:, :, :copied] = old[:, :, skip : skip + copied]
+        return new
+
+    return now._replace(keys=resized(now.keys), values=resized(now.values), borrowed=False)
+
+
+def _filtered(arenas: Mapping[Tier, Arena], keep: TensorMap) -> tuple[dict[Tier, Arena], bool]:
+    """The tokens whose positions `keep` is True of, and whether some positions are -1 now."""
+    left: dict[Tier, Arena] = {}
+    for tier, arena in arenas.items():
+        wanted = keep(arena.positions) & (arena.positions >= 0)
+        kept = arena if bool(wanted.all()) else arena.kept(wanted)
+        if len(kept):
+            left[tier] = kept
+    return left, _ragged(left)
+
+
+def _ragged(arenas: Mapping[Tier, Arena]) -> bool:
+    """Whether some positions are -1; they come first in their rows."""
+    return any(bool((arena.positions[..., :1] < 0).any()) for arena in arenas.values())
+
+
+def _most(exact: torch.Tensor | None) -> int:
+    """The most tokens of a row and head that are marked, bool `[batch, kv_heads, tokens]`."""
+    return 0 if exact is None or not exact.numel() else int(exact.sum(-1).max())

@@ -1,0 +1,30 @@
+"""Caches as bytes: whole, in a file, or frame by frame while prefill still runs. See docs/wire-format.md.
+
+A stream is a header frame, a frame for each layer, and an end frame. A buffer, a file and a socket carry the same
+bytes. `wire_write` and `wire_read` work on caches, `wire_layer` and `wire_stock` on one layer, `wire_frame` and
+`wire_payload` on bytes; `wire_patch` lifts tokens of a received cache to a higher tier.
+"""
+
+from spectrumkv_hf.wire.frame import Buffer, FrameHeader, Kind, WireError
+from spectrumkv_hf.wire.patch import ExactCopy, request
+from spectrumkv_hf.wire.read import Assembler, deserialize, load
+from spectrumkv_hf.wire.write import Emitter, FrameWriter, frames, header_frame, layer_frame, save, serialize
+
+__all__ = [
+    "Assembler",
+    "Buffer",
+    "Emitter",
+    "ExactCopy",
+    "FrameHeader",
+    "FrameWriter",
+    "Kind",
+    "WireError",
+    "deserialize",
+    "frames",
+    "header_frame",
+    "layer_frame",
+    "load",
+    "request",
+    "save",
+    "serialize",
+]

@@ -1,0 +1,362 @@
+"""Reading caches: from frames as they come in, from one buffer or file."""
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, fields
+from mmap import ACCESS_COPY
+from mmap import mmap as Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from spectrumkv_hf.policy import POLICIES, Policy
+from spectrumkv_hf.support.whole_file import open_regular
+from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.identity import model_identity, weights_fingerprint
+from spectrumkv_hf.wire.frame import (
+    ALIGNMENT,
+    Buffer,
+    FrameHeader,
+    Kind,
+    WireError,
+    as_tensor,
+    digest_of_digests,
+    host_bytes,
+    shown,
+)
+from spectrumkv_hf.wire.layer import decode_layer, kind_of
+from spectrumkv_hf.wire.payload import BEGINNING, MAX_LENGTH, Fields, Later, check_length, read_payload
+from spectrumkv_kernels import CODECS
+
+BEFORE_HYBRID = {
+    "HybridSpectrumLayer": "LinearAttentionAndFullAttentionLayer",
+    "HybridSlidingSpectrumLayer": "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""What hybrid layers were in caches written before they were tiered."""
+
+MAX_BATCH = 1 << 20
+MOST = 255
+"""Frames whose beginnings are read ahead."""
+
+
+@dataclass
+class _Stream:
+    """What the header frame says."""
+
+    cache: SpectrumCache
+    batch: int
+    length: int
+    number: int
+
+
+class Assembler:
+    """Builds a cache from frames as they come in.
+
+    Frames are accepted in their order only: header, layers from 0 on, end. After an error it accepts none.
+
+    Args:
+        config: Of the model that will use the cache.
+        device: Where the cache will lie; None: where the frames are.
+        limit: The longest frame to accept, in bytes; None: any.
+        model: As of `SpectrumCache.deserialize`.
+
+    Example:
+        ```python
+        assembler = Assembler(model.config)
+        for frame in connection:
+            cache = assembler.feed(frame)  # None until the end frame
+        ```
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        limit: int | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        self._weights = None if model is None else weights_fingerprint(model)
+        self._config, self._device, self._limit = config, device, limit
+        self._stream: _Stream | None = None
+        self._digests: list[int] = []
+        self._offset = 0
+        self._state = "open"
+
+    @property
+    def expected(self) -> str:
+        """The frame that comes next, in words."""
+        if self._state != "open":
+            return "none"
+        if self._stream is None:
+            return "the header frame"
+        layer = len(self._digests) - 1
+        return f"layer {layer}" if layer < len(self._stream.cache.layers) else "the end frame"
+
+    def feed(self, frame: Buffer) -> SpectrumCache | None:
+        """Take a whole frame, as `frames` yields them.
+
+        The cache keeps views of it where it begins at a multiple of 64 bytes and lies on the device.
+
+        Returns:
+            The cache at the end frame, before that None.
+
+        Raises:
+            WireError: the frame is damaged, not the expected one, or of another model.
+            TypeError: it is no buffer.
+        """
+        data = as_tensor(frame)
+        with self._located():
+            header = FrameHeader.parse(data, self._limit)
+        return self.add(header, data[FrameHeader.SIZE :])
+
+    def add(self, header: FrameHeader, payload: Buffer) -> SpectrumCache | None:
+        """As `feed`, for a header that is parsed and the `header.padded` bytes behind it."""
+        return self._add(header, as_tensor(payload))
+
+    def _add(
+        self, header: FrameHeader, data: torch.Tensor, begin: bytes = b"", later: Later | None = None
+    ) -> SpectrumCache | None:
+        """As `add`; `begin` and `later` as of `read_payload`. With `later` the cache is not to be trusted yet."""
+        with self._located(header):
+            if self._state != "open":
+                raise WireError(f"no frame can be added: the stream is {self._state}")
+            self._check_place(header)
+            if data.data_ptr() % ALIGNMENT or data.storage_offset() % 8:
+                data = data.clone()
+            if self._device is not None:
+                data = data.to(self._device)
+            metadata, tensors = read_payload(header, data, begin, later)
+            if header.kind == Kind.HEADER:
+                if tensors:
+                    raise WireError("tensors in a frame that has none")
+                self._stream = _begin(metadata, self._config, self._weights, header.stream)
+            elif header.kind == Kind.LAYER and self._stream:
+                index, of = header.layer, self._stream
+                checks = None if later is None else later.checks
+                decode_layer(of.cache.layers[index], index, metadata, tensors, of.batch, of.length, checks)
+            elif self._stream:
+                if tensors:
+                    raise WireError("tensors in a frame that has none")
+                metadata.equal("frames", len(self._digests) + 1)
+                metadata.equal("digest", f"{digest_of_digests(self._digests):016x}")
+                metadata.done()
+                check_length(self._stream.length, self._offset + FrameHeader.SIZE + header.padded)
+                self._state = "complete"
+            self._digests.append(header.digest)
+            self._offset += FrameHeader.SIZE + header.padded
+        if self._state == "complete" and self._stream:
+            cache, self._stream = self._stream.cache, None
+            return cache
+        return None
+
+    def _check_place(self, header: FrameHeader) -> None:
+        index = len(self._digests)
+        if self._stream is None:
+            kind, layer = Kind.HEADER, -1
+        elif index <= len(self._stream.cache.layers):
+            kind, layer = Kind.LAYER, index - 1
+        else:
+            kind, layer = Kind.END, -1
+        if (header.kind, header.layer, header.index) != (kind, layer, index):
+            what = "layer {0.layer}" if header.kind == Kind.LAYER else "a frame of kind {0.kind.name}"
+            raise WireError(
+                f"out of order: expected {self.expected} as frame {index}, got {what.format(header)} as frame "
+                f"{header.index}"
+            )
+        if self._stream is not None and header.stream != self._stream.number:
+            raise WireError(f"a frame of stream {header.stream} in stream {self._stream.number}")
+
+    def _located(self, header: FrameHeader | None = None) -> "_Located":
+        return _Located(self, header)
+
+    def _fail(self) -> None:
+        self._state, self._stream = "broken", None
+
+
+class _Located:
+    """Says in a `WireError` in which frame it arose, and ends the stream."""
+
+    def __init__(self, assembler: Assembler, header: FrameHeader | None) -> None:
+        self.assembler, self.header = assembler, header
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            return
+        header, assembler = self.header, self.assembler
+        where = assembler.expected if header is None else f"frame {header.index}"
+        if header is not None and header.kind == Kind.LAYER:
+            where = f"layer {header.layer}"
+        offset = assembler._offset
+        assembler._fail()
+        if isinstance(error, WireError):
+            raise WireError(f"{where}, at byte {offset} of the stream: {error}") from None
+
+
+def _begin(metadata: Fields, config: PreTrainedConfig, weights: str | None, number: int) -> _Stream:
+    """An empty cache as the header frame describes it."""
+    theirs = metadata.take("model", dict)
+    ours = model_identity(config.get_text_config(decoder=True))
+    if theirs != ours:
+        raise WireError(f"a cache of another model: {_difference(theirs, ours)}")
+    made_by = metadata.take("weights", str) if "weights" in metadata else None
+    if made_by is not None and not re.fullmatch("[0-9a-f]{32}", made_by):
+        raise WireError(f"weights are named by 32 hex digits, got {shown(made_by)}")
+    if None not in (made_by, weights) and made_by != weights:
+        raise WireError(
+            f"a cache of other weights: made by {made_by}, the model's are {weights}. Another checkpoint, adapter, "
+            "dtype or quantisation has other weights; without model= they are not compared"
+        )
+    codec = metadata.take("codec", str)
+    if codec not in CODECS:
+        raise WireError(f"unknown codec {shown(codec)}")
+    batch, length = metadata.integer("batch", 0, MAX_BATCH), metadata.integer("length", 0, MAX_LENGTH)
+    policy = _policy(metadata.take("policy", dict))
+    try:
+        cache = SpectrumCache(config, policy=policy, codec=codec)
+    except ValueError as error:  # the policy names layers that the config does not have
+        raise WireError(str(error)[:400]) from None
+    kinds, own = metadata.take("layers", list), [kind_of(layer) for layer in cache.layers]
+    if len(kinds) != len(own):
+        raise WireError(f"{len(kinds)} layers, where the config has {len(own)}")
+    cache.weights = made_by
+    for index, (kind, expected) in enumerate(zip(kinds, own, strict=True)):
+        if kind == BEFORE_HYBRID.get(expected):
+            cache.use_stock(index)
+        elif kind != expected and (kind, expected) != ("SpectrumLayer", "CrossAttentionLayer"):
+            raise WireError(f"layer {index} is {shown(kind)}, where the config has {expected!r}")
+    metadata.done()
+    return _Stream(cache, batch, length, number)
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Of two unequal objects, the first field that differs, in words; of objects in them, the field there."""
+    path: list[str] = []
+    mine: Any = ours
+    other: Any = theirs
+    while isinstance(other, dict) and isinstance(mine, dict):
+        name = min(n for n in other.keys() | mine.keys() if other.get(n) != mine.get(n))
+        path.append(shown(name)[1:-1])
+        other, mine = other.get(name), mine.get(name)
+    return f"{'.'.join(path)} is {shown(other)}, in config {shown(mine)}"
+
+
+POLICY_TYPES: dict[str, tuple[type, ...]] = {
+    "budget": (float, int),
+    "sinks": (int,),
+    "recent_window": (int,),
+    "importance": (str,),
+    "decay": (float, int),
+    "scope": (str,),
+    "seed": (int,),
+    "floors": (list,),
+    "probe_passed": (bool, type(None)),
+}
+
+
+def _policy(values: dict[str, Any]) -> Policy:
+    given = Fields(values)
+    name = given.take("name", str)
+    if name not in POLICIES:
+        raise WireError(f"unknown policy {shown(name)}")
+    wanted = [f.name for f in fields(POLICIES[name]) if f.name != "floors" or f.name in given]
+    options = {name: given.take(name, *POLICY_TYPES[name]) for name in wanted}
+    given.done()
+    floors = options.get("floors", [])
+    if any(type(pair) is not list or [type(item) for item in pair] != [int, str] for pair in floors):
+        raise WireError(f"floors are pairs of a layer and a tier, got {shown(floors)}")
+    try:
+        return POLICIES[name](**options)
+    except ValueError as error:
+        raise WireError(str(error)[:400]) from None  # of numbers, and of text that its `repr` shows
+
+
+def deserialize(
+    buffer: Buffer,
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    model: torch.nn.Module | None = None,
+) -> SpectrumCache:
+    """The cache in a buffer; see `SpectrumCache.deserialize`."""
+    data = as_tensor(buffer)
+    if torch.device(device or data.device).type != "cpu":
+        later = Later()
+        with contextlib.suppress(WireError):  # which says neither what came first nor where
+            cache = _read(data, Assembler(config, device, model=model), later)
+            later.settle()
+            return cache
+    return _read(data, Assembler(config, device, model=model))
+
+
+def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) -> SpectrumCache:
+    """The cache of a whole stream; with `later`, which takes the checks, it does not wait for the device."""
+    beginnings = Beginnings(data)
+    at = 0
+    cache = None
+    while cache is None:
+        with assembler._located():
+            if at == len(data):
+                raise WireError("the buffer ends here")
+            begin = beginnings.at(at)
+            header = FrameHeader.parse(begin)
+            end = at + FrameHeader.SIZE + header.padded
+            if len(data) < end:
+                raise WireError(f"truncated: a frame of {end - at} bytes, {len(data) - at} are left")
+        payload = data[at + FrameHeader.SIZE : end]
+        cache = assembler._add(header, payload, begin[FrameHeader.SIZE : end - at], later)
+        beginnings.length = end - at if header.kind == Kind.LAYER else 0
+        at = end
+    if at != len(data):
+        raise WireError(f"{len(data) - at} bytes behind the end frame, from byte {at} on")
+    return cache
+
+
+class Beginnings:
+    """The first bytes of the frames in a buffer, several of which come from a device at once.
+
+    Layers' frames are mostly of one length, so that it can be guessed where those behind a frame begin. What is read at
+    once is no more than what is left of the buffer.
+
+    Attributes:
+        length: Of the last layer's frame, in bytes; 0 where there was none.
+    """
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data, self._read, self.length = data, dict[int, bytes](), 0
+
+    def at(self, start: int) -> bytes:
+        """`BEGINNING` bytes from `start` on, or those up to the end of the buffer."""
+        if self._data.is_cpu:
+            return host_bytes(self._data[start : start + BEGINNING])
+        if start not in self._read:
+            size, step = min(BEGINNING, len(self._data) - start), self.length
+            more = min((len(self._data) - start - size) // max(step, size), MOST) if step else 0
+            raw = host_bytes(self._data[start:].as_strided((more + 1, size), (step, 1)))
+            self._read = {start + i * step: raw[i * size : (i + 1) * size] for i in range(more + 1)}
+        return self._read[start]
+
+
+def load(
+    path: str | os.PathLike[str],
+    config: PreTrainedConfig,
+    device: torch.device | str | None = None,
+    mmap: bool = True,
+    model: torch.nn.Module | None = None,
+) -> SpectrumCache:
+    """The cache in a file; see `SpectrumCache.load`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise WireError(f"{os.fspath(path)!r} is empty")
+        data: Buffer
+        if mmap:
+            data = Mapping(file.fileno(), 0, access=ACCESS_COPY)  # private: nothing reaches the file
+        else:
+            data = torch.empty(size, dtype=torch.uint8)
+            data = data[: file.readinto(data.numpy().data)]
+    return deserialize(data, config, device, model)

@@ -1,0 +1,73 @@
+"""Compiles the Triton kernels for an H100, which needs no GPU. Run by test_compiles.py in a process of its own."""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class Driver:
+    """Stands in for a GPU's driver: enough of one to compile."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+triton.runtime.driver.set_active(Driver())
+run, compiled = JITFunction.run, set()
+SHARED = 227 << 10
+"""Bytes that a program has on an H100."""
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    shared = kernel.metadata.shared
+    assert shared <= SHARED, f"{self.__name__} takes {shared} bytes of shared memory, of {SHARED}: it can't be launched"
+    compiled.add(self.__name__)
+
+
+JITFunction.run = compile_only
+
+import torch  # noqa: E402
+from test_attention import build, randn  # noqa: E402
+
+from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
+from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
+from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
+from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
+
+attention_triton._overlaps = lambda device: True
+
+for head_dim, codec, fillers, options in (
+    (128, "spectrum", False, {}),
+    (256, "spectrum", False, {"softcap": 30.0, "window": 20}),
+    (80, "absmax", True, {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
+    (64, "rotated", False, {"mask": randn(1, 4, 1, 176).bfloat16()}),
+):
+    case = build(
+        ((16, 5), (8, 67), (4, 71), (16, 33)), head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16
+    )
+    fields = {"codec": case.codec, "mean": case.mean, "rotary": case.rotary}
+    query = randn(1, 4, 1, head_dim).bfloat16()
+    more = {"length": case.length, "ragged": fillers, "scale": 0.1, **fields, **options}
+    attention_triton.tiered_attention(query, case.segments, **more)
+    codec_triton.dense(case.segments, 0, case.length, torch.bfloat16, *fields.values())
+    keys, positions = randn(1, 2, 40, head_dim).bfloat16(), torch.arange(40, dtype=torch.int32)
+    codec_triton.key_mean(keys, positions, case.rotary)
+    for bits in (8, 4, 2):
+        codec_triton.encode(keys, keys, positions.expand(1, 2, -1).contiguous(), bits, *fields.values())
+    many = randn(1, 4, 90, head_dim).bfloat16()
+    scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
+# Most query rows of a KV head: 48 heads and 32 queries.
+case = build(((16, 5), (4, 71)), head_dim=128, kv_heads=1, dtype=torch.bfloat16)
+fields = {"codec": case.codec, "mean": case.mean, "rotary": case.rotary}
+attention_triton.tiered_attention(
+    randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
+)
+checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
+print(*sorted(compiled))

@@ -1,0 +1,94 @@
+"""How kernels are launched: by Triton's private launcher where that was tested, else by its public way."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.version import Version
+
+triton = pytest.importorskip("triton")
+
+from spectrumkv_kernels.backend import launch_triton  # noqa: E402
+from spectrumkv_kernels.backend.launch_triton import Held, launch  # noqa: E402
+from spectrumkv_kernels.wire import checksum  # noqa: E402
+from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Kernel:
+    """Stands in for a function of `triton.jit`: notes how it is called, `(way, tensors, numbers and constants)`."""
+
+    fn = "kernel"
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def call(tensor, held, *rest, **options):
+            self.calls.append(("public", grid, (tensor.data_ptr(), tuple(t.data_ptr() for t in held)), rest, options))
+            return SimpleNamespace(run=self.run, function="function", packed_metadata="metadata")
+
+        return call
+
+    def run(self, x, y, z, stream, function, metadata, *hooks, **options):
+        nothing, (tensor, held, *rest) = hooks[:3], hooks[3:]
+        assert (stream, function, metadata, nothing) == (7, "function", "metadata", (None, None, None))
+        self.calls.append(("private", (x, y, z), (tensor, held), tuple(rest), options))
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """Sets the version of Triton that is seen."""
+    monkeypatch.setattr(launch_triton, "_compiled", {})
+    fresh = functools.cache(launch_triton.direct.__wrapped__)
+    monkeypatch.setattr(launch_triton, "direct", fresh)
+
+    def set_version(text):
+        monkeypatch.setattr(triton, "__version__", text)
+        fresh.cache_clear()
+
+    return set_version
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"),
+    [
+        ("3.6.0", ["public", "private", "private"]),
+        ("3.6.0+gitabc", ["public", "private", "private"]),
+        ("3.6.1", ["public"] * 3),
+        ("3.4.0", ["public"] * 3),
+        ("4.0.0", ["public"] * 3),
+    ],
+)
+def test_the_private_launcher_only_where_it_was_tested(text, ways, version, monkeypatch):
+    version(text)
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    monkeypatch.setattr(
+        launch_triton, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    )
+    kernel, a, b = Kernel(), torch.zeros(4), torch.ones(4)
+    held = Held((b,), (b.data_ptr(),))
+    for _ in range(3):
+        launch(kernel, (2, 1, 1), (a, held), (3, 0.5), ("constant",), "known")
+    assert [call[0] for call in kernel.calls] == ways
+    arguments = ((2, 1, 1), (a.data_ptr(), (b.data_ptr(),)), (3, 0.5, "constant"), {})
+    assert all(call[1:] == arguments for call in kernel.calls)
+
+
+def test_what_is_tested_is_in_the_versions_named():
+    assert launch_triton.DIRECT and all(str(Version(text)) == text for text in launch_triton.DIRECT)
+
+
+@pytest.mark.parametrize("text", [*sorted(launch_triton.DIRECT), "99.0"])
+def test_same_results(text, version):
+    """On a GPU the private launcher, where the version there is tested, and the public one."""
+    if DEVICE.type == "cuda" and text in launch_triton.DIRECT and triton.__version__ != text:
+        pytest.skip(f"this is Triton {triton.__version__}: the private launcher of {text} is another")
+    version(text)
+    for size in (3000, 5000, 3000):
+        words = torch.randint(-(2**62), 2**62, (size,), generator=torch.Generator().manual_seed(size))
+        expected = checksum.digest_sums(words)
+        for _ in range(2):
+            assert torch.equal(checksum_triton.digest_sums(words.to(DEVICE)).cpu(), expected)

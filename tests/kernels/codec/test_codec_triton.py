@@ -1,0 +1,420 @@
+"""The codec's Triton kernels against their twins and against float64: on a GPU, else in Triton's interpreter."""
+
+import pytest
+import torch
+from reference import error, frequencies, rotated, rounding_bound, sylvester
+
+from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, take, unpack
+from spectrumkv_kernels.codec import reference as codec
+
+codec_triton = pytest.importorskip("spectrumkv_kernels.codec.triton_codec")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [  # keys' and values' head_dim, pairs, interleaved, bits, codec, dtype
+    (64, 64, 32, False, 4, "spectrum", torch.float32),
+    (64, 128, 16, True, 8, "spectrum", torch.bfloat16),
+    (80, 96, 10, False, 4, "spectrum", torch.float32),
+    (80, 80, 40, True, 2, "spectrum", torch.float16),
+    (96, 64, 48, False, 8, "spectrum", torch.float32),
+    (96, 80, 12, False, 2, "absmax", torch.float32),
+    (128, 128, 64, False, 4, "spectrum", torch.bfloat16),
+    (128, 128, 64, False, 8, "spectrum", torch.float32),
+    (128, 64, 0, False, 2, "spectrum", torch.float32),
+    (128, 128, 64, False, 4, "absmax", torch.float16),
+    (256, 192, 128, False, 4, "spectrum", torch.float32),
+    (256, 256, 64, True, 8, "absmax", torch.bfloat16),
+    (192, 128, 32, True, 4, "spectrum", torch.float32),
+    (8, 24, 3, False, 2, "spectrum", torch.float32),
+    (10, 6, 5, True, 4, "spectrum", torch.float32),
+    (2, 22, 1, False, 8, "spectrum", torch.float32),
+]
+
+
+def name(case):
+    key_dim, value_dim, pairs, interleaved, bits, codec_name, dtype = case
+    pairing = "x" if interleaved else "h"
+    return f"{key_dim}-{value_dim}-{pairs}{pairing}-int{bits}-{codec_name}-{str(dtype).removeprefix('torch.')}"
+
+
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name)
+SOME_CASES = pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 9)], ids=name)
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen(batch, heads, tokens, n, seed=0):
+    """Ascending indices of `n` tokens, others for every row and head: int64, a strided view as of a split."""
+    noise = torch.rand(batch, heads, tokens, generator=torch.Generator().manual_seed(seed))
+    return noise.argsort(-1)[..., 1 : n + 1].sort(-1).values.repeat(1, 1, 2)[..., :n]
+
+
+class Inputs:
+    """Tokens of a tail, some of which go into a tier, and how they are coded."""
+
+    def __init__(self, case, device, tokens=41, n=35, first=0):
+        key_dim, value_dim, pairs, interleaved, self.bits, codec_name, dtype = case
+        self.codec, self.rotary = CODECS[codec_name], Rotary(frequencies(pairs), interleaved)
+        mean = 3 * randn(2, 2, key_dim, seed=1) if self.codec.center else None
+        self.index = chosen(2, 2, tokens, n)
+        self.positions = (self.index + first).int()
+        at = torch.arange(first, first + tokens).expand(2, 2, -1)
+        keys = randn(2, 2, tokens, key_dim, seed=2)
+        if mean is not None:
+            keys = keys + rotated(self.rotary, mean.unsqueeze(-2).expand_as(keys), at)
+        # Views of a buffer with capacity, and of a projection that is transposed.
+        keys = torch.cat((keys, torch.full((2, 2, 7, key_dim), torch.nan)), dim=2).to(dtype)
+        values = randn(2, tokens, 3, value_dim, seed=3).to(dtype)
+        self.keys, self.values = keys.to(device)[:, :, :tokens], values.to(device).transpose(1, 2)
+        self.mean = None if mean is None else mean.to(device)
+        self.index, self.positions = self.index.to(device), self.positions.to(device)
+
+    def encode(self, implementation):
+        return implementation.encode(
+            self.keys, self.values, self.positions, self.bits, self.codec, self.mean, self.rotary, index=self.index
+        )
+
+    def decode(self, implementation, keys, values, positions=None):
+        positions = self.positions if positions is None else positions
+        return implementation.decode(keys, values, positions, self.bits, self.codec, self.mean, self.rotary)
+
+
+def codes_of(quantized, bits):
+    return torch.cat(unpack(quantized.codes, bits), dim=-1).int()
+
+
+def assert_same_codes(ours, theirs, bits):
+    """Equal but where float32 arithmetic falls on the other side of a tie: of codes, or of float16 scales and zeros."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.codes.shape, a.codes.dtype) == (b.codes.shape, b.codes.dtype)
+        assert (a.zero is None) == (b.zero is None)
+        same = torch.ones_like(b.scale, dtype=torch.bool)
+        for x, y in ((a.scale, b.scale), (a.zero, b.zero)):
+            if y is not None:
+                assert x.dtype == torch.float16
+                torch.testing.assert_close(x.float(), y.float(), rtol=2.0**-10, atol=2.0**-24)
+                same &= x == y
+        assert (~same).sum() <= max(4, 0.02 * same.numel())
+        differ = (codes_of(a, bits) - codes_of(b, bits))[same]
+        assert differ.abs().max() <= 1
+        assert differ.abs().sum() <= max(5, 1e-4 * differ.numel())
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, tuple):
+            assert_equal(a, b)
+        else:
+            assert (a is b is None) or torch.equal(a, b)
+
+
+@EVERY_CASE
+def test_encode_and_decode_as_twin(case, device):
+    inputs = Inputs(case, device)
+    theirs = inputs.encode(codec)
+    assert_same_codes(inputs.encode(codec_triton), theirs, inputs.bits)
+    ours = inputs.decode(codec_triton, *theirs)
+    for a, b in zip(ours, inputs.decode(codec, *theirs), strict=True):
+        assert a.dtype == torch.float32
+        assert error(a, b) < 1e-6
+
+
+def test_few_codes_differ_from_the_twins(device):
+    """Of float32 keys at 8 bits: those within float32 rounding of a tie."""
+    inputs = Inputs(CASES[7], device, tokens=600, n=512)
+    ours, theirs = (inputs.encode(implementation)[0] for implementation in (codec_triton, codec))
+    same = (ours.scale == theirs.scale) & (ours.zero == theirs.zero)
+    assert same.float().mean() > 0.98
+    assert (codes_of(ours, 8) != codes_of(theirs, 8))[same].float().mean() < 1e-4
+
+
+@EVERY_CASE
+def test_round_trip_within_rounding(case, device):
+    """In the frame where rounding happens, each channel; at high positions."""
+    inputs = Inputs(case, device, tokens=23, n=19, first=1_000_000)
+    restored = inputs.decode(codec_triton, *inputs.encode(codec_triton))
+    shift = 0
+    if inputs.mean is not None:
+        wide = inputs.mean.cpu().unsqueeze(-2).expand(-1, -1, 19, -1)
+        shift = rotated(inputs.rotary, wide, inputs.positions.cpu())
+    for original, result, center in ((inputs.keys, restored[0], shift), (inputs.values, restored[1], 0)):
+        original, result = take(original, inputs.index).cpu().double(), result.cpu().double()
+        frame = sylvester(original.shape[-1]) if inputs.codec.hadamard else torch.eye(original.shape[-1]).double()
+        bound = rounding_bound((original - center) @ frame, inputs.bits, inputs.codec.symmetric)
+        bound = bound + 2e-6 * original.norm(dim=-1)
+        assert bool((((result - original) @ frame).abs() <= bound.unsqueeze(-1)).all())
+
+
+@SOME_CASES
+def test_all_tokens_without_index(case, device):
+    inputs = Inputs(case, device)
+    expected = inputs.encode(codec_triton)
+    inputs.keys, inputs.values = take(inputs.keys, inputs.index), take(inputs.values, inputs.index)
+    inputs.index = None
+    assert_equal(inputs.encode(codec_triton), expected)
+
+
+@SOME_CASES
+def test_no_tokens(case, device):
+    inputs = Inputs(case, device, n=0)
+    encoded = inputs.encode(codec_triton)
+    assert encoded[0].codes.shape == (2, 2, 0, case[0] * case[4] // 8)
+    assert inputs.decode(codec_triton, *encoded)[1].shape == (2, 2, 0, case[1])
+
+
+def test_channels_that_are_not_contiguous(device):
+    inputs = Inputs(CASES[0], device)
+    expected = inputs.encode(codec_triton)
+    inputs.keys, inputs.values = (t.repeat_interleave(2, dim=-1)[..., ::2] for t in (inputs.keys, inputs.values))
+    assert_equal(inputs.encode(codec_triton), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ties_round_to_even(bits, device):
+    """Without a transform and with a scale of 1, values are codes."""
+    top = 2**bits - 1
+    x = torch.tensor([0.0, 0.5, 1.5, 2.5, top - 0.5, top - 1.5, top, 0]).expand(1, 1, 3, -1).contiguous().to(device)
+    plain = codec.Codec("plain", center=False, hadamard=False, symmetric=False)
+    positions = torch.arange(3, device=device, dtype=torch.int32).expand(1, 1, -1)
+    ours, theirs = (i.encode(x, x, positions, bits, plain, None, Rotary()) for i in (codec_triton, codec))
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("codec_name", CODECS)
+@pytest.mark.parametrize("factor", [0.0, 1e-7, 1e-4, 1e5])
+def test_constant_tiny_and_huge_vectors(factor, codec_name, device):
+    """Scales and zeros beyond float16 saturate, those below it vanish."""
+    x = factor * randn(1, 2, 5, 64)
+    x[:, :, 0] = factor
+    x = x.to(device)
+    positions = torch.arange(5, device=device, dtype=torch.int32).expand(1, 2, -1)
+    ours, theirs = (i.encode(x, x, positions, 8, CODECS[codec_name], None, Rotary()) for i in (codec_triton, codec))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.scale, b.scale, rtol=2.0**-10, atol=2.0**-24)
+        assert a.zero is None or bool(a.zero.isfinite().all())
+    pair = [i.decode(*ours, positions, 8, CODECS[codec_name], None, Rotary()) for i in (codec_triton, codec)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5 * factor) for a, b in zip(*pair, strict=True))
+
+
+@SOME_CASES
+def test_a_token_is_bit_equal_in_any_company(case, device):
+    inputs = Inputs(case, device, n=35)
+    encoded = inputs.encode(codec_triton)
+    whole = inputs.decode(codec_triton, *encoded)
+    subset = chosen(2, 2, 35, 9, seed=5).to(device)
+    k, v = (Quantized(*(None if t is None else take(t, subset) for t in stored)) for stored in encoded)
+    part = inputs.decode(codec_triton, k, v, take(inputs.positions, subset))
+    assert_equal(part, [take(t, subset) for t in whole])
+    inputs.index, inputs.positions = take(inputs.index, subset), take(inputs.positions, subset)
+    assert_equal(inputs.encode(codec_triton), (k, v))
+
+
+@SOME_CASES
+def test_negative_positions_count_as_0(case, device):
+    """The first places of rows that have fewer tokens than others."""
+    inputs = Inputs(case, device)
+    inputs.positions[0, :, :3] = -1
+    theirs = inputs.encode(codec)
+    assert_same_codes(inputs.encode(codec_triton), theirs, inputs.bits)
+    pair = [inputs.decode(implementation, *theirs) for implementation in (codec_triton, codec)]
+    assert all(error(a, b) < 1e-6 for a, b in zip(*pair, strict=True))
+
+
+@SOME_CASES
+def test_repeated_calls_are_bit_equal(case, device):
+    inputs = Inputs(case, device)
+    encoded = inputs.encode(codec_triton)
+    decoded = inputs.decode(codec_triton, *encoded)
+    for _ in range(20 if device.type == "cuda" else 1):
+        assert_equal(inputs.encode(codec_triton), encoded)
+        assert_equal(inputs.decode(codec_triton, *encoded), decoded)
+
+
+def test_positions_are_not_read_by_the_host(monkeypatch, device):
+    """As `Rotary.rotate` does, to size its table."""
+    inputs = Inputs(CASES[0], device)
+    monkeypatch.setattr(Rotary, "table", lambda *a: pytest.fail("a table whose length depends on positions"))
+    inputs.decode(codec_triton, *inputs.encode(codec_triton))
+
+
+@pytest.mark.parametrize("bits", [3, 16])
+def test_errors_are_the_twins(bits, device):
+    inputs = Inputs(CASES[0], device)
+    inputs.bits = bits
+    with pytest.raises(ValueError, match=rf"\b{bits}$"):
+        inputs.encode(codec_triton)
+
+
+def test_factors_cover_four_million_positions():
+    frequency = torch.tensor(frequencies(16), dtype=torch.float64)
+    factors = Rotary(frequencies(16)).factors(torch.device("cpu")).double()
+    rows = factors.shape[-2]
+    positions = torch.tensor([0, 1, rows - 1, rows, 123_456, 1_048_575, rows**2 - 1])
+    fine, coarse = (torch.complex(*table) for table in factors)
+    exact = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * frequency)
+    assert bool(((fine[positions % rows] * coarse[positions // rows] - exact).abs() < 2e-7).all())
+
+
+def test_key_mean_of_many_tokens(device):
+    """More splits than are added up at once."""
+    keys, weights = 2 + randn(1, 1, 140_000, 16), randn(1, 140_000, seed=1).abs()
+    mean = codec_triton.key_mean(keys.to(device), torch.arange(140_000, device=device), Rotary(), weights.to(device))
+    expected = (keys * weights[:, None, :, None].double()).sum(-2) / weights.double().sum()
+    assert error(mean.cpu(), expected) < 2e-6
+
+
+def test_key_mean_with_weights_that_rows_share(device):
+    keys, weights = randn(3, 2, 21, 64).to(device), (torch.arange(21, device=device) > 3)[None]
+    positions, rotary = torch.arange(21, device=device), Rotary(frequencies(32))
+    shared = codec_triton.key_mean(keys, positions, rotary, weights)
+    assert torch.equal(shared, codec_triton.key_mean(keys, positions, rotary, weights.expand(3, -1)))
+    assert error(shared, codec.key_mean(keys, positions, rotary, weights)) < 1e-6
+
+
+@pytest.mark.parametrize("weighting", ["none", "bool", "float"])
+@pytest.mark.parametrize(
+    ("head_dim", "pairs", "interleaved", "dtype", "tokens"),
+    [
+        (64, 32, False, torch.float32, 41),
+        (80, 10, False, torch.bfloat16, 130),
+        (96, 48, True, torch.float32, 1),
+        (128, 64, False, torch.float16, 70),
+        (256, 128, False, torch.float32, 13),
+        (10, 4, True, torch.float32, 1100),
+        (16, 0, False, torch.float32, 1030),
+    ],
+)
+def test_key_mean(head_dim, pairs, interleaved, dtype, tokens, weighting, device):
+    rotary, positions = Rotary(frequencies(pairs), interleaved), torch.arange(5, 5 + tokens)
+    batch, heads = 2, 2
+    flat = 3 * randn(batch, heads, 1, head_dim) + randn(batch, heads, tokens, head_dim, seed=1)
+    turned = torch.stack([rotated(rotary, row, positions) for row in flat.flatten(0, 1)]) if pairs else flat
+    keys = turned.view_as(flat).to(dtype)
+    weights = None
+    if weighting != "none":
+        weights = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(2))
+        weights = (weights > 0.3) if weighting == "bool" else weights
+        weights[:, -1] = 1
+        weights[1] = 0
+    w = torch.ones(batch, tokens) if weights is None else weights
+    back = Rotary(tuple(-f for f in rotary.inv_freq), interleaved)
+    flat = torch.stack([rotated(back, row, positions) for row in keys.double().flatten(0, 1)]).view_as(flat)
+    expected = (flat * w.double()[:, None, :, None]).sum(-2) / w.double().sum(-1).clamp(min=1e-9)[:, None, None]
+    buffer = torch.full((batch, heads, tokens + 3, head_dim), torch.nan).to(dtype)
+    buffer[:, :, :tokens] = keys
+    arguments = (buffer.to(device)[:, :, :tokens], positions.to(device), rotary, None if w is None else w.to(device))
+    mean = codec_triton.key_mean(*arguments)
+    assert (mean.dtype, mean.shape) == (torch.float32, (batch, heads, head_dim))
+    assert error(mean.cpu(), expected) < 2e-6
+    if weights is not None:
+        assert bool((mean[1] == 0).all())
+    assert error(mean, codec.key_mean(*arguments)) < 4e-6
+    assert torch.equal(codec_triton.key_mean(*arguments), mean)
+
+
+def segments_of(case, device, counts, tail=9, empty=False):
+    """Segments of `{bits: tokens}` and a tail, of 80 positions before the tail; the others were dropped."""
+    inputs = Inputs(case, device, tokens=80, n=sum(counts.values()))
+    order = torch.rand(2, 2, 80, generator=torch.Generator().manual_seed(3)).argsort(-1).to(device)
+    segments = []
+    for bits, index in zip(counts, order[..., : sum(counts.values())].split(list(counts.values()), -1), strict=True):
+        inputs.index = index.sort(-1).values
+        inputs.bits, positions = bits % 100, inputs.index.int()
+        inputs.positions = positions
+        if inputs.bits == 16:
+            k, v = take(inputs.keys, inputs.index), take(inputs.values, inputs.index)
+        else:
+            k, v = inputs.encode(codec)
+        if empty:
+            positions = positions.clone()
+            positions[0, :, :3] = -1
+        segments.append(Segment(inputs.bits, k, v, positions))
+    k, v = (randn(2, 2, tail + 5, d, seed=7).to(case[-1]).to(device)[:, :, :tail] for d in case[:2])
+    positions = torch.arange(80, 80 + tail, dtype=torch.int32, device=device).expand(2, 2, -1)
+    return [*segments, Segment(16, k, v, positions)], inputs
+
+
+def assert_dense(case, segments, inputs, start, size, complete=False):
+    rest = (start, size, case[-1], inputs.codec, inputs.mean, inputs.rotary, complete)
+    ours, theirs = codec_triton.dense(segments, *rest), codec.dense(segments, *rest)
+    where = torch.zeros(2, 2, size + 1, dtype=torch.int64, device=segments[0].positions.device)
+    for segment in segments:
+        slot = segment.positions.long() - start
+        where.scatter_(2, slot.where((slot >= 0) & (slot < size), size), segment.bits)
+    bits = where[..., :size]
+    # Triton's interpreter cuts off to bfloat16 where a GPU rounds.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[case[-1]]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, case[-1])
+        assert torch.equal(a[bits == 16], b[bits == 16])
+        assert bool((a[bits == 0] == 0).all()) and bool(a.isfinite().all())
+        coded = (bits != 0) & (bits != 16)
+        torch.testing.assert_close(a[coded].float(), b[coded].float(), rtol=tolerance, atol=1e-5)
+    return ours
+
+
+@pytest.mark.parametrize("start", [0, 7, 80])
+@SOME_CASES
+def test_dense_with_dropped_tokens(case, start, device):
+    segments, inputs = segments_of(case, device, {16: 5, 8: 11, 4: 33})
+    assert_dense(case, segments, inputs, start, 89 - start)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=name)
+def test_dense_where_every_position_has_a_token(case, device):
+    segments, inputs = segments_of(case, device, {8: 47, 2 if case[0] % 4 == case[1] % 4 == 0 else 4: 33})
+    first = assert_dense(case, segments, inputs, 0, 89, complete=True)
+    assert_equal(assert_dense(case, segments, inputs, 0, 89), first)
+
+
+@SOME_CASES
+def test_dense_with_empty_places(case, device):
+    segments, inputs = segments_of(case, device, {16: 20, 4: 33}, empty=True)
+    assert_dense(case, segments, inputs, 0, 89)
+
+
+@pytest.mark.parametrize(
+    ("counts", "tail"),
+    [
+        ({16: 0, 8: 0, 4: 80}, 9),
+        ({16: 3}, 0),
+        ({}, 4),
+        ({}, 0),
+        ({2: 9, 4: 8, 8: 7, 104: 6, 108: 5, 16: 1, 102: 12}, 3),  # more than one launch takes
+    ],
+    ids=str,
+)
+def test_dense_of_unusual_tiers(counts, tail, device):
+    segments, inputs = segments_of(CASES[0], device, counts, tail=tail)
+    assert_dense(CASES[0], segments, inputs, 0, 80 + tail)
+
+
+def test_dense_of_a_part_that_ends_early(device):
+    segments, inputs = segments_of(CASES[0], device, {8: 30, 4: 50})
+    assert_dense(CASES[0], segments, inputs, 11, 37)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles")
+def test_lengths_compile_nothing_anew(device):
+    def run(tokens, n):
+        inputs = Inputs(CASES[6], device, tokens=tokens, n=n)
+        encoded = inputs.encode(codec_triton)
+        codec_triton.key_mean(inputs.keys, torch.arange(tokens, device=device), inputs.rotary)
+        segment = Segment(4, *encoded, inputs.positions)
+        codec_triton.dense([segment], 0, tokens, torch.bfloat16, inputs.codec, inputs.mean, inputs.rotary)
+
+    def compiled():
+        kernels = (getattr(codec_triton, k) for k in ("_encode_kernel", "_dense_kernel", "sums_kernel", "mean_kernel"))
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    run(33, 17)
+    before = compiled()
+    for tokens, n in ((64, 48), (65, 1), (128, 16), (700, 501)):
+        run(tokens, n)
+    assert compiled() == before
