@@ -1,14 +1,43 @@
 """What a compressed layer hands to attention in place of keys and values."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map
 
-if TYPE_CHECKING:
-    from spectrumkv_hf.tiered.layer import SpectrumLayer
+
+class Readable(Protocol):
+    """A layer that attention can read without its keys and values; `SpectrumLayer` has the meaning of each."""
+
+    layer_idx: int
+    kv_heads: int
+    generation: int
+    device: torch.device
+
+    @property
+    def new_tokens(self) -> int: ...
+
+    def check(self, generation: int) -> None: ...
+
+    def dense_for(self, generation: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def attend(
+        self,
+        generation: int,
+        on_dense: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        fused: bool = True,
+    ) -> torch.Tensor: ...
+
+    def check_complete(self) -> None: ...
+
 
 _PROPERTIES = ("shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout")
 _METHODS = ("size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "is_complex", "__len__")
@@ -25,7 +54,7 @@ class SpectrumHandle(torch.Tensor):
     an attention of its own is right, at the price of that temporary. Valid until the layer next changes.
     """
 
-    layer: "SpectrumLayer"
+    layer: Readable
     side: str
     generation: int
     repeats: int
@@ -34,7 +63,7 @@ class SpectrumHandle(torch.Tensor):
     @staticmethod
     def __new__(
         cls,
-        layer: "SpectrumLayer",
+        layer: Readable,
         side: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
@@ -56,12 +85,7 @@ class SpectrumHandle(torch.Tensor):
             RuntimeError: the layer has changed since, or dropped tokens that plain attention would see.
         """
         self.layer.check(self.generation)
-        if self.layer.store.drops:
-            raise RuntimeError(
-                f"policy {self.layer.policy.name!r} dropped tokens, and this model's attention computes on keys and "
-                "values in a way that can't leave them out. Use attn_implementation='sdpa', 'eager' or 'spectrumkv', "
-                "or a policy that drops none."
-            )
+        self.layer.check_complete()
         keys, values = self.layer.dense_for(self.generation)
         tensor = keys if self.side == "keys" else values
         if self.stage == "heads" and self.repeats == 1:

@@ -16,7 +16,7 @@ from spectrumkv_hf.evaluation.subjects.text import passage
 from spectrumkv_hf.policy import FP16, INT4, INT8, Greedy, SinkProtect, Tier
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, LayerError, TierReport
 from spectrumkv_hf.support.calls import cache_argument
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import FUSED_QUERIES, Attention, SpectrumLayer
 from spectrumkv_hf.tiered.store import Arena
 from spectrumkv_kernels import CODECS, decode, encode
@@ -215,8 +215,8 @@ class _Measurement:
         given = cache_argument(cache, self._model)
         return self._model(input_ids=ids, use_cache=True, **given, **last).logits[0, -logits:]
 
-    def _prefilled(self, policy: Greedy | SinkProtect) -> SpectrumCache:
-        cache = SpectrumCache(self._model.config, policy=policy, codec=self._codec)
+    def _prefilled(self, policy: Greedy | SinkProtect) -> TieredCache:
+        cache = TieredCache(self._model.config, policy=policy, codec=self._codec)
         self._forward(self._context, cache)
         return cache
 

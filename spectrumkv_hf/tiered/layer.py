@@ -312,6 +312,19 @@ class SpectrumLayer(CacheLayerMixin):
                 "returned them"
             )
 
+    def check_complete(self) -> None:
+        """Refuse to be read by an attention that would take dropped tokens for keys and values of 0.
+
+        Raises:
+            RuntimeError: the policy has dropped tokens.
+        """
+        if self.store.drops:
+            raise RuntimeError(
+                f"policy {self.policy.name!r} dropped tokens, and this model's attention computes on keys and "
+                "values in a way that can't leave them out. Use attn_implementation='sdpa', 'eager' or 'spectrumkv', "
+                "or a policy that drops none."
+            )
+
     @torch.compiler.disable
     def attend(
         self,

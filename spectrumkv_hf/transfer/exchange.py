@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from spectrumkv_hf import wire
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.transfer.link import (
     ACCEPTED,
     LOST,
@@ -224,7 +224,7 @@ class CacheReceiver:
         self._first_timeout = check_timeout("first_timeout", timeout if first_timeout is None else first_timeout)
         self._device = torch.device(device or "cpu")
         self._limit = max_frame_bytes
-        self._assembler = wire.Assembler(config, self._device, model=model)
+        self._assembler = wire.Assembler(SpectrumCache, config, self._device, model=model)
         self.report = TransferReport()
 
     def receive(self) -> SpectrumCache:

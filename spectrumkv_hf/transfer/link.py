@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv_hf import wire
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.transfer.transport import SendingTransport, TransportError
 from spectrumkv_hf.wire import Kind, WireError
 

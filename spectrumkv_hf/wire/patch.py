@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from spectrumkv_hf.policy import TIERS, Tier
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.tiered.store import Arena, TieredStore, owned, take
 from spectrumkv_hf.wire.frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor, host_bytes
@@ -29,7 +29,7 @@ TIER_BY_NAME = {tier.name: tier for tier in TIERS}
 
 
 def request(
-    cache: SpectrumCache,
+    cache: TieredCache,
     layer: int,
     tier: str,
     positions: Iterable[int] | torch.Tensor | None = None,
@@ -85,7 +85,7 @@ class ExactCopy:
         cache: Empty. All tokens that it gets from now on are kept.
     """
 
-    def __init__(self, cache: SpectrumCache) -> None:
+    def __init__(self, cache: TieredCache) -> None:
         self._layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, SpectrumLayer)}
         if any(layer.get_seq_length() for layer in self._layers.values()):
             raise ValueError("the cache already holds tokens: make its ExactCopy before the prefill")
@@ -145,7 +145,7 @@ class ExactCopy:
         return _frame(Kind.PATCH, index, _metadata(target, start, size, base), parts)
 
 
-def apply(cache: SpectrumCache, frame: Buffer) -> None:
+def apply(cache: TieredCache, frame: Buffer) -> None:
     """Lift the tokens of a patch; see `SpectrumCache.apply_patch`."""
     header, fields, tensors = _read(frame, Kind.PATCH)
     try:
@@ -181,7 +181,7 @@ def _target(name: str) -> Tier:
     return tier
 
 
-def _tiered(cache: SpectrumCache, index: int) -> SpectrumLayer:
+def _tiered(cache: TieredCache, index: int) -> SpectrumLayer:
     cache.check_whole()
     layer = cache.layers[index] if 0 <= index < len(cache.layers) else None
     if not isinstance(layer, SpectrumLayer) or not layer.is_initialized:

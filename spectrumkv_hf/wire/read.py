@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from mmap import ACCESS_COPY
 from mmap import mmap as Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
 from spectrumkv_hf.policy import POLICIES, Policy
 from spectrumkv_hf.support.whole_file import open_regular
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.identity import model_identity, weights_fingerprint
 from spectrumkv_hf.wire.frame import (
     ALIGNMENT,
@@ -37,27 +37,30 @@ BEFORE_HYBRID = {
 }
 """What hybrid layers were in caches written before they were tiered."""
 
+C = TypeVar("C", bound=TieredCache)
+
 MAX_BATCH = 1 << 20
 MOST = 255
 """Frames whose beginnings are read ahead."""
 
 
 @dataclass
-class _Stream:
+class _Stream(Generic[C]):
     """What the header frame says."""
 
-    cache: SpectrumCache
+    cache: C
     batch: int
     length: int
     number: int
 
 
-class Assembler:
+class Assembler(Generic[C]):
     """Builds a cache from frames as they come in.
 
     Frames are accepted in their order only: header, layers from 0 on, end. After an error it accepts none.
 
     Args:
+        cache_class: What it builds, `SpectrumCache` or the class below it.
         config: Of the model that will use the cache.
         device: Where the cache will lie; None: where the frames are.
         limit: The longest frame to accept, in bytes; None: any.
@@ -65,7 +68,7 @@ class Assembler:
 
     Example:
         ```python
-        assembler = Assembler(model.config)
+        assembler = Assembler(SpectrumCache, model.config)
         for frame in connection:
             cache = assembler.feed(frame)  # None until the end frame
         ```
@@ -73,6 +76,7 @@ class Assembler:
 
     def __init__(
         self,
+        cache_class: type[C],
         config: PreTrainedConfig,
         device: torch.device | str | None = None,
         limit: int | None = None,
@@ -80,7 +84,8 @@ class Assembler:
     ) -> None:
         self._weights = None if model is None else weights_fingerprint(model)
         self._config, self._device, self._limit = config, device, limit
-        self._stream: _Stream | None = None
+        self._cache_class = cache_class
+        self._stream: _Stream[C] | None = None
         self._digests: list[int] = []
         self._offset = 0
         self._state = "open"
@@ -95,7 +100,7 @@ class Assembler:
         layer = len(self._digests) - 1
         return f"layer {layer}" if layer < len(self._stream.cache.layers) else "the end frame"
 
-    def feed(self, frame: Buffer) -> SpectrumCache | None:
+    def feed(self, frame: Buffer) -> C | None:
         """Take a whole frame, as `frames` yields them.
 
         The cache keeps views of it where it begins at a multiple of 64 bytes and lies on the device.
@@ -112,13 +117,11 @@ class Assembler:
             header = FrameHeader.parse(data, self._limit)
         return self.add(header, data[FrameHeader.SIZE :])
 
-    def add(self, header: FrameHeader, payload: Buffer) -> SpectrumCache | None:
+    def add(self, header: FrameHeader, payload: Buffer) -> C | None:
         """As `feed`, for a header that is parsed and the `header.padded` bytes behind it."""
         return self._add(header, as_tensor(payload))
 
-    def _add(
-        self, header: FrameHeader, data: torch.Tensor, begin: bytes = b"", later: Later | None = None
-    ) -> SpectrumCache | None:
+    def _add(self, header: FrameHeader, data: torch.Tensor, begin: bytes = b"", later: Later | None = None) -> C | None:
         """As `add`; `begin` and `later` as of `read_payload`. With `later` the cache is not to be trusted yet."""
         with self._located(header):
             if self._state != "open":
@@ -132,7 +135,7 @@ class Assembler:
             if header.kind == Kind.HEADER:
                 if tensors:
                     raise WireError("tensors in a frame that has none")
-                self._stream = _begin(metadata, self._config, self._weights, header.stream)
+                self._stream = _begin(self._cache_class, metadata, self._config, self._weights, header.stream)
             elif header.kind == Kind.LAYER and self._stream:
                 index, of = header.layer, self._stream
                 checks = None if later is None else later.checks
@@ -198,7 +201,9 @@ class _Located:
             raise WireError(f"{where}, at byte {offset} of the stream: {error}") from None
 
 
-def _begin(metadata: Fields, config: PreTrainedConfig, weights: str | None, number: int) -> _Stream:
+def _begin(
+    cache_class: type[C], metadata: Fields, config: PreTrainedConfig, weights: str | None, number: int
+) -> _Stream[C]:
     """An empty cache as the header frame describes it."""
     theirs = metadata.take("model", dict)
     ours = model_identity(config.get_text_config(decoder=True))
@@ -218,7 +223,7 @@ def _begin(metadata: Fields, config: PreTrainedConfig, weights: str | None, numb
     batch, length = metadata.integer("batch", 0, MAX_BATCH), metadata.integer("length", 0, MAX_LENGTH)
     policy = _policy(metadata.take("policy", dict))
     try:
-        cache = SpectrumCache(config, policy=policy, codec=codec)
+        cache = cache_class(config, policy=policy, codec=codec)
     except ValueError as error:  # the policy names layers that the config does not have
         raise WireError(str(error)[:400]) from None
     kinds, own = metadata.take("layers", list), [kind_of(layer) for layer in cache.layers]
@@ -277,23 +282,24 @@ def _policy(values: dict[str, Any]) -> Policy:
 
 
 def deserialize(
+    cache_class: type[C],
     buffer: Buffer,
     config: PreTrainedConfig,
     device: torch.device | str | None = None,
     model: torch.nn.Module | None = None,
-) -> SpectrumCache:
+) -> C:
     """The cache in a buffer; see `SpectrumCache.deserialize`."""
     data = as_tensor(buffer)
     if torch.device(device or data.device).type != "cpu":
         later = Later()
         with contextlib.suppress(WireError):  # which says neither what came first nor where
-            cache = _read(data, Assembler(config, device, model=model), later)
+            cache = _read(data, Assembler(cache_class, config, device, model=model), later)
             later.settle()
             return cache
-    return _read(data, Assembler(config, device, model=model))
+    return _read(data, Assembler(cache_class, config, device, model=model))
 
 
-def _read(data: torch.Tensor, assembler: Assembler, later: Later | None = None) -> SpectrumCache:
+def _read(data: torch.Tensor, assembler: Assembler[C], later: Later | None = None) -> C:
     """The cache of a whole stream; with `later`, which takes the checks, it does not wait for the device."""
     beginnings = Beginnings(data)
     at = 0
@@ -342,12 +348,13 @@ class Beginnings:
 
 
 def load(
+    cache_class: type[C],
     path: str | os.PathLike[str],
     config: PreTrainedConfig,
     device: torch.device | str | None = None,
     mmap: bool = True,
     model: torch.nn.Module | None = None,
-) -> SpectrumCache:
+) -> C:
     """The cache in a file; see `SpectrumCache.load`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -359,4 +366,4 @@ def load(
         else:
             data = torch.empty(size, dtype=torch.uint8)
             data = data[: file.readinto(data.numpy().data)]
-    return deserialize(data, config, device, model)
+    return deserialize(cache_class, data, config, device, model)

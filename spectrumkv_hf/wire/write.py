@@ -12,7 +12,7 @@ import torch
 
 from spectrumkv_hf.policy import POLICIES
 from spectrumkv_hf.support.whole_file import whole_file
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.tiered.mixed_layers import CrossAttentionLayer
 from spectrumkv_hf.wire.frame import (
@@ -33,7 +33,7 @@ HUGE = 1 << 23
 """Bytes from which on memory is asked for in huge pages, of 2 MiB mostly."""
 
 
-def frames(cache: SpectrumCache, stream: int = 0) -> Iterator[torch.Tensor]:
+def frames(cache: TieredCache, stream: int = 0) -> Iterator[torch.Tensor]:
     """The frames of a cache in their order, each a uint8 tensor `[bytes]` on the cache's device.
 
     A layer is read when its frame is asked for; the cache must not change until the last.
@@ -52,17 +52,17 @@ def frames(cache: SpectrumCache, stream: int = 0) -> Iterator[torch.Tensor]:
     yield writer.end()
 
 
-def header_frame(cache: SpectrumCache, stream: int = 0) -> torch.Tensor:
+def header_frame(cache: TieredCache, stream: int = 0) -> torch.Tensor:
     """The frame that begins a stream."""
     return FrameWriter(cache, stream).header()
 
 
-def layer_frame(cache: SpectrumCache, index: int, stream: int = 0) -> torch.Tensor:
+def layer_frame(cache: TieredCache, index: int, stream: int = 0) -> torch.Tensor:
     """The frame of layer `index`."""
     return FrameWriter(cache, stream).layer(index)
 
 
-def serialize(cache: SpectrumCache, stream: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+def serialize(cache: TieredCache, stream: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
     """All frames of a cache in one uint8 tensor `[bytes]` on its device; see `SpectrumCache.serialize`.
 
     Args:
@@ -109,7 +109,7 @@ def _fresh(size: int, device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def save(cache: SpectrumCache, path: str | os.PathLike[str]) -> None:
+def save(cache: TieredCache, path: str | os.PathLike[str]) -> None:
     """Write a cache into a file, frame by frame; see `SpectrumCache.save`."""
     with whole_file(path) as file:
         for frame in frames(cache):
@@ -139,7 +139,7 @@ class Emitter:
 
     def __init__(
         self,
-        cache: SpectrumCache,
+        cache: TieredCache,
         emit: Callable[[torch.Tensor], None],
         tokens: int | None = None,
         stream: int = 0,
@@ -180,7 +180,7 @@ class FrameWriter:
         stream: As of `frames`.
     """
 
-    def __init__(self, cache: SpectrumCache, stream: int = 0) -> None:
+    def __init__(self, cache: TieredCache, stream: int = 0) -> None:
         self.cache, self.stream = cache, stream
         self._extent: tuple[int, int] | None = None
         self._digests: dict[int, int] = {}

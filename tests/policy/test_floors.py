@@ -139,4 +139,4 @@ def test_forged_floors(floors):
     assert opened(frame)[2]["policy"]["floors"] == [[1, "int8"]]
     forgery = forged(frame, lambda metadata: metadata["policy"].update(floors=floors))
     with pytest.raises(WireError, match="floors"):
-        Assembler(config("llama", num_hidden_layers=3)).feed(forgery)
+        Assembler(SpectrumCache, config("llama", num_hidden_layers=3)).feed(forgery)

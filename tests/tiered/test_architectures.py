@@ -276,7 +276,7 @@ class TestHybrid:
         cache, frames = SpectrumCache(m.config, budget=0.4, recent_window=8), []
         with Emitter(cache, emit=frames.append):
             forwards(m, cache, prompt(300), 300)
-        assembler = Assembler(m.config)
+        assembler = Assembler(SpectrumCache, m.config)
         received = [assembler.feed(frame) for frame in frames][-1]
         more = prompt(5, seed=9)
         assert torch.equal(forwards(m, received, more, 1), forwards(m, cache, more, 1))

@@ -377,7 +377,7 @@ class TestStreams:
     def test_an_emitter_sends_what_frames_gives(self, family, settings):
         m = model(family, **sized(family))
         cache = SpectrumCache(m.config, **{"recent_window": 8, "budget": 0.3, **settings})
-        assembler, emitted, results = Assembler(m.config), [], []
+        assembler, emitted, results = Assembler(SpectrumCache, m.config), [], []
 
         def emit(frame):
             emitted.append(frame)
@@ -453,7 +453,7 @@ class TestStreams:
         ids=str,
     )
     def test_order(self, frames, order, message):
-        assembler = Assembler(config("llama"))
+        assembler = Assembler(SpectrumCache, config("llama"))
         for index in order[:-1]:
             assert assembler.feed(frames[index]) is None
         with pytest.raises(WireError, match=message):
@@ -463,26 +463,26 @@ class TestStreams:
             assembler.feed(frames[1])
 
     def test_nothing_comes_behind_the_end(self, frames):
-        assembler = Assembler(config("llama"))
+        assembler = Assembler(SpectrumCache, config("llama"))
         assert isinstance([assembler.feed(frame) for frame in frames][-1], SpectrumCache)
         with pytest.raises(WireError, match="the stream is complete"):
             assembler.feed(frames[3])
 
     def test_frames_of_other_streams(self, frames):
         cache = filled(model("llama"), prompt(300, 2, seed=1))
-        assembler = Assembler(config("llama"))
+        assembler = Assembler(SpectrumCache, config("llama"))
         assembler.feed(frames[0])
         with pytest.raises(WireError, match="a frame of stream 8 in stream 9"):
             assembler.feed(wire.layer_frame(cache, 0, stream=8))
         # With one number for both the end frame tells.
-        assembler = Assembler(config("llama"))
+        assembler = Assembler(SpectrumCache, config("llama"))
         for frame in (frames[0], wire.layer_frame(cache, 0, stream=9), frames[2]):
             assembler.feed(frame)
         with pytest.raises(WireError, match="'digest'"):
             assembler.feed(frames[3])
 
     def test_a_limit(self, frames):
-        assembler = Assembler(config("llama"), limit=20_000)
+        assembler = Assembler(SpectrumCache, config("llama"), limit=20_000)
         assembler.feed(frames[0])
         with pytest.raises(WireError, match="more than the limit of 20000"):
             assembler.feed(frames[1])

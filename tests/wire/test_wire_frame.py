@@ -536,7 +536,7 @@ class TestWithoutWaiting:
 
     def read(self, data):
         later = Later()
-        cache = _read(as_tensor(data), Assembler(CONFIG), later)
+        cache = _read(as_tensor(data), Assembler(SpectrumCache, CONFIG), later)
         later.settle()
         return cache
 
@@ -565,7 +565,7 @@ class TestWithoutWaiting:
     def test_checks(self, data, name, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
         frames = split(data)
-        assembler, later = Assembler(CONFIG), Later()
+        assembler, later = Assembler(SpectrumCache, CONFIG), Later()
         with pytest.raises(WireError, match=LAYER_EDITS[name][1]):
             for frame in (frames[0], forged(frames[1], **LAYER_EDITS[name][0])):
                 whole = as_tensor(bytearray(frame))
@@ -576,7 +576,7 @@ class TestWithoutWaiting:
         damaged = bytearray(data)
         damaged[len(b"".join(split(data)[:2])) - 1] ^= 1  # behind the first layer's tensors
         later = Later()
-        assert _read(as_tensor(damaged), Assembler(CONFIG), later) is not None
+        assert _read(as_tensor(damaged), Assembler(SpectrumCache, CONFIG), later) is not None
         with pytest.raises(WireError, match="digest"):
             later.settle()
 
@@ -608,7 +608,7 @@ def test_memory_stays_in_proportion(data):
 
 def test_a_failure_leaves_other_caches_alone(data):
     cache = read(data)
-    assembler = wire.Assembler(CONFIG)
+    assembler = wire.Assembler(SpectrumCache, CONFIG)
     frames = split(data)
     assembler.feed(frames[0])
     with pytest.raises(WireError):

@@ -251,7 +251,7 @@ def test_frames_of_the_wrong_kind_and_layer():
     with pytest.raises(WireError, match="a frame of kind LAYER, expected REQUEST"):
         copy.patch(wire.layer_frame(cache, 0))
     with pytest.raises(WireError, match="out of order"):
-        wire.Assembler(m.config).feed(copy.patch(asked))
+        wire.Assembler(SpectrumCache, m.config).feed(copy.patch(asked))
     copy.clear()
     assert copy.nbytes == 0
     with pytest.raises(WireError, match="a request for layer 0; exact tokens are here of"):

@@ -14,7 +14,7 @@ from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Ru
 from spectrumkv_hf.evaluation.protocols.quality import prefill
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Exact, Method
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 
 if TYPE_CHECKING:

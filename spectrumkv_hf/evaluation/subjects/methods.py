@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.policy import POLICIES, Policy, get_policy
-from spectrumkv_hf.tiered.cache import SpectrumCache
+from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.tiered.memory import MemoryReport, storage_bytes
 
 

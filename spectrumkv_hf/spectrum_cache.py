@@ -1,0 +1,180 @@
+"""`SpectrumCache`, what users pass to Transformers: a tiered cache that chooses its policy, and travels as bytes."""
+
+import os
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from spectrumkv_hf import wire
+from spectrumkv_hf.policy import Policy
+from spectrumkv_hf.tiered.cache import TieredCache
+from spectrumkv_hf.wire import patch
+
+if TYPE_CHECKING:
+    from spectrumkv_hf.probe.auto import Probe
+
+
+class SpectrumCache(TieredCache):
+    """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
+
+    Drop-in for the cache of `model.generate(...)`: prefill attends over exact keys and values, then tokens move
+    into FP16, INT8 and INT4 tiers, and decoding reads those directly.
+
+    One cache a conversation: like every cache of Transformers it takes what it holds for the beginning of the next
+    prompt. Make a new one for another prompt, or call `reset()`.
+
+    Args:
+        config: The model's config, which is not changed. Layers with full or sliding-window attention are tiered, in
+            hybrid layers beside the exact states of a linear attention; others keep the class that Transformers has
+            for them (see `summary`).
+        policy: Name of a policy (`spectrumkv_hf.POLICIES`) or a policy. `"fp16"` is lossless.
+        budget: Mean nominal cost per token, as a fraction of FP16; None: the policy's default.
+        codec: `"spectrum"`, or `"absmax"` for the paper's.
+        model: The model that will use the cache. Its config is compared with `config`, RoPE included, and files of the
+            cache tell its weights from others'.
+        policy_options: Further fields of a policy given by name, such as `recent_window`, `scope`, `decay`.
+
+    Raises:
+        ValueError: an unknown policy or codec, a value out of range, an encoder-decoder config, a config that is not
+            `model`'s.
+        TypeError: `config` is no Transformers config, or an option that the policy does not have.
+
+    Example:
+        ```python
+        cache = SpectrumCache(config=model.config, policy="sink_protect", budget=0.3)
+        output = model.generate(**inputs, cache=cache)  # past_key_values=cache before Transformers 5.24
+        print(cache.memory())
+        ```
+    """
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        budget: float | None = None,
+        policy: str | Policy | None = None,
+        codec: str = "spectrum",
+        probe: "str | Probe | None" = "calibration",
+        **policy_options: Any,
+    ) -> Self:
+        """A cache for `model` by the policy that a probe names at `budget`.
+
+        The model is probed when this process, and the disk, hold no verdict on it (`spectrumkv_hf.probe`); that takes
+        a few forwards of 640 tokens, under a progress bar (`transformers.utils.logging.disable_progress_bar()` turns it
+        off). The policy is `sink_protect`, with a floor for layers or at a higher budget where it would otherwise cost
+        more than the probe's loss; a warning says so. Without a verdict, for a model that can't be probed, it is
+        `sink_protect` as it is, with a warning.
+
+        Args:
+            model: The model that will use the cache, with its weights.
+            tokenizer: Its tokenizer, for the text that the probe reads; None: it reads random tokens.
+            budget: As of the class; None: .5, or that of `policy`.
+            policy: As of the class; given, nothing is probed. None: by the probe.
+            codec: As of the class.
+            probe: `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `CalibrationProbe` or
+                `PaperProbe` of the cache's codec; None for no probe.
+            policy_options: Further fields of the policy.
+
+        Raises:
+            ValueError: as of the class; an unknown probe, or one of another codec.
+            TypeError: as of the class.
+        """
+        if policy is None:
+            budget = 0.5 if budget is None else budget
+            if probe is not None and "floors" in policy_options:
+                raise TypeError("floors come from the probe: give a policy too, or probe=None")
+            least = "two_tier" if getattr(probe, "kind", probe) == "paper" else "sink_protect"
+            cls(model.config, least, budget, codec, **policy_options)  # complains before anything is measured
+            if probe is None:
+                policy = "sink_protect"
+            else:
+                from spectrumkv_hf.probe.auto import choose_policy  # which takes a while to import
+
+                policy, policy_options = choose_policy(model, tokenizer, probe, codec, budget, policy_options), {}
+                budget = None
+        return cls(model.config, policy, budget, codec, model=model, **policy_options)
+
+    def serialize(self) -> torch.Tensor:
+        """The cache as bytes, a contiguous uint8 tensor on its device; docs/wire-format.md describes them.
+
+        Raises:
+            WireError: a layer or policy that can't be serialised, or layers of different lengths.
+            RuntimeError: an operation ended before it had reached all layers.
+        """
+        return wire.serialize(self)
+
+    @classmethod
+    def deserialize(
+        cls,
+        buffer: Any,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> Self:
+        """The cache that `serialize` wrote.
+
+        Where the buffer begins at a multiple of 64 bytes and lies on `device`, tensors are views of it. Nothing writes
+        into it, and it must not change while the cache is in use.
+
+        Args:
+            buffer: bytes, bytearray, memoryview, mmap, or a contiguous uint8 tensor `[bytes]`.
+            config: Of the model that will use the cache.
+            device: Where the cache will lie; None: where the buffer does.
+            model: That model, if its weights are to be compared with those that made the cache. Caches from
+                `from_model`, or made with `model`, say which these were; others are not compared.
+
+        Raises:
+            WireError: the bytes are damaged, of another version, or of another model.
+            TypeError: `buffer` is none.
+        """
+        return wire.deserialize(cls, buffer, config, device, model)
+
+    def apply_patch(self, frame: Any) -> None:
+        """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
+
+        Args:
+            frame: A buffer as of `deserialize`; its tensors are copied.
+
+        Raises:
+            WireError: the frame is damaged, or the tokens have changed since they were asked for (batch operations,
+                `crop`, another patch). The cache is as it was.
+        """
+        patch.apply(self, frame)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what `serialize` gives into a file, which appears at `path` whole or not at all.
+
+        A regular file there is replaced and keeps its permissions, a symbolic link is followed; a new file has those
+        that the umask leaves of 0666. Caches of others who have mapped the old file stay as they are.
+
+        Raises:
+            WireError: as of `serialize`.
+            OSError: it can't be written, or something else than a regular file is there.
+        """
+        wire.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        mmap: bool = True,
+        model: torch.nn.Module | None = None,
+    ) -> Self:
+        """The cache that `save` wrote.
+
+        Args:
+            path: Of the file.
+            config, device, model: As of `deserialize`.
+            mmap: On the CPU the cache's tensors are the mapped file, of which only what is used is read. `save` may
+                replace it meanwhile, but who writes into it changes the cache, and who shortens it ends this process
+                with SIGBUS. False: the file is read into memory, for files that others can write into.
+
+        Raises:
+            WireError: as of `deserialize`, or the file is empty.
+            OSError: it can't be read, or is no regular file.
+        """
+        return wire.load(cls, path, config, device, mmap, model)
