@@ -266,7 +266,7 @@ class _Measurement:
 
         cache = copy.deepcopy(self._cache)
         for index in self.tiered:
-            cache.layers[index].on_attention = compare
+            cache.layers[index].on_attention.add(compare)
         self._continued(cache)
 
         def relative(index: int, coding: Coding) -> float:

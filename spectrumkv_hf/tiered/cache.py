@@ -15,7 +15,7 @@ from spectrumkv_hf.attention.route import install
 from spectrumkv_hf.policy import Policy, get_policy
 from spectrumkv_hf.tiered import fit
 from spectrumkv_hf.tiered.identity import FIELDS, layer_configs, model_identity, weights_fingerprint
-from spectrumkv_hf.tiered.layer import Indices, SharedRanking, SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.tiered.layer import Indices, SpectrumLayer
 from spectrumkv_hf.tiered.memory import FP16_BYTES, MemoryReport, storage_bytes
 from spectrumkv_hf.tiered.mixed_layers import (
     CrossAttentionLayer,
@@ -24,6 +24,8 @@ from spectrumkv_hf.tiered.mixed_layers import (
     LinearStates,
 )
 from spectrumkv_hf.tiered.rope import rotary_of
+from spectrumkv_hf.tiered.schedule import SharedRanking
+from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 from spectrumkv_hf.tiered.store import TAIL_STEP
 from spectrumkv_kernels import CODECS
 
@@ -327,19 +329,19 @@ class TieredCache(Cache):
         That is right after its attention where tokens were tiered or nothing was due; at the end of the last layer for
         `scope="token"`; and at the next update, or when the layer is serialised, where other layers still read its
         exact tokens (Gemma-3n). Layers of Transformers' own classes don't call: they are final once a later layer is.
-        What the callback raises comes out of the model's forward. A cache has one callback; a new one replaces it.
+        What the callback raises comes out of the model's forward. Several callbacks are called in the order in which
+        they were added.
 
         Returns:
             A function that removes the callback.
         """
-        tiered = [layer for layer in self.layers if isinstance(layer, SpectrumLayer)]
+        removers = [layer.on_final.add(callback) for layer in self.layers if isinstance(layer, SpectrumLayer)]
 
-        def set_callback(value: Callable[[int], None] | None) -> None:
-            for layer in tiered:
-                layer.on_final = value
+        def remove() -> None:
+            for each in removers:
+                each()
 
-        set_callback(callback)
-        return functools.partial(set_callback, None)
+        return remove
 
     def _tiered(self) -> Iterator[SpectrumLayer]:
         return (layer for layer in self.layers if isinstance(layer, SpectrumLayer) and layer.is_initialized)

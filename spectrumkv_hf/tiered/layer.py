@@ -4,8 +4,6 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +13,8 @@ from spectrumkv_hf.attention.handle import SpectrumHandle
 from spectrumkv_hf.attention.masks import causal_mask
 from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
+from spectrumkv_hf.tiered.listeners import Listeners
+from spectrumkv_hf.tiered.schedule import OpenUpdate, SharedRanking, Stage
 from spectrumkv_hf.tiered.store import TAIL_STEP, TieredStore
 from spectrumkv_kernels import Codec, Rotary, attention_scores, real_tokens, tiered_attention
 
@@ -56,84 +56,6 @@ class Attention(NamedTuple):
     sinks: torch.Tensor | None
 
 
-class Stage(Enum):
-    """What is left to do for the tokens of an update."""
-
-    UNSEEN = "no attention has taken note of them"
-    DEFERRED = "attention has; they are tiered at the next update"
-    SETTLED = "nothing"
-
-
-@dataclass
-class OpenUpdate:
-    """A layer's last update.
-
-    Attributes:
-        tokens: That it added.
-        read_from: Position of the first token that its attention reads.
-        stage: What is left to do for it.
-        scores: Attention that the tail's tokens got, float32 `[batch, kv_heads, tail_length]`; None where it is not
-            known.
-    """
-
-    tokens: int = 0
-    read_from: int = 0
-    stage: Stage = Stage.SETTLED
-    scores: torch.Tensor | None = None
-
-
-class Offer(NamedTuple):
-    """Scores of a layer's tail from position `start` on, float32 `[batch, kv_heads, tokens]`."""
-
-    layer: "SpectrumLayer"
-    start: int
-    score: torch.Tensor
-
-
-class SharedRanking:
-    """One importance for all layers and heads (scope `token`): the mean of what the layers offer.
-
-    Layers wait with tiering until the last of them has offered its scores, so the exact cache is whole until then.
-    """
-
-    def __init__(self) -> None:
-        self.members = 0
-        self._offers: dict[int, Offer] = {}
-        self._total: torch.Tensor | None = None
-
-    def offer(self, layer: "SpectrumLayer", score: torch.Tensor) -> None:
-        """Add the scores of a layer's oldest tail tokens, `[batch, kv_heads, tokens]`, or replace what it offered."""
-        self._offers[layer.layer_idx] = Offer(layer, layer.store.tail_start, score.nan_to_num(nan=0.0))
-        if len(self._offers) == self.members:
-            self.settle()
-
-    def waits(self, layer: "SpectrumLayer") -> bool:
-        """Whether a layer has offered scores by which it is not tiered yet."""
-        return layer.layer_idx in self._offers
-
-    def clear(self) -> None:
-        """Forget all offers."""
-        self._offers.clear()
-        self._total = None
-
-    def settle(self) -> None:
-        """Tier every layer that has offered. After an error the others are still to be tiered, by the same ranking."""
-        if self._total is None and self._offers:
-            offers = list(self._offers.values())
-            end = max(offer.start + offer.score.shape[-1] for offer in offers)
-            total = offers[0].score.new_zeros(offers[0].score.shape[0], end)
-            for _, start, score in offers:
-                total[:, start : start + score.shape[-1]] += score.mean(1).to(total.device)
-            self._total = total
-        for index, (layer, start, score) in list(self._offers.items()):
-            if layer.store.tail_start == start and self._total is not None:  # else an interrupt came behind its tiering
-                shared = self._total[:, None, start : start + score.shape[-1]].to(score.device)
-                layer.compress(score.shape[-1], shared.expand_as(score))
-            del self._offers[index]
-            layer.announce()
-        self._total = None
-
-
 class SpectrumLayer(CacheLayerMixin):
     """A layer with full attention.
 
@@ -167,9 +89,9 @@ class SpectrumLayer(CacheLayerMixin):
         self.policy, self.codec, self.rotary = policy, codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
-        self.on_update: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
-        self.on_attention: Callable[[Attention], None] | None = None
-        self.on_final: Callable[[int], None] | None = None
+        self.on_update = Listeners[[int, torch.Tensor, torch.Tensor]]()
+        self.on_attention = Listeners[[Attention]]()
+        self.on_final = Listeners[[int]]()
         self.reset()
 
     def reset(self) -> None:
@@ -181,10 +103,6 @@ class SpectrumLayer(CacheLayerMixin):
         if self.shared is not None:
             self.shared.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        silent = dict.fromkeys(("on_update", "on_attention", "on_final"))
-        return {**vars(self), **silent}  # who listens to a layer does not to its copies
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.policy.name}, tokens={self.get_seq_length()})"
 
@@ -195,6 +113,11 @@ class SpectrumLayer(CacheLayerMixin):
         """The layer's tensors; there are some from the first update on."""
         assert self._store is not None
         return self._store
+
+    @property
+    def tail_start(self) -> int:
+        """Position of the first exact token behind the tiers."""
+        return self.store.tail_start
 
     @property
     def new_tokens(self) -> int:
@@ -268,8 +191,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.generation += 1
         store.append(key_states, value_states)
         self._open = OpenUpdate(given[2], store.length - kv_length, Stage.UNSEEN)
-        if self.on_update is not None:
-            self.on_update(self.layer_idx, key_states, value_states)
+        self.on_update(self.layer_idx, key_states, value_states)
         if self.policy.lossless:
             self._open.stage = Stage.SETTLED
             self.announce()
@@ -429,7 +351,7 @@ class SpectrumLayer(CacheLayerMixin):
                 without attention.
             mask, scale, softcap, sinks: As in `spectrumkv_kernels.attention_scores`.
         """
-        if self.on_attention is not None:
+        if self.on_attention:
             self.on_attention(Attention(self, query, mask, scale, softcap, sinks))
         if self._open.stage is not Stage.UNSEEN:  # another layer that shares these keys and values came before
             return
@@ -497,8 +419,7 @@ class SpectrumLayer(CacheLayerMixin):
 
     def announce(self) -> None:
         """Say that the layer holds what it will hold until the next update; once an update."""
-        if self.on_final is not None:
-            self.on_final(self.layer_idx)
+        self.on_final(self.layer_idx)
 
     # -- what users and generate() call ---------------------------------------------------------------------------
 
@@ -601,67 +522,3 @@ class SpectrumLayer(CacheLayerMixin):
         """Move the tensors back to the layer's device."""
         if self._store is not None and self._store.device != self.device:
             self._store.map(lambda t: t.to(self.device, non_blocking=True))
-
-
-class SlidingSpectrumLayer(SpectrumLayer):
-    """A layer with sliding-window attention: tokens that left the window are freed, `TAIL_STEP` or more at a time.
-
-    Args:
-        sliding_window: Tokens that a query sees, itself included.
-        kwargs: As of `SpectrumLayer`.
-    """
-
-    is_sliding = True
-
-    def __init__(self, sliding_window: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.sliding_window = self.window = sliding_window
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Keep what leaves the window until the next `crop`, so that it can be rolled back."""
-        self.record_past = True
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what `update` will return for `query_length` new tokens."""
-        offset = max(self.get_seq_length() - self.sliding_window + 1, 0)
-        return self.get_seq_length() - offset + query_length, offset
-
-    def get_max_length(self) -> int:
-        """The sliding window."""
-        return self.sliding_window
-
-    def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return super()._visible(max(start, self._first_needed()))
-
-    def _first_needed(self) -> int:
-        """Position of the oldest token that the next query will see."""
-        return max(self.get_seq_length() - self.sliding_window + 1, 0)
-
-    def _tier(self, scores: torch.Tensor | None) -> None:
-        if not self.record_past and self._due():
-            self.store.settle_mean(self.policy.sinks)  # over all tokens at hand, as in a layer without a window
-            self.store.discard(self._first_needed())
-            if scores is not None:
-                scores = scores[..., scores.shape[-1] - self.store.tail_length :]
-        super()._tier(scores)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """As of `SpectrumLayer`, and free what has left the window.
-
-        Raises:
-            RuntimeError: tokens that would be seen again are gone; call `activate_past_recording` before.
-        """
-        if self._store is None:
-            return
-        length = max(self.get_seq_length() - abs(int(tokens_to_remove)), 0)
-        if max(length - self.sliding_window + 1, 0) < self.store.first_kept:
-            raise RuntimeError(
-                f"can't remove {abs(tokens_to_remove)} tokens: the sliding window of {self.sliding_window} has moved "
-                "on and older tokens were freed. Call activate_past_recording() before the tokens are added."
-            )
-        super().crop(tokens_to_remove)
-        if self.record_past:
-            self.settle()
-            if self._first_needed() - self.store.first_kept >= TAIL_STEP:
-                self.store.discard(self._first_needed())

@@ -11,7 +11,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from spectrumkv_hf.tiered.layer import SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.tiered.layer import SpectrumLayer
+from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 
 
 class CrossAttentionLayer(DynamicLayer):

@@ -106,7 +106,7 @@ class CacheSender:
     its prefill and the end of `finish`.
 
     Args:
-        cache: Empty; attach the sender before the prefill. It takes the cache's `on_layer`.
+        cache: Empty; attach the sender before the prefill.
         dst, group, timeout, in_flight: As of `send_cache`.
         tokens: Length of the cache at which its layers are final; for a prefill in chunks, that of the whole prompt.
             None: the first forward's.

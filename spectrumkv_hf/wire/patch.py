@@ -90,8 +90,7 @@ class ExactCopy:
         if any(layer.get_seq_length() for layer in self._layers.values()):
             raise ValueError("the cache already holds tokens: make its ExactCopy before the prefill")
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in self._layers.values():
-            layer.on_update = self._take
+        self._removers = [layer.on_update.add(self._take) for layer in self._layers.values()]
 
     def _take(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         if index in self._held:
@@ -107,9 +106,8 @@ class ExactCopy:
 
     def stop(self) -> None:
         """Keep no further tokens, those of decoding on the sender's side for instance."""
-        for layer in self._layers.values():
-            if layer.on_update == self._take:
-                layer.on_update = None
+        for remove in self._removers:
+            remove()
 
     def clear(self) -> None:
         """`stop`, and free what is kept."""

@@ -156,7 +156,7 @@ class TestMeasurement:
             errors = measured.attention_errors((INT4,))[INT4]
             cache = copy.deepcopy(measured._cache)
             seen = []
-            cache.layers[2].on_attention = seen.append
+            cache.layers[2].on_attention.add(seen.append)
             measured._continued(cache)
             keys, values = cache.layers[2].keys, cache.layers[2].values
             coded = SpectrumCache(m.config, SinkProtect(budget=0.25, recent_window=0))

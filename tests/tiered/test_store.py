@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spectrumkv_hf.policy import FP16, INT4, INT8, get_policy
-from spectrumkv_hf.tiered.layer import SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.tiered.layer import SpectrumLayer
+from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 from spectrumkv_kernels import CODECS, Rotary
 
 ROTARY = Rotary(tuple((1e4 ** -(torch.arange(0, 32, 2) / 32)).tolist()))

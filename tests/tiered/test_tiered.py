@@ -18,8 +18,9 @@ from spectrumkv_hf.attention.handle import SpectrumHandle
 from spectrumkv_hf.policy import FP16, TIERS
 from spectrumkv_hf.tiered import layer as layer_module
 from spectrumkv_hf.tiered.cache import _tensors_of
-from spectrumkv_hf.tiered.layer import SlidingSpectrumLayer, SpectrumLayer
+from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.tiered.memory import MemoryReport, storage_bytes
+from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 from spectrumkv_kernels.attention.reference import tiered_attention
 
 OLD = Version(transformers.__version__) < Version("5.23")

@@ -419,7 +419,7 @@ class TestStreams:
 
         with pytest.raises(ConnectionError, match="peer gone"), Emitter(cache, emit), torch.no_grad():
             m(prompt(300), past_key_values=cache)
-        assert cache.layers[0].on_final is None
+        assert not cache.layers[0].on_final
 
     def test_copies_have_no_listeners(self):
         m = model("llama")

@@ -1,0 +1,40 @@
+"""Who is told of what happens to a layer."""
+
+from collections.abc import Callable
+from typing import Generic, ParamSpec
+
+Told = ParamSpec("Told")
+
+
+class Listeners(Generic[Told]):
+    """Functions that are called one after another, in the order in which they were added; what one raises comes out.
+
+    A copy, as `deepcopy` and `pickle` make it, has none: who listens to a layer does not listen to its copies.
+    """
+
+    def __init__(self) -> None:
+        self._all: dict[object, Callable[Told, None]] = {}
+
+    def add(self, listener: Callable[Told, None]) -> Callable[[], None]:
+        """Call `listener` from now on.
+
+        Returns:
+            A function that ends this; it may be called more than once.
+        """
+        key = object()
+        self._all[key] = listener
+
+        def remove() -> None:
+            self._all.pop(key, None)
+
+        return remove
+
+    def __call__(self, *args: Told.args, **kwargs: Told.kwargs) -> None:
+        for listener in tuple(self._all.values()):
+            listener(*args, **kwargs)
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def __reduce__(self) -> tuple[type["Listeners[Told]"], tuple[()]]:
+        return type(self), ()
