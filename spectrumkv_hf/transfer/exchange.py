@@ -30,8 +30,8 @@ from spectrumkv_hf.transfer.link import (
     TransferReport,
     check_timeout,
     describe,
-    frame_name,
-    layer_in,
+    in_words,
+    layer_of,
     located,
     pack_reply,
     unpack_reason,
@@ -44,7 +44,7 @@ from spectrumkv_hf.transfer.transport import (
     TransportError,
 )
 from spectrumkv_hf.wire import FrameHeader, WireError
-from spectrumkv_hf.wire.frame import host_bytes
+from spectrumkv_hf.wire.frame import Place, host_bytes
 
 __all__ = ["CacheReceiver", "CacheSender", "TransferError", "TransferReport", "recv_cache", "send_cache"]
 
@@ -243,21 +243,22 @@ class CacheReceiver:
                     raise
                 refusal.group_usable = False
                 raise refusal from problem
-            name, layer = frame_name(header.layer, header.kind), header.layer
+            place = header.place
             cache, began = None, time.monotonic()
             try:
-                with located(name, layer):
+                with located(place):
                     payload = transport.receive_payload(header.padded, self._device, self._timeout)
                 began = time.monotonic()
                 cache = self._assembler.add(header, payload) if refusal is None else None
             except TransferError:
                 raise
             except Exception as problem:  # even what is no WireError: the sender is to know, and not to wait
-                where = "" if isinstance(problem, WireError) and name in str(problem) else f"{name}: "
-                refusal = refusal or TransferError(f"from {transport.peer}: {where}{describe(problem)}", layer, True)
+                where = "" if isinstance(problem, WireError) and problem.located else f"{place}: "
+                message = f"from {transport.peer}: {where}{describe(problem)}"
+                refusal = refusal or TransferError(message, place.layer, True)
                 refusal.__cause__ = refusal.__cause__ or problem
             report.packing += time.monotonic() - began
-            with located(name, layer):
+            with located(place):
                 transport.reply(pack_reply(REFUSED if refusal else ACCEPTED, str(refusal or "")), self._timeout)
             report.frames, report.bytes = report.frames + 1, report.bytes + FrameHeader.SIZE + header.padded
             report.finished = time.monotonic()
@@ -267,35 +268,35 @@ class CacheReceiver:
     def _header(self, refusal: TransferError | None) -> FrameHeader:
         """The next frame's header; or an error, where the sender stops or something else arrives."""
         transport, expected = self._transport, self._assembler.expected
-        layer = layer_in(expected)
-        with located(expected, layer):
+        with located(expected):
             head = transport.receive_head(self._timeout if self.report.frames else self._first_timeout)
         if not self.report.frames:
             self.report.started = time.monotonic()
         if head.startswith(STOP_MAGIC):
-            raise self._stopped(head, refusal, expected, layer)
+            raise self._stopped(head, refusal, expected)
         try:
             return FrameHeader.parse(head, self._limit)
         except WireError as problem:
-            message = f"from {transport.peer}: {expected}: {problem}"
+            message = f"from {transport.peer}: {in_words(expected)}: {problem}"
             with suppress(TransportError):
                 transport.reply(pack_reply(LOST, message), self._timeout)
             transport.close()
-            raise TransferError(message, layer) from problem
+            raise TransferError(message, layer_of(expected)) from problem
 
-    def _stopped(self, head: bytes, refusal: TransferError | None, expected: str, layer: int) -> TransferError:
+    def _stopped(self, head: bytes, refusal: TransferError | None, expected: Place | None) -> TransferError:
         """Hear out a sender that stops; the error that results."""
         transport = self._transport
         try:
-            with located(expected, layer):
+            with located(expected):
                 rest = transport.receive_payload(STOP.size - HEAD_BYTES, torch.device("cpu"), self._timeout)
                 transport.reply(pack_reply(ACCEPTED, ""), self._timeout)
         except WireError as problem:
             transport.close()
-            return TransferError(f"from {transport.peer}: {expected}: {problem}", layer)
+            return TransferError(f"from {transport.peer}: {in_words(expected)}: {problem}", layer_of(expected))
         _, size, reason = STOP.unpack(head + host_bytes(rest))
         text = unpack_reason(reason[:size])
-        return refusal or TransferError(f"{transport.peer} gave up before {expected}: {text}", layer, True)
+        message = f"{transport.peer} gave up before {in_words(expected)}: {text}"
+        return refusal or TransferError(message, layer_of(expected), True)
 
 
 def sending_to(dst: int | SendingTransport, group: dist.ProcessGroup | None) -> SendingTransport:

@@ -14,6 +14,7 @@ from spectrumkv_hf import wire
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.transfer.transport import SendingTransport, TransportError
 from spectrumkv_hf.wire import Kind, WireError
+from spectrumkv_hf.wire.frame import Place
 
 REASON_BYTES = 501
 STOP = struct.Struct(f"<8sI52x{REASON_BYTES}s11x")
@@ -78,18 +79,27 @@ class GivenUp(Exception):
 class _Pending:
     """A frame that is not acknowledged."""
 
-    name: str
-    layer: int
+    place: Place | None
     frame: torch.Tensor
 
 
 @contextmanager
-def located(name: str, layer: int) -> Iterator[None]:
-    """A transport's error in here becomes that of a frame."""
+def located(place: Place | None) -> Iterator[None]:
+    """A transport's error in here becomes that of a frame; of None, of the end of a stream."""
     try:
         yield
     except TransportError as problem:
-        raise TransferError(f"{name}: {problem}", layer) from problem
+        raise TransferError(f"{in_words(place)}: {problem}", layer_of(place)) from problem
+
+
+def in_words(place: Place | None) -> str:
+    """A place, or the end of the stream."""
+    return "the end of the stream" if place is None else str(place)
+
+
+def layer_of(place: Place | None) -> int:
+    """The layer of a place, -1 where it has none."""
+    return -1 if place is None else place.layer
 
 
 def check_timeout(name: str, timeout: float) -> float:
@@ -120,10 +130,10 @@ class FrameSender:
                 began = time.monotonic()
                 frame = next(frames)
                 self.report.packing += time.monotonic() - began
-                layer = index - 1 if index <= layers else -1
+                place = Place(Kind.HEADER) if not index else Place(Kind.LAYER, index - 1)
                 self._settle(self._in_flight - 1)
                 self.report.started = self.report.started or time.monotonic()
-                self._push(frame, "the end frame" if index > layers else frame_name(layer), layer)
+                self._push(frame, Place(Kind.END) if index > layers else place)
             self._settle(0)
 
     @contextmanager
@@ -138,10 +148,10 @@ class FrameSender:
                 self._stop(str(problem) if isinstance(problem, GivenUp) else describe(problem))
             raise
 
-    def _push(self, frame: torch.Tensor, name: str, layer: int) -> None:
-        self._pending.append(_Pending(name, layer, frame))
+    def _push(self, frame: torch.Tensor, place: Place | None) -> None:
+        self._pending.append(_Pending(place, frame))
         try:
-            with located(name, layer):
+            with located(place):
                 self._transport.send(frame, self._timeout)
         except TransferError:
             self._settle(0)  # what the receiver said before the end says more
@@ -153,10 +163,10 @@ class FrameSender:
             pending, status, reason = self._acknowledge()
             if status == REFUSED:
                 self._stop("")
-                raise TransferError(f"{pending.name}: {self._transport.peer} refused it: {reason}", pending.layer, True)
+                raise self._error(pending, f"refused it: {reason}", usable=True)
             if status != ACCEPTED:
                 self._transport.close()
-                raise TransferError(f"{pending.name}: {self._transport.peer} lost the stream: {reason}", pending.layer)
+                raise self._error(pending, f"lost the stream: {reason}")
             self.report.frames += 1
             self.report.bytes += pending.frame.numel()
             self.report.finished = time.monotonic()
@@ -164,14 +174,18 @@ class FrameSender:
     def _acknowledge(self) -> tuple[_Pending, int, str]:
         """The oldest frame on its way, and what the receiver says of it."""
         pending, transport = self._pending[0], self._transport
-        with located(pending.name, pending.layer):
+        with located(pending.place):
             reply = transport.receive_reply(self._timeout)
         magic, status, size, reason = REPLY.unpack(reply)
         if magic != REPLY_MAGIC:
             transport.close()
-            raise TransferError(f"{pending.name}: {transport.peer} replied {magic!r}", pending.layer)
+            raise self._error(pending, f"replied {magic!r}")
         self._pending.popleft()
         return pending, status, unpack_reason(reason[:size])
+
+    def _error(self, pending: _Pending, what: str, usable: bool = False) -> TransferError:
+        place = pending.place
+        return TransferError(f"{in_words(place)}: {self._transport.peer} {what}", layer_of(place), usable)
 
     def _stop(self, reason: str) -> None:
         """End the stream before its end, so that the transport stays usable."""
@@ -179,7 +193,7 @@ class FrameSender:
             self._acknowledge()
         text = pack_reason(reason)
         stop = STOP.pack(STOP_MAGIC, len(text), text)
-        self._push(torch.frombuffer(bytearray(stop), dtype=torch.uint8), "the end of the stream", -1)
+        self._push(torch.frombuffer(bytearray(stop), dtype=torch.uint8), None)
         self._acknowledge()
 
 
@@ -202,14 +216,3 @@ def unpack_reason(raw: bytes) -> str:
 def describe(problem: BaseException) -> str:
     """An error with its type, but for a `WireError`, which says enough."""
     return str(problem) if isinstance(problem, WireError) else f"{type(problem).__name__}: {problem}"
-
-
-def frame_name(layer: int, kind: Kind = Kind.HEADER) -> str:
-    """A frame, in words."""
-    return f"layer {layer}" if layer >= 0 else f"the {kind.name.lower()} frame"
-
-
-def layer_in(expected: str) -> int:
-    """The layer that the assembler expects, or -1."""
-    number = expected.removeprefix("layer ")
-    return int(number) if number.isdigit() else -1

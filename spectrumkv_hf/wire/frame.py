@@ -8,7 +8,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,15 @@ ALIGNMENT = 64
 
 
 class WireError(ValueError):
-    """Bytes that are no sound cache, or not this model's; the message says what is wrong, and where."""
+    """Bytes that are no sound cache, or not this model's; the message says what is wrong, and where.
+
+    Attributes:
+        located: Whether the message names the frame.
+    """
+
+    def __init__(self, message: str, located: bool = False) -> None:
+        super().__init__(message)
+        self.located = located
 
 
 _brief = reprlib.Repr()
@@ -51,6 +59,16 @@ class Kind(IntEnum):
     BLOCKS = 6
 
 
+class Place(NamedTuple):
+    """A frame's place in a stream, -1 for the layer of frames that belong to none."""
+
+    kind: Kind
+    layer: int = -1
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.kind == Kind.LAYER else f"the {self.kind.name.lower()} frame"
+
+
 @dataclass(frozen=True)
 class FrameHeader:
     """The first 64 bytes of a frame.
@@ -73,6 +91,11 @@ class FrameHeader:
     length: int
     digest: int
     stream: int = 0
+
+    @property
+    def place(self) -> Place:
+        """What it belongs to."""
+        return Place(self.kind, self.layer)
 
     @property
     def padded(self) -> int:

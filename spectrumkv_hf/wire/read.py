@@ -21,6 +21,7 @@ from spectrumkv_hf.wire.frame import (
     Buffer,
     FrameHeader,
     Kind,
+    Place,
     WireError,
     as_tensor,
     digest_of_digests,
@@ -91,14 +92,14 @@ class Assembler(Generic[C]):
         self._state = "open"
 
     @property
-    def expected(self) -> str:
-        """The frame that comes next, in words."""
+    def expected(self) -> Place | None:
+        """The frame that comes next; None where none is accepted any more."""
         if self._state != "open":
-            return "none"
+            return None
         if self._stream is None:
-            return "the header frame"
+            return Place(Kind.HEADER)
         layer = len(self._digests) - 1
-        return f"layer {layer}" if layer < len(self._stream.cache.layers) else "the end frame"
+        return Place(Kind.LAYER, layer) if layer < len(self._stream.cache.layers) else Place(Kind.END)
 
     def feed(self, frame: Buffer) -> C | None:
         """Take a whole frame, as `frames` yields them.
@@ -157,13 +158,7 @@ class Assembler(Generic[C]):
 
     def _check_place(self, header: FrameHeader) -> None:
         index = len(self._digests)
-        if self._stream is None:
-            kind, layer = Kind.HEADER, -1
-        elif index <= len(self._stream.cache.layers):
-            kind, layer = Kind.LAYER, index - 1
-        else:
-            kind, layer = Kind.END, -1
-        if (header.kind, header.layer, header.index) != (kind, layer, index):
+        if (header.place, header.index) != (self.expected, index):
             what = "layer {0.layer}" if header.kind == Kind.LAYER else "a frame of kind {0.kind.name}"
             raise WireError(
                 f"out of order: expected {self.expected} as frame {index}, got {what.format(header)} as frame "
@@ -192,13 +187,13 @@ class _Located:
         if error is None:
             return
         header, assembler = self.header, self.assembler
-        where = assembler.expected if header is None else f"frame {header.index}"
+        where = f"frame {header.index}" if header is not None and header.kind != Kind.LAYER else assembler.expected
         if header is not None and header.kind == Kind.LAYER:
-            where = f"layer {header.layer}"
+            where = header.place
         offset = assembler._offset
         assembler._fail()
         if isinstance(error, WireError):
-            raise WireError(f"{where}, at byte {offset} of the stream: {error}") from None
+            raise WireError(f"{where}, at byte {offset} of the stream: {error}", located=True) from None
 
 
 def _begin(

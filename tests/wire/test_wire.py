@@ -458,7 +458,7 @@ class TestStreams:
             assert assembler.feed(frames[index]) is None
         with pytest.raises(WireError, match=message):
             assembler.feed(frames[order[-1]])
-        assert assembler.expected == "none"
+        assert assembler.expected is None
         with pytest.raises(WireError, match="the stream is broken"):
             assembler.feed(frames[1])
 
