@@ -160,7 +160,7 @@ class TieredCache(Cache):
                 )
             )
             if ranking is not None:
-                ranking.members += 1
+                ranking.join()
         if self._notes and not self.policy.lossless:
             what = f"of {type(config).__name__} uncompressed:\n{self.summary(layers)}"
             if len(self._notes) < len(layers):

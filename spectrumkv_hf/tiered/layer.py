@@ -15,7 +15,7 @@ from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.listeners import Listeners
 from spectrumkv_hf.tiered.schedule import OpenUpdate, SharedRanking, Stage
-from spectrumkv_hf.tiered.store import TAIL_STEP, TieredStore
+from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore
 from spectrumkv_kernels import Codec, Rotary, attention_scores, real_tokens, tiered_attention
 
 logger = logging.getLogger(__name__)
@@ -416,6 +416,11 @@ class SpectrumLayer(CacheLayerMixin):
     def compress(self, tokens: int, score: torch.Tensor) -> None:
         """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`."""
         self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx))
+
+    def lift(self, tokens: torch.Tensor, arena: Arena) -> None:
+        """Move tokens to the tier in which an arena holds them; see `TieredStore.lift`."""
+        self.store.lift(tokens, arena)
+        self.generation += 1
 
     def announce(self) -> None:
         """Say that the layer holds what it will hold until the next update; once an update."""

@@ -61,14 +61,18 @@ class SharedRanking:
     """
 
     def __init__(self) -> None:
-        self.members = 0
+        self._members = 0
         self._offers: dict[int, Offer] = {}
         self._total: torch.Tensor | None = None
+
+    def join(self) -> None:
+        """Wait for the offers of one layer more."""
+        self._members += 1
 
     def offer(self, layer: Layer, score: torch.Tensor) -> None:
         """Add the scores of a layer's oldest tail tokens, `[batch, kv_heads, tokens]`, or replace what it offered."""
         self._offers[layer.layer_idx] = Offer(layer, layer.tail_start, score.nan_to_num(nan=0.0))
-        if len(self._offers) == self.members:
+        if len(self._offers) == self._members:
             self.settle()
 
     def waits(self, layer: Layer) -> bool:

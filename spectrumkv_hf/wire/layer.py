@@ -214,8 +214,8 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     if counts is not None:
         _check_counts(store, held.checks, counts, [arena.positions.shape[-1] for arena in arenas])
     layer.adopt(store)
-    if hasattr(layer, "record_past"):
-        layer.record_past = record_past
+    if record_past:
+        layer.activate_past_recording()
 
 
 def _tiers(fields: Fields) -> list[Tier]:

@@ -165,8 +165,7 @@ def apply(cache: TieredCache, frame: Buffer) -> None:
     everywhere[..., start : start + size] = wanted
     if bool(everywhere[..., : store.first_kept].any()) or base != _base(store, target, everywhere):
         raise WireError(f"layer {header.layer}: the tokens have changed since the patch was requested")
-    store.lift(everywhere, Arena(target, k, v, positions))
-    layer.generation += 1
+    layer.lift(everywhere, Arena(target, k, v, positions))
 
 
 # -- what requests and patches share ----------------------------------------------------------------------------------
