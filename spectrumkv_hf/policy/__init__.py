@@ -8,13 +8,19 @@ from spectrumkv_hf.policy.policies import (
     POLICIES,
     TIERS,
     Adaptive,
+    Balanced,
     Counts,
     DropScored,
+    DropWindow,
     Greedy,
     Lossless,
     Policy,
+    RandomTier,
     SinkProtect,
     Tier,
+    TwoTier,
+    UniformInt4,
+    UniformInt8,
     exempt,
     get_policy,
     increments,
@@ -22,6 +28,7 @@ from spectrumkv_hf.policy.policies import (
 )
 
 __all__ = [
-    "DROPPED", "FP16", "INT4", "INT8", "POLICIES", "TIERS", "Adaptive", "Counts", "DropScored", "Greedy", "Lossless",
-    "Policy", "SinkProtect", "Tier", "exempt", "get_policy", "increments", "lifted",
+    "DROPPED", "FP16", "INT4", "INT8", "POLICIES", "TIERS", "Adaptive", "Balanced", "Counts", "DropScored",
+    "DropWindow", "Greedy", "Lossless", "Policy", "RandomTier", "SinkProtect", "Tier", "TwoTier", "UniformInt4",
+    "UniformInt8", "exempt", "get_policy", "increments", "lifted",
 ]  # fmt: skip

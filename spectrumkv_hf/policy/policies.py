@@ -54,7 +54,6 @@ class Policy:
     """
 
     name: ClassVar[str]
-    source: ClassVar[str]
     minimum: ClassVar[Fraction] = Fraction(1, 4)
     lossless: ClassVar[bool] = False
 
@@ -152,7 +151,6 @@ class Lossless(Policy):
     """Everything exact, bit-equal to `DynamicCache`."""
 
     name = "fp16"
-    source = "control"
     minimum = Fraction(1)
     lossless = True
     budget: float = 1.0
@@ -166,7 +164,6 @@ class Greedy(Policy):
     """b <= .5: INT8 = 4b - 1, INT4 = 2 - 4b; above: FP16 = 2b - 1, INT8 = 2 - 2b."""
 
     name = "greedy"
-    source = "paper, three-tier Greedy"
 
     def counts(self, tokens: int) -> Counts:
         return _greedy(self.exact_budget, tokens)
@@ -177,7 +174,6 @@ class SinkProtect(Policy):
     """The sinks FP16, then greedy at `b` on the rest: the sinks come on top of the budget."""
 
     name = "sink_protect"
-    source = "paper, SinkProtect"
 
     def counts(self, tokens: int) -> Counts:
         sinks = min(self.sinks, tokens)
@@ -190,7 +186,6 @@ class Balanced(Policy):
     """R = 4b - 1: FP16 = R / 5, INT8 = 2R / 5, rest INT4; where that is below 0, FP16 = 2b - 1, INT8 = 1 - FP16."""
 
     name = "balanced"
-    source = "paper, Balanced"
 
     def counts(self, tokens: int) -> Counts:
         surplus = 4 * self.exact_budget - 1
@@ -204,7 +199,6 @@ class TwoTier(Policy):
     """FP16 = 2b - 1 and INT8; below b = .5 INT8 = 2b and the least important tokens are dropped."""
 
     name = "two_tier"
-    source = "paper, two-tier fallback"
     minimum = Fraction(1, 100)
 
     def counts(self, tokens: int) -> Counts:
@@ -222,7 +216,6 @@ class Adaptive(Policy):
     """
 
     name = "adaptive"
-    source = "paper, Adaptive"
     minimum = TwoTier.minimum
     probe_passed: bool | None = None
 
@@ -256,7 +249,6 @@ class UniformInt8(_Uniform):
     """All tokens INT8."""
 
     name = "uniform_int8"
-    source = "paper, control"
     tier = INT8
     budget: float = 0.5
 
@@ -266,7 +258,6 @@ class UniformInt4(_Uniform):
     """All tokens INT4."""
 
     name = "uniform_int4"
-    source = "paper, control"
     tier = INT4
     budget: float = 0.25
 
@@ -276,7 +267,6 @@ class RandomTier(Greedy):
     """Greedy counts, random ranking."""
 
     name = "random"
-    source = "paper, control"
     importance: str = "random"
 
 
@@ -285,7 +275,6 @@ class DropScored(Policy):
     """FP16 = b, the least important tokens dropped ("SWS" in the paper)."""
 
     name = "drop_scored"
-    source = "paper, baseline"
     minimum = Fraction(1, 100)
 
     def counts(self, tokens: int) -> Counts:
@@ -297,7 +286,6 @@ class DropWindow(DropScored):
     """The sinks and the last tokens FP16, the middle dropped ("PDTrim" in the paper; StreamingLLM's window)."""
 
     name = "drop_window"
-    source = "paper, baseline"
     importance: str = "recency"
 
 

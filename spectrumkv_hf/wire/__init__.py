@@ -8,7 +8,7 @@ bytes. `wire_write` and `wire_read` work on caches, `wire_layer` and `wire_stock
 from spectrumkv_hf.wire.frame import Buffer, FrameHeader, Kind, WireError
 from spectrumkv_hf.wire.patch import ExactCopy, request
 from spectrumkv_hf.wire.read import Assembler, deserialize, load
-from spectrumkv_hf.wire.write import Emitter, FrameWriter, frames, header_frame, layer_frame, save, serialize
+from spectrumkv_hf.wire.write import Emitter, FrameWriter, frames, layer_frame, save, serialize
 
 __all__ = [
     "Assembler",
@@ -21,7 +21,6 @@ __all__ = [
     "WireError",
     "deserialize",
     "frames",
-    "header_frame",
     "layer_frame",
     "load",
     "request",

@@ -52,11 +52,6 @@ def frames(cache: TieredCache, stream: int = 0) -> Iterator[torch.Tensor]:
     yield writer.end()
 
 
-def header_frame(cache: TieredCache, stream: int = 0) -> torch.Tensor:
-    """The frame that begins a stream."""
-    return FrameWriter(cache, stream).header()
-
-
 def layer_frame(cache: TieredCache, index: int, stream: int = 0) -> torch.Tensor:
     """The frame of layer `index`."""
     return FrameWriter(cache, stream).layer(index)
@@ -188,14 +183,14 @@ class FrameWriter:
 
     @property
     def device(self) -> torch.device:
-        return next((t.device for layer in self.cache.layers for t in _tensors_of(layer)), torch.device("cpu"))
+        return next((t.device for layer in self.cache.layers for t in _batched_tensors(layer)), torch.device("cpu"))
 
     @property
     def extent(self) -> tuple[int, int]:
         """Batch size and length of the cache."""
         if self._extent is None:
-            filled = [layer for layer in self.cache.layers if next(_tensors_of(layer), None) is not None]
-            batch = next(_tensors_of(filled[0])).shape[0] if filled else 0
+            filled = [layer for layer in self.cache.layers if next(_batched_tensors(layer), None) is not None]
+            batch = next(_batched_tensors(filled[0])).shape[0] if filled else 0
             lengths = [length for layer in filled if (length := _length_of(layer)) is not None]
             self._extent = batch, lengths[0] if lengths else 0
             if self._extent[1] > MAX_LENGTH:
@@ -269,7 +264,7 @@ class FrameWriter:
         return self._frame(payload, frames)
 
 
-def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+def _batched_tensors(layer: Any) -> Iterator[torch.Tensor]:
     """Tensors of a layer whose first dimension is the batch."""
     if isinstance(layer, SpectrumLayer):
         if layer.is_initialized:
