@@ -41,8 +41,8 @@ __version__ = "0.1.0"
 __all__ = [
     "POLICIES", "TIERS", "Adaptive", "Balanced", "CacheReceiver", "CacheSender", "CalibrationProbe", "DropScored",
     "DropWindow", "Greedy", "Lossless", "MemoryReport", "PaperProbe", "Policy", "ProbeError", "RandomTier",
-    "SinkProtect", "SpectrumCache", "Tier", "TransferError", "TransferReport", "TwoTier", "UniformInt4", "UniformInt8", "WireError",
-    "cache_argument", "get_policy", "probe_model", "recv_cache", "send_cache",
+    "SinkProtect", "SpectrumCache", "Tier", "TransferError", "TransferReport", "TwoTier", "UniformInt4", "UniformInt8",
+    "WireError", "cache_argument", "get_policy", "probe_model", "recv_cache", "send_cache",
 ]  # fmt: skip
 
 _LATER = {
