@@ -70,16 +70,17 @@ class SpectrumCache(TieredCache):
         Args:
             model: The model that will use the cache, with its weights.
             tokenizer: Its tokenizer, for the text that the probe reads; None: it reads random tokens.
-            budget: As of the class; None: .5, or that of `policy`.
-            policy: As of the class; given, nothing is probed. None: by the probe.
-            codec: As of the class.
+            budget: Mean nominal cost of a token, as a fraction of FP16; None: .5, or that of `policy`.
+            policy: Name of a policy or a policy, with which nothing is probed; None: the probe chooses it.
+            codec: `"spectrum"`, or `"absmax"` for the paper's.
             probe: `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `CalibrationProbe` or
                 `PaperProbe` of the cache's codec; None for no probe.
             policy_options: Further fields of the policy.
 
         Raises:
-            ValueError: as of the class; an unknown probe, or one of another codec.
-            TypeError: as of the class.
+            ValueError: an unknown policy, codec or probe, a probe of another codec, a value out of range, an
+                encoder-decoder model.
+            TypeError: an option that the policy does not have.
         """
         if policy is None:
             budget = 0.5 if budget is None else budget
@@ -135,7 +136,7 @@ class SpectrumCache(TieredCache):
         """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
 
         Args:
-            frame: A buffer as of `deserialize`; its tensors are copied.
+            frame: bytes, bytearray, memoryview, mmap, or a contiguous uint8 tensor; its tensors are copied.
 
         Raises:
             WireError: the frame is damaged, or the tokens have changed since they were asked for (batch operations,
@@ -150,7 +151,7 @@ class SpectrumCache(TieredCache):
         that the umask leaves of 0666. Caches of others who have mapped the old file stay as they are.
 
         Raises:
-            WireError: as of `serialize`.
+            WireError: a layer or policy that can't be serialised, or layers of different lengths.
             OSError: it can't be written, or something else than a regular file is there.
         """
         wire.save(self, path)
@@ -168,13 +169,15 @@ class SpectrumCache(TieredCache):
 
         Args:
             path: Of the file.
-            config, device, model: As of `deserialize`.
+            config: Of the model that will use the cache.
+            device: Where the cache will lie; None: on the CPU.
+            model: That model, if its weights are to be compared with those that made the cache.
             mmap: On the CPU the cache's tensors are the mapped file, of which only what is used is read. `save` may
                 replace it meanwhile, but who writes into it changes the cache, and who shortens it ends this process
                 with SIGBUS. False: the file is read into memory, for files that others can write into.
 
         Raises:
-            WireError: as of `deserialize`, or the file is empty.
+            WireError: the bytes are damaged, of another version, or of another model, or there are none.
             OSError: it can't be read, or is no regular file.
         """
         return wire.load(cls, path, config, device, mmap, model)

@@ -69,7 +69,7 @@ class ChunkCodec:
         """Fill a chunk from its blob; not touched where that is refused.
 
         Raises:
-            WireError: as of `BlockCodec.restore`.
+            WireError: as in `BlockCodec.restore`.
         """
         tensors = tensors_of(chunk)
         parts = self.blocks.restore(blob, self.specs(chunk.get_shapes(), chunk.get_dtypes()), name_of(key))
@@ -152,7 +152,7 @@ def chunk_codec(
         tensor_parallel: Workers that share the KV heads.
         block_size: Tokens in a block of the engine, for `vllm_cpu`.
         revision: Whatever tells these weights from others of the same shape and name.
-        options: As of `block_codec`: `policy`, `budget`, `codec`, `sinks`, `importance`, ...
+        options: As in `block_codec`: `policy`, `budget`, `codec`, `sinks`, `importance`, ...
 
     Raises:
         ValueError, TypeError: settings that are unknown, missing or out of range.

@@ -60,7 +60,7 @@ class PromptStore:
         """Compress a layer's blocks, `[blocks, kv_heads, tokens in a block, 2 * head_dim]`. Returns the blob's bytes.
 
         Raises:
-            ValueError: as of `BlockCodec.compress`.
+            ValueError: as in `BlockCodec.compress`.
         """
         keys, values = split_blocks(blocks, self.layout)
         blob = self._codec(layer).compress([(keys[None], values[None])], self._key(name, layer)).cpu()
@@ -95,7 +95,7 @@ class PromptStore:
         """The blocks that `save` got, `[blocks, kv_heads, tokens in a block, 2 * head_dim]`.
 
         Args:
-            name, layer: As of `save`.
+            name, layer: As in `save`.
             like: The engine's cache of that layer, `[any, kv_heads, tokens in a block, 2 * head_dim]`.
             blocks: How many it was.
 

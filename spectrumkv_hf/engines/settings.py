@@ -23,7 +23,7 @@ class ModelShape:
         kv_heads: Of the whole model; None where layers differ.
         head_dim: Channels of keys and values; None where layers differ.
         rotaries: The rotation of each layer with keys and values.
-        identity: As of `model_identity`.
+        identity: As in `model_identity`.
     """
 
     kv_heads: int | None = None

@@ -58,7 +58,7 @@ class SpectrumConnector(KVConnectorBase_V1):
     """A connector of vLLM; `kv_connector_extra_config` takes
 
     * `path`: the shared folder, required,
-    * `policy`, `budget`, `codec` and further fields of the policy, as of `block_codec`,
+    * `policy`, `budget`, `codec` and further fields of the policy, as in `block_codec`,
     * `model_id`: names the weights, the same for both servers; by default the model as given to vLLM,
     * `layout`: where a block holds its tokens, if it can't be told from the backend.
     """

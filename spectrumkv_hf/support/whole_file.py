@@ -78,7 +78,7 @@ def open_regular(path: str | os.PathLike[str], folder: int | None = None, follow
 
     Args:
         path: Of the file.
-        folder: As of `replacing`.
+        folder: As in `replacing`.
         follow: Whether it may be a symbolic link.
 
     Raises:

@@ -104,7 +104,7 @@ class TieredCache(Cache):
 
         Args:
             config: Of an encoder-decoder model; it is not changed.
-            options: As of the class.
+            options: As in the class.
         """
         if not config.is_encoder_decoder:
             raise ValueError(f"{type(config).__name__} is no encoder-decoder: use SpectrumCache(config, ...)")

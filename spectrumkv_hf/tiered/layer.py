@@ -443,7 +443,7 @@ class SpectrumLayer(CacheLayerMixin):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update. As of `keys`."""
+        """Dequantised values, `[batch, kv_heads, length, value_dim]`; None before the first update. As in `keys`."""
         return self._visible()[1]
 
     @values.setter
@@ -451,7 +451,7 @@ class SpectrumLayer(CacheLayerMixin):
         self._replace(values=values)
 
     def _replace(self, **side: torch.Tensor) -> None:
-        """Other exact keys or values, as of `TieredStore.replace_tail`.
+        """Other exact keys or values, as in `TieredStore.replace_tail`.
 
         Raises:
             AttributeError: the layer keeps tiers, or nothing yet.

@@ -27,7 +27,7 @@ class LinearStates(SpectrumLayer):
 
     Args:
         number_of_states: Convolutional and recurrent states each.
-        kwargs: As of the tiered layer.
+        kwargs: As in the tiered layer.
     """
 
     number_of_states: int
@@ -77,7 +77,7 @@ class LinearStates(SpectrumLayer):
         return conv, recurrent
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As of Transformers' layer: remove the last tokens, which the states must have recorded."""
+        """As in Transformers' layer: remove the last tokens, which the states must have recorded."""
         if self.states() and not self.record_past:
             LinearAttentionLayer.crop(self, tokens_to_remove)  # says that it can't
         super().crop(tokens_to_remove)

@@ -13,7 +13,7 @@ class SlidingSpectrumLayer(SpectrumLayer):
 
     Args:
         sliding_window: Tokens that a query sees, itself included.
-        kwargs: As of `SpectrumLayer`.
+        kwargs: As in `SpectrumLayer`.
     """
 
     is_sliding = True
@@ -52,7 +52,7 @@ class SlidingSpectrumLayer(SpectrumLayer):
         super()._tier(scores)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As of `SpectrumLayer`, and free what has left the window.
+        """As in `SpectrumLayer`, and free what has left the window.
 
         Raises:
             RuntimeError: tokens that would be seen again are gone; call `activate_past_recording` before.

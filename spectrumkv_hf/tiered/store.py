@@ -362,7 +362,7 @@ class TieredStore:
         """The tokens that go to each of `TIERS`: ascending, int64 `[batch, kv_heads, any]`.
 
         Args:
-            tokens, policy, score, floor: As of `compress`.
+            tokens, policy, score, floor: As in `compress`.
             exact: Tokens that have to stay exact, bool `[batch, kv_heads, tokens]`, or None.
         """
         row = exempt(lifted(increments(policy, self.tail_start, tokens), floor), _most(exact))
@@ -580,7 +580,7 @@ def _with_capacity(now: Contents, held: int, length: int, skip: int = 0) -> Cont
     """The contents with new buffers, which have room for `held` tokens and start with the tail's from `skip` on.
 
     Args:
-        length: As of `_capacity`.
+        length: As in `_capacity`.
     """
     capacity = _capacity(held, length)
     copied = min(now.length - now.tail_start - skip, held)

@@ -179,7 +179,7 @@ class DirectorySender(_End):
 class DirectoryReceiver(_End):
     """The receiving end; a `spectrumkv_hf.transfer.transport.ReceivingTransport`.
 
-    Args, Raises: As of `DirectorySender`.
+    Args, Raises: As in `DirectorySender`.
     """
 
     role, other = "receiver", "sender"

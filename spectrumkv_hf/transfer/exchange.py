@@ -89,8 +89,9 @@ def recv_cache(
     Args:
         src: Global rank, or a transport that leads to the sender.
         config: Of the model that will use the cache.
-        group, timeout: As of `send_cache`.
-        options: Further ones of `CacheReceiver`.
+        group: Of the rank: process group with a backend for CPU tensors; None: the default group.
+        timeout: Seconds that a message may take.
+        options: `first_timeout`, `device`, `max_frame_bytes` and `model` of `CacheReceiver`.
 
     Raises:
         TransferError: the peer died, was too slow, gave up, or sent damage. There is no cache then.
@@ -107,7 +108,10 @@ class CacheSender:
 
     Args:
         cache: Empty; attach the sender before the prefill.
-        dst, group, timeout, in_flight: As of `send_cache`.
+        dst: Global rank, or a transport that leads to the receiver.
+        group: Of the rank: process group with a backend for CPU tensors; None: the default group.
+        timeout: Seconds that a message may take; on a slow link, more than a layer's frame needs.
+        in_flight: Frames sent and not yet acknowledged, 1 or more; each is a copy of one layer.
         tokens: Length of the cache at which its layers are final; for a prefill in chunks, that of the whole prompt.
             None: the first forward's.
 
@@ -201,11 +205,14 @@ class CacheReceiver:
     """Receives one cache; see `recv_cache`.
 
     Args:
-        src, config, group, timeout: As of `recv_cache`.
+        src: Global rank, or a transport that leads to the sender.
+        config: Of the model that will use the cache.
+        group: Of the rank: process group with a backend for CPU tensors; None: the default group.
+        timeout: Seconds that a message may take.
         first_timeout: Seconds to wait for the first frame, which may come after a whole prefill; None: `timeout`.
         device: Where the cache will lie; None: the CPU.
         max_frame_bytes: The longest frame to make room for.
-        model: As of `SpectrumCache.deserialize`.
+        model: The model that will use the cache, if its weights are to be compared with those that made it.
     """
 
     def __init__(

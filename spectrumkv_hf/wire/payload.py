@@ -465,7 +465,7 @@ class Tensors:
         return tensor
 
     def affine(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-        """Scales, or scales and zeros, as of `Quantized`."""
+        """Scales, or scales and zeros, as in `Quantized`."""
         tensor = self.take(name, shape, torch.float16)
         self.checks.affine(name, tensor)
         return tensor

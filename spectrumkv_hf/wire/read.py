@@ -65,7 +65,7 @@ class Assembler(Generic[C]):
         config: Of the model that will use the cache.
         device: Where the cache will lie; None: where the frames are.
         limit: The longest frame to accept, in bytes; None: any.
-        model: As of `SpectrumCache.deserialize`.
+        model: That model, if its weights are to be compared with those that made the cache.
 
     Example:
         ```python
@@ -123,7 +123,7 @@ class Assembler(Generic[C]):
         return self._add(header, as_tensor(payload))
 
     def _add(self, header: FrameHeader, data: torch.Tensor, begin: bytes = b"", later: Later | None = None) -> C | None:
-        """As `add`; `begin` and `later` as of `read_payload`. With `later` the cache is not to be trusted yet."""
+        """As `add`; `begin` and `later` as in `read_payload`. With `later` the cache is not to be trusted yet."""
         with self._located(header):
             if self._state != "open":
                 raise WireError(f"no frame can be added: the stream is {self._state}")

@@ -43,7 +43,7 @@ def frames(cache: TieredCache, stream: int = 0) -> Iterator[torch.Tensor]:
         stream: A number to tell streams apart, below 2^64.
 
     Raises:
-        WireError: as of `SpectrumCache.serialize`.
+        WireError: as in `SpectrumCache.serialize`.
     """
     writer = FrameWriter(cache, stream)
     yield writer.header()
@@ -62,12 +62,12 @@ def serialize(cache: TieredCache, stream: int = 0, out: torch.Tensor | None = No
 
     Args:
         cache: What to write.
-        stream: As of `frames`.
+        stream: As in `frames`.
         out: Write into the beginning of this one, and return that part. Memory that has been in use takes bytes
             faster than new memory.
 
     Raises:
-        WireError: as of `SpectrumCache.serialize`.
+        WireError: as in `SpectrumCache.serialize`.
         ValueError: `out` is too small.
         TypeError: `out` is no contiguous uint8 tensor of one dimension.
     """
@@ -123,7 +123,7 @@ class Emitter:
             forward, out of which comes what it raises.
         tokens: Length of the cache at which layers are final; for a prefill in chunks, that of the whole prompt.
             None: the first forward's.
-        stream: As of `frames`.
+        stream: As in `frames`.
 
     Example:
         ```python
@@ -172,7 +172,7 @@ class FrameWriter:
 
     Args:
         cache: What to send.
-        stream: As of `frames`.
+        stream: As in `frames`.
     """
 
     def __init__(self, cache: TieredCache, stream: int = 0) -> None:
