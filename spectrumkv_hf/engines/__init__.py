@@ -1,5 +1,4 @@
-"""Where caches go besides `torch.distributed`: transports, and connectors for LMCache and vLLM, each an optional extra.
+"""Connectors for LMCache and vLLM, each an optional extra. See docs/engines.md.
 
-Nothing outside imports this package, and importing it imports none of its modules: `directory` needs nothing more,
-`nixl` the extra of that name, the connectors their engine. See docs/engines.md.
+Nothing outside imports this package, and importing it imports none of its modules: each needs its engine.
 """
