@@ -1,7 +1,6 @@
 """The house has floors: imports go down only, and what begins with an underscore stays in its package."""
 
 import ast
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -118,13 +117,6 @@ def test_private_attributes_stay_in_their_room():
     for name, (_, used) in found.items():
         beyond = [(line, attribute) for line, attribute in used if attribute in ours - rooms[room(name)]]
         assert not beyond, f"{MODULES[name]} uses private names of another room: {beyond}"
-
-
-def test_engines_are_optional():
-    assert importlib.util.find_spec("spectrumkv_hf.engines") is not None
-    for name, path in MODULES.items():
-        if room(name) != ("spectrumkv_hf", "engines"):
-            assert not [module for module, _, _ in imports(path) if room(module) == ("spectrumkv_hf", "engines")], name
 
 
 CORE = ("support", "policy", "attention", "tiered", "wire", "transfer", "engines")
