@@ -1,8 +1,8 @@
 """Caches as bytes: whole, in a file, or frame by frame while prefill still runs. See docs/wire-format.md.
 
 A stream is a header frame, a frame for each layer, and an end frame. A buffer, a file and a socket carry the same
-bytes. `write` and `read` work on caches, `layer` and `stock` on one layer, `frame` and `payload` on bytes; `patch` lifts
-tokens of a received cache to a higher tier.
+bytes. `write` and `read` work on caches, `layer` and `stock` on one layer, `frame` and `payload` on bytes; `patch`
+lifts tokens of a received cache to a higher tier.
 """
 
 from spectrumkv_hf.wire.frame import Buffer, FrameHeader, Kind, WireError

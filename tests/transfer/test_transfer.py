@@ -76,7 +76,7 @@ def send_streamed(family, policy, budget):
     cache = new_cache(family, policy, budget)
     with CacheSender(cache, peer(), timeout=PATIENCE) as sender:
         prefill(family, cache)
-    assert not any(layer.on_final for layer in cache.layers)
+    assert not any(getattr(layer, "on_final", None) for layer in cache.layers)
     return cache.serialize().clone(), sender.report.bytes, decode(family, cache)
 
 
