@@ -19,6 +19,7 @@ from spectrumkv_hf.engines.layouts import check_layout, merge_blocks, split_bloc
 from spectrumkv_hf.support.folders import file_mode, open_folder
 from spectrumkv_hf.support.whole_file import open_regular, replacing
 from spectrumkv_hf.wire.frame import WireError
+from spectrumkv_kernels import Rotary
 
 
 class PromptStore:
@@ -27,15 +28,21 @@ class PromptStore:
     Args:
         folder: Made where it is missing, with 0700. What it holds is trusted to be of whoever can write into it: see
             `folders.open_folder` for who may, and for how users share one by a group.
-        blocks: Compresses; the rotation of layer `i` is its `i`-th.
+        blocks: Compresses.
         layout: Of the engine's blocks, one of `layouts.LAYOUTS`.
+        layers: The model's indices of the layers that the rotations of `blocks` are for; a layer that is not among
+            them has none. None: they are for all layers, from 0 on.
 
     Raises:
         OSError: the folder can't be made or written, or others can write into it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], blocks: BlockCodec, layout: str) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], blocks: BlockCodec, layout: str, layers: Sequence[int] | None = None
+    ) -> None:
         check_layout(layout)
+        indices = range(len(blocks.rotaries)) if layers is None else layers
+        self._rotaries = dict(zip(indices, blocks.rotaries, strict=False))
         self.folder, self.blocks, self.layout = Path(folder), blocks, layout
         descriptor = open_folder(self.folder)
         self._mode = file_mode(descriptor)
@@ -116,8 +123,9 @@ class PromptStore:
         return merge_blocks(part[0][0], part[1][0], size, self.layout)
 
     def _codec(self, layer: int) -> BlockCodec:
-        rotaries = self.blocks.rotaries
-        return self.blocks if len(rotaries) == 1 else replace(self.blocks, rotaries=rotaries[layer : layer + 1])
+        if len(set(self.blocks.rotaries)) == 1:
+            return replace(self.blocks, rotaries=self.blocks.rotaries[:1])
+        return replace(self.blocks, rotaries=(self._rotaries.get(layer, Rotary()),))
 
     def _key(self, name: str, layer: int) -> str:
         return f"{name}/{layer}"

@@ -23,12 +23,14 @@ class ModelShape:
         kv_heads: Of the whole model; None where layers differ.
         head_dim: Channels of keys and values; None where layers differ.
         rotaries: The rotation of each layer with keys and values.
+        layers: The indices of these layers in the model.
         identity: As in `model_identity`.
     """
 
     kv_heads: int | None = None
     head_dim: int | None = None
     rotaries: tuple[Rotary, ...] = (Rotary(),)
+    layers: tuple[int, ...] = ()
     identity: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,15 +46,15 @@ def model_shape(model: str | PreTrainedConfig | None) -> ModelShape:
     config = config.get_text_config(decoder=True)
     layers = layer_configs(config)
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
-    pairs = zip(layers, kinds, strict=True)
-    held = [(layer, kind) for layer, kind in pairs if kind is None or kind in ATTENTION_TYPES]
-    attention = [layer for layer, _ in held] or layers[:1]
+    indices = [i for i, kind in enumerate(kinds) if kind is None or kind in ATTENTION_TYPES]
+    attention = [layers[i] for i in indices] or layers[:1]
     heads = {getattr(c, "num_key_value_heads", None) or getattr(c, "num_attention_heads", None) for c in attention}
     dims = {_head_dim(c) for c in attention}
     return ModelShape(
         heads.pop() if len(heads) == 1 else None,
         dims.pop() if len(dims) == 1 else None,
-        tuple(rotary_of(layer, kind) for layer, kind in held) or (Rotary(),),
+        tuple(rotary_of(layers[i], kinds[i]) for i in indices) or (Rotary(),),
+        tuple(indices),
         model_identity(config),
     )
 

@@ -77,10 +77,11 @@ class SpectrumConnector(KVConnectorBase_V1):
         if not self._path:
             raise ValueError("SpectrumConnector needs path, a shared folder, in kv_connector_extra_config")
         identity = [options.pop("model_id", model.model), model.revision, str(vllm_config.cache_config.cache_dtype)]
-        self._codec = block_codec(model_shape(model.hf_text_config), identity=identity, **options)
+        shape = model_shape(model.hf_text_config)
+        self._codec, self._layers = block_codec(shape, identity=identity, **options), shape.layers
         self._block = vllm_config.cache_config.block_size
         # The scheduler's. It looks for names alone, in which the layout of blocks has no part.
-        self._names = PromptStore(self._path, self._codec, self._layout or PER_TOKEN)
+        self._names = PromptStore(self._path, self._codec, self._layout or PER_TOKEN, self._layers)
         self._adapters = Adapters()
         self._prompts: dict[str, tuple[str, int]] = {}  # name, and tokens in whole blocks
         self._blocks: dict[str, list[int]] = {}
@@ -222,7 +223,7 @@ class SpectrumConnector(KVConnectorBase_V1):
             layouts = {layout_of(layer) for layer in layers.values() if _has_cache(layer)}
             if self._layout is None and len(layouts) > 1:
                 raise ValueError(f"layers of several layouts: {', '.join(sorted(layouts))}")
-            self._store = PromptStore(self._path, self._codec, self._layout or layouts.pop())
+            self._store = PromptStore(self._path, self._codec, self._layout or layouts.pop(), self._layers)
         return self._store
 
 

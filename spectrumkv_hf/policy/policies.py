@@ -81,8 +81,8 @@ class Policy:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{field} is a number of tokens, 0 or more, got {value!r}")
-        if not self.decay >= 0:
-            raise ValueError(f"decay is 0 or more, got {self.decay!r}")
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"decay is a finite number, 0 or more, got {self.decay!r}")
         object.__setattr__(self, "floors", _checked_floors(self.floors))
 
     @property

@@ -7,7 +7,6 @@ cache, and gives slots back over a TCP connection of our own, on which the ends 
 die. No pickle is involved. Whoever reaches the port can send; use networks that you trust.
 """
 
-import select
 import socket
 import struct
 import time
@@ -19,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from spectrumkv_hf.transfer.nixl_end import HELLO, HELLO_MAGIC, MAX_STAGING, POLL, VERSION, End, meet
+from spectrumkv_hf.transfer.nixl_end import HELLO, HELLO_MAGIC, MAX_STAGING, POLL, VERSION, End, meet, readable
 from spectrumkv_hf.transfer.transport import HEAD_BYTES, REPLY_BYTES, TransportError, stalled
 from spectrumkv_hf.wire import WireError
 from spectrumkv_hf.wire.frame import host_bytes
@@ -275,7 +274,7 @@ class NixlSender(End):
 
     def _failed(self, message: str) -> TransportError:
         with suppress(OSError):  # the receiver may have said why, where NIXL only knows that it is gone
-            while self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+            while self._socket is not None and readable(self._socket, 0):
                 data = self._socket.recv(1 << 16)
                 self._said += data
                 if not data:

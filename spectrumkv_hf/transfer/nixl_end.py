@@ -2,7 +2,7 @@
 
 import importlib
 import secrets
-import select
+import selectors
 import socket
 import struct
 import time
@@ -27,6 +27,13 @@ RETRY = 0.05
 """Seconds until a receiver that refused a connection is asked again."""
 POLL = 0.0005
 """Seconds between two looks at a transfer or for notifications."""
+
+
+def readable(connection: socket.socket, pause: float) -> bool:
+    """Whether there is something to read, or the end, within `pause` seconds. Any number of files may be open."""
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(connection, selectors.EVENT_READ)
+        return bool(waiting.select(pause))
 
 
 def new_agent(name: str) -> Any:
@@ -112,7 +119,7 @@ class End:
             TransportError: the peer closed the connection, or died.
         """
         connection = self._connection()
-        if select.select([connection], [], [], pause)[0]:
+        if readable(connection, pause):
             with self._watched():
                 data = connection.recv(1 << 16)
             if not data:

@@ -65,6 +65,16 @@ def test_each_layer_has_its_rotation(tmp_path):
         assert torch.equal(restored[1], expected[1][0])
 
 
+def test_rotations_are_found_by_the_models_index(tmp_path):
+    """In a hybrid the layers with keys and values are not the first ones."""
+    rotary = Rotary((1.0, 0.1)), Rotary((0.5, 0.05))
+    shape = ModelShape(rotaries=rotary, layers=(1, 3))
+    ours = PromptStore(tmp_path, block_codec(shape, "uniform_int4", 0.25), PER_TOKEN, shape.layers)
+    found = [ours._codec(layer).rotaries for layer in range(5)]
+    assert found == [(Rotary(),), rotary[:1], (Rotary(),), rotary[1:], (Rotary(),)]
+    assert model_shape(config("qwen3_next")).layers == (1,)
+
+
 def test_visible_when_committed(tmp_path):
     ours, other = store(tmp_path), store(tmp_path)
     name = ours.name(TOKENS)

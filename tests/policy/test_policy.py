@@ -114,6 +114,7 @@ def test_tiering_in_steps_gives_the_counts_of_the_whole(name):
         ("greedy", 0.5, {"scope": "row"}, "scope is one of head, layer, token, got 'row'"),
         ("greedy", 0.5, {"importance": "luck"}, "importance is one of .*got 'luck'"),
         ("greedy", 0.5, {"decay": -0.1}, "decay.*got -0.1"),
+        ("greedy", 0.5, {"decay": float("inf")}, "decay is a finite number.*got inf"),
     ],
 )
 def test_bad_values(name, budget, options, message):

@@ -394,6 +394,22 @@ def test_nixl_replies_to_nothing(nixl_ends):
             sender.receive_reply(5)
 
 
+def test_many_files_may_be_open(nixl):
+    """Beyond the 1024 that `select` can name."""
+    from spectrumkv_hf.transfer.nixl_end import readable
+
+    here, there = socket.socketpair()
+    high = 2000
+    resource = pytest.importorskip("resource")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= high:
+        pytest.skip("this process may not open so many files")
+    os.dup2(here.fileno(), high)
+    with here, there, socket.socket(fileno=high) as far:
+        assert not readable(far, 0)
+        there.send(b"!")
+        assert readable(far, 1)
+
+
 def test_nixl_nobody_there(nixl):
     with nixl.NixlListener() as listener:
         address = listener.address
