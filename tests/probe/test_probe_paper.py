@@ -6,11 +6,11 @@ import pytest
 import torch
 from families import model
 
+from spectrumkv_hf import SpectrumCache
 from spectrumkv_hf.evaluation.protocols import needles
 from spectrumkv_hf.evaluation.protocols.needles import HAYSTACK, NEEDLES, needle_prompts, retrieve
 from spectrumkv_hf.evaluation.subjects.methods import parse_method
 from spectrumkv_hf.probe import PaperProbe, PaperVerdict, ProbeError, Trial, paper
-from spectrumkv_hf.tiered.cache import SpectrumCache
 
 LETTERS = "".join(sorted({*"".join(HAYSTACK), *"".join("".join(needle) for needle in NEEDLES), *"\n:QuestionAnswer"}))
 
