@@ -27,7 +27,8 @@ from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.methods import Tiered, cache_memory
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.subjects.text import passage, text_windows
+from spectrumkv_hf.evaluation.subjects.text import text_windows
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.extras import required
 from spectrumkv_hf.support.whole_file import whole_file, write_whole
 

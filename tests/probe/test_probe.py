@@ -13,10 +13,10 @@ from families import FAMILIES, config, model, prompt
 from outliers import healthy, with_outliers
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.evaluation.protocols.quality import mean_kl
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
 from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, paper, probe_model
 from spectrumkv_hf.probe.calibration import LADDER, Coding, _Measurement
+from spectrumkv_hf.probe.divergence import mean_kl
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 
@@ -270,7 +270,7 @@ class TestPolicy:
 
 class TestFromModel:
     def test_an_explicit_policy_or_none_does_not_probe(self, monkeypatch):
-        monkeypatch.setattr(auto, "choose_policy", None)
+        monkeypatch.setattr(auto, "probed_policy", None)
         m = model("llama", "sdpa")
         for policy in ("balanced", SinkProtect(budget=0.3)):
             SpectrumCache.from_model(m, policy=policy)

@@ -52,7 +52,7 @@ def layer_errors(cache: SpectrumCache, exact: Cache) -> list[dict[str, Any]]:
     return errors
 
 
-class LayerError(Experiment):
+class ReconstructionError(Experiment):
     """A cell is a method on one window."""
 
     name = "layer-error"

@@ -7,17 +7,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.protocols.needles import (
-    DEPTHS,
-    NEEDLES,
-    Needle,
-    NeedlePrompts,
-    ask,
-    found,
-    needle_prompts,
-)
+from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets, family_of, parse_method
+from spectrumkv_hf.probe.needles import NEEDLES, Needle, NeedlePrompts, found, needle_prompts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +81,7 @@ class Needles(Experiment):
     def _cell(self, run: Run, method: Method, needle: Needle, prompts: NeedlePrompts) -> Cell:
         texts: list[str] = []
         for rows in prompts.ids.split(run.args.batch):
-            answers = ask(
+            answers = ask_over(
                 run.model,
                 run.words,
                 method,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Run, Table, join
-from spectrumkv_hf.evaluation.protocols.paper_protocol import paper_loss, perplexity_change, projections
+from spectrumkv_hf.evaluation.protocols.fake_quantisation import fake_quantised_loss, perplexity_change, projections
+from spectrumkv_hf.evaluation.protocols.quality import with_error
 from spectrumkv_hf.evaluation.report.results import Cell
-from spectrumkv_hf.evaluation.report.tables import shown, with_error
+from spectrumkv_hf.evaluation.report.tables import shown
 from spectrumkv_hf.evaluation.subjects.methods import Tiered, at_budgets, family_of, parse_method
 from spectrumkv_hf.policy import Policy
 
@@ -72,7 +73,7 @@ class PaperPerplexity(Experiment):
 
     def _cell(self, run: Run, ids: torch.Tensor, spec: str, index: int) -> Cell:
         policy = replace(_policy(spec), seed=index)  # the paper draws a new order for each window
-        loss, nominal = paper_loss(run.model, ids, policy)
+        loss, nominal = fake_quantised_loss(run.model, ids, policy)
         return {"loss": loss, "nominal_ratio": nominal}
 
     def _losses(self, run: Run, spec: str) -> list[float]:

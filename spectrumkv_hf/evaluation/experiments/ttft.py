@@ -15,7 +15,7 @@ from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Ru
 from spectrumkv_hf.evaluation.protocols.quality import last_logits, prefill
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Exact, Method, Tiered
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.tiered.cache import SpectrumCache
 from spectrumkv_hf.transfer.break_even import TransferCosts
 

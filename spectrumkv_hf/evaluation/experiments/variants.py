@@ -1,4 +1,4 @@
-"""Which methods each table under the transfer protocol compares."""
+"""Which methods each table of quality on a continuation compares."""
 
 from spectrumkv_hf.evaluation.experiments.perplexity import Perplexity
 from spectrumkv_hf.evaluation.report import figures
@@ -11,7 +11,7 @@ RANKINGS = ("attention", "attention_value", "kv_norm", "positional", "recency", 
 PERPLEXITIES = (
     Perplexity(
         name="perplexity",
-        title="Transfer protocol: quality over the cache",
+        title="Quality of a continuation over the cache",
         about="Exact prefill, the cache as it is stored, the same continuation tokens for every method. KL is to "
         "the exact cache; ± are standard errors over the windows; actual counts all stored bytes, and exact "
         "tokens of a float32 model twice.",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from spectrumkv_hf.evaluation.protocols.quality import Summary
 from spectrumkv_hf.evaluation.subjects.methods import family_of
 from spectrumkv_hf.support.extras import required
 
@@ -10,8 +11,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
-
-    from spectrumkv_hf.evaluation.experiments.perplexity import Summary
 
 Draw = Callable[[str, "list[Summary]"], "Figure"]
 MARKERS = "osD^vP*X<>h"

@@ -1,4 +1,4 @@
-"""`spectrumkv eval paper`: every table and figure with one command, and one page that shows them."""
+"""`spectrumkv eval all`: every table and figure with one command, and one page that shows them."""
 
 import argparse
 import sys
@@ -13,8 +13,8 @@ from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_f
 from spectrumkv_hf.evaluation.subjects.text import PASSAGE, add_text_arguments
 from spectrumkv_hf.support.whole_file import whole_file, write_whole
 
-NAME = "paper"
-TITLE = "all of them; tables.md shows what came out"
+NAME = "all"
+TITLE = "every experiment; tables.md shows what came out"
 SHARED = ("model", "dtype", "device", "attn_implementation", "load_in", "output")
 TEXT = ("text_file", "dataset")
 
