@@ -88,7 +88,9 @@ def test_no_circles():
 @pytest.mark.parametrize("name", MODULES)
 def test_private_names_stay_in_their_room(name):
     for module, imported, line in imports(MODULES[name]):
-        private = [part for part in (*module.split("."), imported or "") if part.startswith("_") and not part.endswith("__")]
+        private = [
+            part for part in (*module.split("."), imported or "") if part.startswith("_") and not part.endswith("__")
+        ]
         assert not private or room(module) == room(name), f"{MODULES[name]}:{line} imports {module}.{imported}"
 
 

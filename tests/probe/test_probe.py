@@ -332,8 +332,12 @@ class TestFromModel:
     )
     def test_the_papers_probe(self, exact, tiered, expected, monkeypatch, caplog):
         """Its verdict gives `adaptive`, but for a model that fails over the exact cache too."""
-        answers = {"exact": list(exact), "paper_greedy": list(tiered)}
-        monkeypatch.setattr(paper, "retrieve", lambda m, t, method, *_, **__: [answers[method.spec].pop(0) == "y"])
+        found = {transformers.DynamicCache: list(exact), SpectrumCache: list(tiered)}
+
+        def ask(model, tokenizer, cache, prompts, **_):
+            return [prompts.answer if found[type(cache)].pop(0) == "y" else "nothing"]
+
+        monkeypatch.setattr(paper, "ask", ask)
         probe = PaperProbe(codec="spectrum", tokens=400)
         cache = SpectrumCache.from_model(healthy(), Characters(), budget=0.3, probe=probe)
         assert cache.policy == expected
