@@ -82,12 +82,13 @@ class AccessSkew(Experiment):
         return Table(["Gini coefficient", "mean of layers", "lowest", "highest"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import label_ends, legend_below, lines, new_figure
 
         figure, axes = new_figure(self.title)
-        lines(axes[0], {kind: [(x["layer"], x[kind]) for x in self._means(run)] for kind in KINDS})
+        curves = {kind: [(x["layer"], x[kind]) for x in self._means(run)] for kind in KINDS}
+        lines(axes[0], curves)
         axes[0].set_xlabel("layer")
         axes[0].set_ylabel("Gini coefficient, or share")
         axes[0].set_ylim(0, 1)
-        axes[0].legend(fontsize="small")
+        legend_below(figure, axes[0], label_ends(axes[0], curves))
         return figure

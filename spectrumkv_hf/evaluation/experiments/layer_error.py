@@ -128,15 +128,15 @@ class ReconstructionError(Experiment):
         return Table(header, rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, log_scale, new_figure
 
-        figure, axes = new_figure(self.title, 4, width=4)
+        figure, axes = new_figure(self.title, 2, 2, width=5, height=3)
         panels = (("keys", "relative_l2"), ("values", "relative_l2"), ("keys", "cosine"), ("keys", "max_abs"))
         for each, (side, key) in zip(axes, panels, strict=True):
             each.set_title(f"{side}: {key.replace('_', ' ')}", fontsize="medium")
             lines(each, {s: [(x["layer"], x[side][key]) for x in self._means(run, s)] for s in run.args.methods})
             each.set_xlabel("layer")
             if key != "cosine":
-                each.set_yscale("log")
+                log_scale(each, "y")
         legend_below(figure, axes[0])
         return figure

@@ -115,39 +115,38 @@ class Needles(Experiment):
         return Table(["method", "actual", "nominal", "found", "%"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import heat_map, lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import heat_map, legend_below, lines, new_figure
 
         families: dict[str, list[str]] = {}
         for spec in run.args.methods:
-            families.setdefault(family_of(spec) if spec != "exact" else spec, []).append(spec)
-        exact = families.pop("exact")
-        figure, axes = new_figure(
-            f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}", len(families) + 2, width=3.6
-        )
-        lines(
-            axes[0],
-            {
-                family: [(fmean(c["actual_ratio"] for c in self._cells(run, s)), self.accuracy(run, s)) for s in specs]
-                for family, specs in families.items()
-            },
-        )
+            families.setdefault(family_of(spec), []).append(spec)
+        curves = {
+            family: [(fmean(c["actual_ratio"] for c in self._cells(run, s)), self.accuracy(run, s)) for s in specs]
+            for family, specs in families.items()
+            if family != "exact"
+        }
+        alone = [spec for specs in families.values() if len(specs) == 1 for spec in specs]  # they share a panel
+        panels = {"one budget": alone, **{family: specs for family, specs in families.items() if len(specs) > 1}}
+        columns = 4 if len(panels) > 3 else len(panels) + 1
+        title = f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}"
+        figure, axes = new_figure(title, columns, -(-(len(panels) + 1) // columns), width=2.7, height=3)
+        lines(axes[0], curves)
         axes[0].axhline(self.accuracy(run, "exact"), color="black", linestyle="--", linewidth=1, label="exact")
-        axes[0].set_xlabel("stored bytes over FP16")
-        axes[0].set_ylabel("found")
-        axes[0].set_ylim(-0.03, 1.03)
-        axes[0].legend(fontsize="small")
-        depths = [f"{depth:g}" for depth in run.args.depths]
-        for each, (family, specs) in zip(axes[1:], {"exact": exact, **families}.items(), strict=True):
+        axes[0].set(xlabel="stored bytes over FP16", ylabel="found", ylim=(-0.03, 1.03))
+        legend_below(figure, axes[0])
+        depths = [f"{depth:g}" if index % 2 else "" for index, depth in enumerate(run.args.depths)]
+        for each, (family, specs) in zip(axes[1:], panels.items(), strict=False):
             found_at = [
                 [fmean(hits) for hits in zip(*(cell["found"] for cell in self._cells(run, spec)), strict=True)]
                 for spec in specs
             ]
-            budgets = [_budget(spec) for spec in specs]
-            image = heat_map(each, list(zip(*found_at, strict=True)), budgets, depths)
+            names = specs if family == "one budget" else [_budget(spec) for spec in specs]
+            image = heat_map(each, list(zip(*found_at, strict=True)), names, depths)
             each.set_title(family, fontsize="medium")
-            each.set_xlabel("budget")
-        axes[1].set_ylabel("depth")
-        figure.colorbar(image, ax=axes[1:], label="found")
+            each.set(xlabel="method" if family == "one budget" else "budget", ylabel="depth")
+        for each in axes[len(panels) + 1 :]:
+            each.remove()
+        figure.colorbar(image, ax=axes[1 : len(panels) + 1], label="found")
         return figure
 
 

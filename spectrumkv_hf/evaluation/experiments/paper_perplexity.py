@@ -91,20 +91,18 @@ class PaperPerplexity(Experiment):
         return Table(["policy", "nominal", "PPL", "ΔPPL %", "±"], rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, new_figure
+        from spectrumkv_hf.evaluation.report.figures import change_scale, label_ends, legend_below, lines, new_figure
 
         exact = self._losses(run, "fp16")
         curves: dict[str, list[tuple[float, float]]] = {}
         for spec in run.args.policies:
             point = (_policy(spec).budget, perplexity_change(self._losses(run, spec), exact))
-            curves.setdefault(family_of(spec), []).append(point)
+            curves.setdefault(f"paper_{family_of(spec)}", []).append(point)
         figure, axes = new_figure(self.title, width=8)
-        lines(axes[0], {**curves})
-        axes[0].set_yscale("symlog", linthresh=1)
-        axes[0].axhline(0, color="grey", linewidth=0.8)
+        lines(axes[0], curves)
+        change_scale(axes[0])
         axes[0].set_xlabel("nominal budget")
-        axes[0].set_ylabel("perplexity change, %")
-        legend_below(figure, axes[0])
+        legend_below(figure, axes[0], label_ends(axes[0], curves))
         return figure
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Reduced, Run, model_label
+from spectrumkv_hf.evaluation.report.figures import save
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, markdown_table, print_table
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.subjects.text import PASSAGE, add_text_arguments
-from spectrumkv_hf.support.whole_file import whole_file, write_whole
+from spectrumkv_hf.support.whole_file import write_whole
 
 NAME = "all"
 TITLE = "every experiment; tables.md shows what came out"
@@ -87,7 +88,6 @@ def measure(experiment: Experiment, run: Run) -> list[str]:
     pieces = [f"\n{markdown_table(table.header, table.rows)}"]
     output = run.args.output
     if output is not None and (figure := experiment.figure(run)) is not None:
-        with whole_file(output / f"{experiment.name}.png") as file:
-            figure.savefig(file, dpi=150, format="png")
+        save(figure, output / f"{experiment.name}.png")
         pieces.append(f"\n![{experiment.title}]({experiment.name}.png)\n")
     return pieces

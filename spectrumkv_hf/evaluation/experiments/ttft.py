@@ -155,11 +155,11 @@ class Ttft(Experiment):
         return Table(header, rows)
 
     def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import new_figure
+        from spectrumkv_hf.evaluation.report.figures import colours, legend_below, new_figure
 
         contexts, specs, link = run.args.contexts, run.args.methods, min(run.args.links)
         title = f"{self.title}; transfer computed for {link:g} Gbit/s, sent whole"
-        figure, axes = new_figure(title, len(contexts), width=5)
+        figure, axes = new_figure(title, len(contexts), width=4.2, height=3)
         for each, context in zip(axes, contexts, strict=True):
             cells = [run.results.cells[join((context, spec))] for spec in specs]
             transfer = [cell["bytes"] / (link * GIGABIT) for cell in cells]
@@ -170,13 +170,14 @@ class Ttft(Experiment):
                 "serialize": [cell["serialize"] for cell in cells],
             }
             parts |= {"transfer (computed)": transfer} | {s: [cell[s] for cell in cells] for s in STAGES[2:]}
-            bottom = [0.0] * len(specs)
+            shades, left = colours(parts), [0.0] * len(specs)
             for part, values in parts.items():
-                heights = [1e3 * value for value in values]
-                each.bar(specs, heights, bottom=bottom, label=part)
-                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+                widths = [1e3 * value for value in values]
+                each.barh(specs, widths, left=left, label=part, color=shades[part])
+                left = [start + width for start, width in zip(left, widths, strict=True)]
             each.set_title(f"{context} tokens", fontsize="medium")
-            each.tick_params(axis="x", labelrotation=30)
-        axes[0].set_ylabel("ms")
-        axes[0].legend(fontsize="small")
+            each.set_xlabel("ms")
+            each.invert_yaxis()
+            each.tick_params(labelleft=each is axes[0])
+        legend_below(figure, axes[0])
         return figure
