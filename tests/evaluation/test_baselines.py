@@ -13,17 +13,13 @@ import torch
 from transformers import DynamicCache, cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spectrumkv_hf.evaluation.protocols.needles import NeedlePrompts, retrieve
-from spectrumkv_hf.evaluation.protocols.quality import (
-    continuation_logits,
-    continuation_quality,
-    exact_logits,
-    mean_kl,
-    prefill,
-)
+from spectrumkv_hf.evaluation.protocols.needles import ask_over
+from spectrumkv_hf.evaluation.protocols.quality import continuation_quality, exact_logits, prefill
 from spectrumkv_hf.evaluation.subjects.baselines.coded import STEP, CodedCache, TensorFormat
 from spectrumkv_hf.evaluation.subjects.baselines.float8 import Float8
 from spectrumkv_hf.evaluation.subjects.methods import BASELINES, Method, parse_method
+from spectrumkv_hf.probe.divergence import logits_over, mean_kl
+from spectrumkv_hf.probe.needles import NeedlePrompts, found
 from spectrumkv_hf.support.extras import INSTALL
 from spectrumkv_hf.tiered.memory import storage_bytes
 
@@ -138,10 +134,10 @@ class Words:
 def test_rows_are_retrieved_from_as_if_alone(spec):
     """Past a flush of new tokens. One scale for all rows, as in FP8, lets them differ a little."""
     method, model, ids, words = method_of(spec), llama(), families.prompt(CONTEXT + 1, 2), Words()
-    retrieve(model, words, method, NeedlePrompts(ids[1:], 8, "-"), STEP + 8)
-    answer = " ".join(words.last[0].split()[:6])
-    found = retrieve(model, words, method, NeedlePrompts(ids, 8, answer), STEP + 8)
-    assert len(found) == 2 and (found[1] or spec in ("fp8", "fp8_e4m3"))
+    alone = ask_over(model, words, method, NeedlePrompts(ids[1:], 8, "-"), STEP + 8).texts[0]
+    answer = " ".join(alone.split()[:6])
+    hits = found(ask_over(model, words, method, NeedlePrompts(ids, 8, answer), STEP + 8).texts, answer)
+    assert len(hits) == 2 and (hits[1] or spec in ("fp8", "fp8_e4m3"))
 
 
 def test_eight_bits_are_nearly_exact():
@@ -150,7 +146,7 @@ def test_eight_bits_are_nearly_exact():
     logits = {}
     for spec in ("exact", "hqq:8", "hqq:1"):
         cache = prefilled(parse_method(spec), model, ids[:, :-8])
-        logits[spec] = continuation_logits(model, ids, CONTEXT - 8, cache)
+        logits[spec] = logits_over(model, ids[:, CONTEXT - 8 :], cache, CONTEXT - 8)[0].detach()
     assert mean_kl(logits["exact"], logits["hqq:8"]) < 1e-4 < 0.01 < mean_kl(logits["exact"], logits["hqq:1"])
 
 

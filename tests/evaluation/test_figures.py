@@ -31,8 +31,8 @@ def drawn(path):
 
 
 def red(colour):
-    hue, _, _ = colorsys.rgb_to_hls(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))
-    return hue > 0.93 or hue < 0.03
+    hue, _, saturation = colorsys.rgb_to_hls(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))
+    return saturation > 0.2 and (hue > 0.93 or hue < 0.03)
 
 
 def test_no_colour_is_there_twice():

@@ -4,16 +4,14 @@ import argparse
 from collections.abc import Mapping
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
 from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets, family_of, parse_method
 from spectrumkv_hf.probe.needles import NEEDLES, Needle, NeedlePrompts, found, needle_prompts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FAMILIES = ("sink_protect", "paper_greedy", "paper_balanced", "paper_two_tier", "drop_window", "drop_scored")
 BUDGETS = (0.25, 0.3, 0.4, 0.5, 0.7)
@@ -114,9 +112,7 @@ class Needles(Experiment):
             rows.append([spec, *ratios, f"{sum(trials)}/{len(trials)}", f"{100 * fmean(trials):.1f}"])
         return Table(["method", "actual", "nominal", "found", "%"], rows)
 
-    def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import heat_map, legend_below, lines, new_figure
-
+    def figure(self, run: Run) -> "figures.Figure":
         families: dict[str, list[str]] = {}
         for spec in run.args.methods:
             families.setdefault(family_of(spec), []).append(spec)
@@ -129,11 +125,11 @@ class Needles(Experiment):
         panels = {"one budget": alone, **{family: specs for family, specs in families.items() if len(specs) > 1}}
         columns = 4 if len(panels) > 3 else len(panels) + 1
         title = f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}"
-        figure, axes = new_figure(title, columns, -(-(len(panels) + 1) // columns), width=2.7, height=3)
-        lines(axes[0], curves)
+        figure, axes = figures.new_figure(title, columns, -(-(len(panels) + 1) // columns), width=2.7, height=3)
+        figures.lines(axes[0], curves)
         axes[0].axhline(self.accuracy(run, "exact"), color="black", linestyle="--", linewidth=1, label="exact")
         axes[0].set(xlabel="stored bytes over FP16", ylabel="found", ylim=(-0.03, 1.03))
-        legend_below(figure, axes[0])
+        figures.legend_below(figure, axes[0])
         depths = [f"{depth:g}" if index % 2 else "" for index, depth in enumerate(run.args.depths)]
         for each, (family, specs) in zip(axes[1:], panels.items(), strict=False):
             found_at = [
@@ -141,7 +137,9 @@ class Needles(Experiment):
                 for spec in specs
             ]
             names = specs if family == "one budget" else [_budget(spec) for spec in specs]
-            image = heat_map(each, list(zip(*found_at, strict=True)), names, depths)
+            image = each.imshow(list(zip(*found_at, strict=True)), vmin=0, vmax=1, aspect="auto")
+            each.set_xticks(range(len(names)), names)
+            each.set_yticks(range(len(depths)), depths)
             each.set_title(family, fontsize="medium")
             each.set(xlabel="method" if family == "one budget" else "budget", ylabel="depth")
         for each in axes[len(panels) + 1 :]:

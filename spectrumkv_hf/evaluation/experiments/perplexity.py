@@ -1,10 +1,10 @@
 """KL and perplexity of a continuation over each method's cache."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,12 +16,10 @@ from spectrumkv_hf.evaluation.protocols.quality import (
     exact_logits,
     summarise,
 )
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.report.tables import shown
 from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class Perplexity(Experiment):
     name: str
     title: str
     about: str
-    draw: Callable[[str, list[Summary]], "Figure"]
+    draw: figures.Draw
     methods: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     budgets: tuple[float, ...] = ()
@@ -120,5 +118,5 @@ class Perplexity(Experiment):
                 rows[-1] += [f"{change:+.2f}", shown(change_error, ".2f")]
         return Table(["method", "context", "actual", "nominal", "KL (nats)", "±", "PPL", "ΔPPL %", "±"], rows)
 
-    def figure(self, run: Run) -> "Figure":
+    def figure(self, run: Run) -> "figures.Figure":
         return self.draw(self.title, self.summaries(run))

@@ -94,29 +94,20 @@ def summarise(spec: str, context: int, windows: list[Quality]) -> Summary:
 
 
 @torch.inference_mode()
-def last_logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, start: int) -> torch.Tensor:
-    """Logits `[batch, vocabulary]` after the tokens `ids`, `[batch, tokens]`, which follow `start` others."""
-    return logits_over(model, ids, cache, start, last=1)[:, -1]
-
-
 def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> None:
     """Put the tokens `ids`, `[batch, tokens]`, into an empty cache in one forward."""
-    last_logits(model, ids, cache, 0)
+    logits_over(model, ids, cache, 0, last=1)
 
 
 @torch.inference_mode()
-def continuation_logits(model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a cache prefilled with those before."""
+def exact_logits(model: PreTrainedModel, ids: torch.Tensor, context: int) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a `DynamicCache` of those before."""
+    cache = Exact("exact").cache(model)
+    prefill(model, ids[:, :context], cache)
     return logits_over(model, ids[:, context:], cache, context)[0]
 
 
-def exact_logits(model: PreTrainedModel, ids: torch.Tensor, context: int) -> torch.Tensor:
-    """`continuation_logits` on a `DynamicCache`."""
-    cache = Exact("exact").cache(model)
-    prefill(model, ids[:, :context], cache)
-    return continuation_logits(model, ids, context, cache)
-
-
+@torch.inference_mode()
 def continuation_quality(
     model: PreTrainedModel,
     ids: torch.Tensor,
@@ -144,7 +135,7 @@ def continuation_quality(
     with method.prefilling(model):
         prefill(model, ids[:, :context], cache)
     memory = method.memory(cache)
-    logits = continuation_logits(model, ids, context, cache)
+    logits = logits_over(model, ids[:, context:], cache, context)[0]
     rest = ids[0, context:]
     return Quality(
         kl=mean_kl(exact, logits),

@@ -17,7 +17,6 @@ from spectrumkv_hf.support.whole_file import whole_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 Draw = Callable[[str, list[Summary]], "Figure"]
 Curves = Mapping[str, Sequence[tuple[float, float]]]
@@ -25,14 +24,13 @@ MARKERS = "osD^vP*X<>h"
 
 OURS = "#c8102e"
 PEERS = {
-    "paper_greedy": "#1f5fbf", "paper_balanced": "#00a2c7", "paper_sink_protect": "#6a3d9a", "paper_random": "#8a94a6",
-    "paper_two_tier": "#b565a7", "paper_uniform_int8": "#0b2a5b", "paper_uniform_int4": "#7f9bd1",
-    "drop_window": "#6b4423", "drop_scored": "#c49a3a", "snapkv": "#2e8b2e", "expected_attention": "#93c13d",
-    "nf4": "#00574b", "fp4": "#47b5a0", "fp8_e4m3": "#f47fd0", "fp8_e5m2": "#9c2a86", "quanto": "#ff7f0e",
-    "hqq": "#f2c200", "fp8": "#5a5a5a",
+    "paper_greedy": "#1f5fbf", "snapkv": "#2e8b2e", "paper_sink_protect": "#6a3d9a", "drop_scored": "#c49a3a",
+    "paper_balanced": "#00a2c7", "drop_window": "#6b4423", "paper_two_tier": "#b565a7", "fp8": "#5a5a5a",
+    "quanto": "#ff7f0e", "nf4": "#00574b", "expected_attention": "#93c13d", "paper_uniform_int8": "#0b2a5b",
+    "fp8_e4m3": "#f47fd0", "fp4": "#47b5a0", "hqq": "#f2c200", "paper_random": "#8a94a6", "fp8_e5m2": "#9c2a86",
+    "paper_uniform_int4": "#7f9bd1",
 }  # fmt: skip
-SPARE = ("#1f5fbf", "#2e8b2e", "#6a3d9a", "#c49a3a", "#00a2c7", "#6b4423", "#b565a7", "#5a5a5a")
-"""Of names that are no method's."""
+"""Of methods that are not this package's; what has no name here takes from those that are free, in this order."""
 
 
 def _peer(name: str) -> str:
@@ -52,10 +50,10 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     """
     names = sorted(dict.fromkeys(names), key=lambda name: not name.startswith("sink_protect"))
     bases = {"": OURS, **PEERS}
-    spare = [colour for colour in SPARE if colour not in {bases.get(_peer(name)) for name in names}]
-    for peer in dict.fromkeys(map(_peer, names)):
-        if peer not in bases:
-            bases[peer] = spare.pop(0) if spare else SPARE[0]
+    peers = dict.fromkeys(map(_peer, names))
+    spare = [colour for peer, colour in PEERS.items() if peer not in peers] or list(PEERS.values())
+    for index, peer in enumerate(peer for peer in peers if peer not in bases):
+        bases[peer] = spare[index % len(spare)]
     found: dict[str, str] = {}
     for base in dict.fromkeys(bases.values()):
         same = [name for name in names if bases[_peer(name)] == base]
@@ -93,8 +91,12 @@ def save(figure: "Figure", path: Path) -> None:
     figure.savefig(drawn, dpi=110, format=kind)
     with whole_file(path) as file:
         if kind == "png":
-            image = required("PIL.Image", "a figure").open(drawn).convert("RGB")
-            image.quantize(256, method=1, dither=0).save(file, format="png", optimize=True)
+            from PIL import Image  # which matplotlib brings
+
+            image = Image.open(drawn).convert("RGB")
+            image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                file, format="png", optimize=True
+            )
         else:
             file.write(drawn.getvalue())
 
@@ -224,13 +226,3 @@ def change_scale(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_ylabel("perplexity change, %")
-
-
-def heat_map(
-    axes: "Axes", values: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]
-) -> "AxesImage":
-    """Fractions from 0 to 1 as colours, `values[row][column]`; the image, for a colour bar."""
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    return image
