@@ -130,7 +130,8 @@ class Needles(Experiment):
         axes[0].axhline(self.accuracy(run, "exact"), color="black", linestyle="--", linewidth=1, label="exact")
         axes[0].set(xlabel="stored bytes over FP16", ylabel="found", ylim=(-0.03, 1.03))
         figures.legend_below(figure, axes[0])
-        depths = [f"{depth:g}" if index % 2 else "" for index, depth in enumerate(run.args.depths)]
+        every = 2 if len(run.args.depths) > 9 else 1
+        depths = [f"{d:g}" if index % every == every - 1 else "" for index, d in enumerate(run.args.depths)]
         for each, (family, specs) in zip(axes[1:], panels.items(), strict=False):
             found_at = [
                 [fmean(hits) for hits in zip(*(cell["found"] for cell in self._cells(run, spec)), strict=True)]
