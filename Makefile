@@ -78,7 +78,7 @@ bench: $(BIN)/installed  ## Decode speed at 2048 tokens of context.
 	$(BIN)/python examples/bench_decode.py
 
 eval: $(BIN)/installed  ## Every experiment of the evaluation on small grids: tables and figures in evaluation/.
-	$(BIN)/spectrumkv eval paper --reduced --output evaluation
+	$(BIN)/spectrumkv eval all --reduced --output evaluation
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(MATRIX:%=.venv-%) $(LMCACHE) $(VLLM)

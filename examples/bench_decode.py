@@ -23,7 +23,7 @@ from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.methods import cache_memory
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.whole_file import write_whole
 
 BASELINE = "dynamic"

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from spectrumkv_hf.evaluation.report.environment import versions
+from spectrumkv_hf.evaluation.report.figures import label_ends, legend_below, lines, new_figure, save
 from spectrumkv_hf.support.extras import required
-from spectrumkv_hf.support.whole_file import whole_file, write_whole
+from spectrumkv_hf.support.whole_file import write_whole
 from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, dense, encode, key_mean, tiered_attention
 
 SHAPES = {  # heads, KV heads, head_dim
@@ -243,12 +244,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="batch times tokens")
     parser.add_argument("--quick", action="store_true", help="SDPA and SpectrumKV only")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG, or another format by its suffix")
+    parser.add_argument("--input", type=Path, metavar="JSON", help="plot what an --output holds, and time nothing")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.plot:
+        required("matplotlib.figure", "--plot")
+    if args.input:
+        plot(json.loads(args.input.read_text(encoding="utf-8"))["rows"], args.plot or args.input.with_suffix(".png"))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py times GPU kernels and finds no CUDA device")
     torch.manual_seed(0)
@@ -272,25 +279,21 @@ def main() -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Speedup over SDPA by size, one panel for each shape."""
+    """Speedup over SDPA of what attends, by size, one panel for each shape."""
     shapes = list(dict.fromkeys(row["model"] for row in results))
-    figure = required("matplotlib.figure", "--plot").Figure(figsize=(4 * len(shapes), 3.4))
-    axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        for method in dict.fromkeys(row["method"] for row in results if not row["method"].startswith("SDPA")):
-            points = [
-                (r["batch"] * r["tokens"], r["speedup"])
-                for r in results
-                if (r["model"], r["method"]) == (shape, method)
-            ]
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+    figure, axes = new_figure("One layer's attention in a decode step", len(shapes), width=3.6, height=3.4)
+    for axis, shape in zip(axes, shapes, strict=True):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in results:
+            if row["model"] == shape and not row["method"].startswith(("SDPA", "compress")):
+                curves.setdefault(row["method"], []).append((row["batch"] * row["tokens"], row["speedup"]))
+        lines(axis, curves)
         axis.axhline(1, color="grey", linewidth=1)
         axis.set(title=shape, xscale="log", xlabel="batch x tokens")
-    axes[0][0].set_ylabel("speedup over SDPA, bf16")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=120, format=path.suffix[1:] or None)
+        axis.set_ylim(0, 1.05 * max(row["speedup"] for row in results))
+    axes[0].set_ylabel("speedup over SDPA, bf16")
+    legend_below(figure, axes[-1], label_ends(axes[-1], curves))
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ from transformers.cache_utils import Cache
 from spectrumkv_hf import MemoryReport, SpectrumCache, cache_argument, get_policy
 from spectrumkv_hf.evaluation.protocols.quality import Quality, measure, prefill
 from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.figures import new_figure, save
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.methods import Tiered, cache_memory
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.subjects.text import passage, text_windows
+from spectrumkv_hf.evaluation.subjects.text import text_windows
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.extras import required
-from spectrumkv_hf.support.whole_file import whole_file, write_whole
+from spectrumkv_hf.support.whole_file import write_whole
 
 QUESTION = "Summarise the text above."
 """What the built-in prompt asks after the passage."""
@@ -158,16 +160,14 @@ def plot_tiers(path: Path, cache: SpectrumCache, title: str) -> None:
     rows = torch.full((len(cache.layers), length), torch.nan)
     for layer, bits in maps.items():
         rows[layer] = bits
-    figure = required("matplotlib.figure", "--plot").Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.add_subplot()
+    grey = "; grey: layers left as they are" if len(maps) < len(cache.layers) else ""
+    figure, [axes] = new_figure(f"Bits per token after prefill: {title}{grey}", width=10, height=4)
     axes.set_facecolor("lightgrey")
     image = axes.imshow(rows.numpy(), aspect="auto", origin="lower", interpolation="nearest", vmin=0, vmax=16)
     legend = figure.colorbar(image, ax=axes, ticks=[0, 4, 8, 16], label="mean over the KV heads")
     legend.ax.set_yticklabels(["dropped", "INT4", "INT8", "FP16"])
-    grey = "; grey: layers left as they are" if len(maps) < len(cache.layers) else ""
-    axes.set(xlabel="token of the prompt", ylabel="layer", title=f"Bits per token after prefill: {title}{grey}")
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=130, format=path.suffix[1:] or None)
+    axes.set(xlabel="token of the prompt", ylabel="layer")
+    save(figure, path)
 
 
 def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> list[str]:

@@ -29,7 +29,7 @@ from spectrumkv_hf import Policy, SpectrumCache, cache_argument, get_policy
 from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.extras import missing
 from spectrumkv_hf.support.whole_file import write_whole
 from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache

@@ -24,6 +24,7 @@ from spectrumkv_hf.policy import (
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.support.calls import cache_argument
 from spectrumkv_hf.tiered.memory import MemoryReport
+from spectrumkv_hf.version import __version__ as __version__
 from spectrumkv_hf.wire import WireError
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         send_cache,
     )
 
-__version__ = "0.1.0"
 __all__ = [
     "POLICIES", "TIERS", "Adaptive", "Balanced", "CacheReceiver", "CacheSender", "CalibrationProbe", "DropScored",
     "DropWindow", "Greedy", "Lossless", "MemoryReport", "PaperProbe", "Policy", "ProbeError", "RandomTier",

@@ -91,9 +91,9 @@ class SpectrumCache(TieredCache):
             if probe is None:
                 policy = "sink_protect"
             else:
-                from spectrumkv_hf.probe.auto import choose_policy  # which takes a while to import
+                from spectrumkv_hf.probe.auto import probed_policy  # which takes a while to import
 
-                policy, policy_options = choose_policy(model, tokenizer, probe, codec, budget, policy_options), {}
+                policy, policy_options = probed_policy(model, tokenizer, probe, codec, budget, policy_options), {}
                 budget = None
         return cls(model.config, policy, budget, codec, model=model, **policy_options)
 

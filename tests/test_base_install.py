@@ -72,14 +72,14 @@ def test_help_of_every_command():
     from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 
     commands = [["--help"], *([name, "--help"] for name in COMMANDS)]
-    commands += [["eval", name, "--help"] for name in ("paper", *EXPERIMENTS)]
+    commands += [["eval", name, "--help"] for name in ("all", *EXPERIMENTS)]
     assert len(commands) > 15
     assert not failures([["command", *arguments] for arguments in commands])
 
 
 def test_help_of_every_example():
     examples = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()]
-    assert len(examples) > 15
+    assert len(examples) > 9
     assert not failures([["example", str(path), "--help"] for path in examples])
 
 
@@ -110,7 +110,7 @@ def test_missing_extras(tmp_path):
     output = str(tmp_path / "out")
     figures = {
         "a table of the paper": ["command", "eval", "needles", "--output", output],
-        "all of them": ["command", "eval", "paper", "--reduced", "--output", output],
+        "all of them": ["command", "eval", "all", "--reduced", "--output", output],
         "a plot": ["example", str(ROOT / "examples/generate.py"), "--plot", str(tmp_path / "x.png")],
     }
     jobs = [*MISSING.values(), *figures.values()]
@@ -140,4 +140,14 @@ def test_version(capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"spectrumkv-hf {spectrumkv_hf.__version__} (Python 3.")
     assert f"PyTorch {torch.__version__}" in said and f"Transformers {transformers.__version__}" in said
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == spectrumkv_hf.__version__
+
+
+def test_the_build_reads_the_version_in_its_one_place():
+    """Nothing else in the package or the project's file spells it out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    place = ROOT / project["tool"]["hatch"]["version"]["path"]
+    assert place == ROOT / "spectrumkv_hf/version.py"
+    assert re.findall(r'^__version__ = "(.+)"$', place.read_text(), re.MULTILINE) == [spectrumkv_hf.__version__]
+    for path in (ROOT / "spectrumkv_hf").rglob("*.py"):
+        assert path == place or f'"{spectrumkv_hf.__version__}"' not in path.read_text(), path

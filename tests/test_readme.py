@@ -24,7 +24,7 @@ from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.commands import main as cli
 from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 from spectrumkv_hf.evaluation.subjects import models
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.transfer import CacheSender, recv_cache
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,10 @@ from spectrumkv_hf.commands.main import main
 from spectrumkv_hf.evaluation.protocols.quality import measure
 from spectrumkv_hf.evaluation.subjects import models
 from spectrumkv_hf.evaluation.subjects.methods import Tiered
-from spectrumkv_hf.evaluation.subjects.text import passage, text_windows
+from spectrumkv_hf.evaluation.subjects.text import text_windows
 from spectrumkv_hf.policy import SinkProtect
 from spectrumkv_hf.probe import CalibrationProbe, probe_model
+from spectrumkv_hf.probe.passage import passage
 
 ROOT = Path(__file__).parents[1]
 

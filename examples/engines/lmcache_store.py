@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spectrumkv_hf import cache_argument
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.passage import passage
 
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.whole_file import write_whole
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from spectrumkv_hf.evaluation.protocols.needles import HAYSTACK, NEEDLES
+from spectrumkv_hf.probe.needles import HAYSTACK, NEEDLES
 
 
 def articles(text_file: str = "", **_: Any) -> dict[str, Dataset]:

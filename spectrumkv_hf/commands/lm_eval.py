@@ -59,19 +59,9 @@ def run(args: argparse.Namespace) -> None:
     from spectrumkv_hf.evaluation.subjects.lm_eval_model import CHUNK, SpectrumLM
 
     chunk = CHUNK if args.chunk is None else args.chunk
-    settings = {
-        "model": args.model,
-        "recent_window": args.recent_window,
-        "chunk": chunk,
-        "limit": args.limit,
-        "batch_size": args.batch_size,
-        "num_fewshot": args.num_fewshot,
-        "max_length": args.max_length,
-        "chat_template": args.apply_chat_template,
-        "bootstrap": args.bootstrap,
-        "load_in": args.load_in,
-        "metadata": args.metadata,
-    }
+    depends = ("model", "recent_window", "limit", "batch_size", "num_fewshot", "max_length", "bootstrap", "load_in")
+    settings = {name: getattr(args, name) for name in (*depends, "metadata")}
+    settings |= {"chunk": chunk, "chat_template": args.apply_chat_template}
     results = Results(args.output, settings, environment(model) | {"lm-eval": metadata.version("lm-eval")})
     rows: list[tuple[str, ...]] = []
     warnings: list[str] = []
@@ -79,15 +69,8 @@ def run(args: argparse.Namespace) -> None:
         for spec in args.policy:
 
             def measure(task: str = task, spec: str = spec) -> Cell:
-                lm = SpectrumLM(
-                    model,
-                    spec,
-                    args.recent_window,
-                    chunk,
-                    tokenizer=tokenizer,
-                    batch_size=args.batch_size,
-                    max_length=args.max_length,
-                )
+                given = {"tokenizer": tokenizer, "batch_size": args.batch_size, "max_length": args.max_length}
+                lm = SpectrumLM(model, spec, args.recent_window, chunk, **given)
                 return evaluate(lm, task, tasks, args)
 
             cell = results.cell(f"{task} {spec}", measure)

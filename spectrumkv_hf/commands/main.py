@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-import spectrumkv_hf
+from spectrumkv_hf.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "probe": ("spectrumkv_hf.commands.probe", "find out which tiers a model tolerates, and remember it"),
-    "eval": ("spectrumkv_hf.commands.eval", "measure methods beside each other; `eval paper` makes every table"),
+    "eval": ("spectrumkv_hf.commands.eval", "measure methods beside each other; `eval all` makes every table"),
     "lm-eval": ("spectrumkv_hf.commands.lm_eval", "run lm-eval's tasks over a compressed cache"),
 }
 """Subcommand to the module that has it (`add_arguments(parser)`, `run(args)`) and a line of help."""
@@ -33,7 +33,7 @@ class Version(argparse.Action):
         ]
         with suppress(metadata.PackageNotFoundError):
             below.append(f"Triton {metadata.version('triton')}")
-        print(f"spectrumkv-hf {spectrumkv_hf.__version__} ({', '.join(below)})")
+        print(f"spectrumkv-hf {__version__} ({', '.join(below)})")
         parser.exit()
 
 

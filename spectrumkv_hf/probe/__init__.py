@@ -1,7 +1,8 @@
 """AutoProbe: finds out which tiers a model tolerates, once, and remembers it.
 
 `calibration` and `paper` measure, `verdict` holds what they found and names policies, `auto` runs a probe once a model,
-`storage` keeps verdicts on disk, `command` is `spectrumkv probe`.
+`storage` keeps verdicts on disk. `passage`, `divergence` and `needles` are what they measure with: a text, distances of
+predictions, and a task. The evaluation measures with them too.
 """
 
 from spectrumkv_hf.probe.auto import PROBES, probe_model

@@ -114,7 +114,7 @@ def probe_model(
     return verdict
 
 
-def choose_policy(
+def probed_policy(
     model: PreTrainedModel, tokenizer: Any, probe: str | Probe, codec: str, budget: float, options: dict[str, Any]
 ) -> Policy:
     """The policy that a probe names for a model at a budget; see `SpectrumCache.from_model`.

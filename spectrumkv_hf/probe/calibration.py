@@ -1,7 +1,6 @@
 """Our probe: what each tier costs a model, keys and values apart, measured over its own cache on a short text."""
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf.evaluation.protocols.quality import mean_kl
-from spectrumkv_hf.evaluation.subjects.text import passage
 from spectrumkv_hf.policy import FP16, INT4, INT8, Greedy, SinkProtect, Tier
+from spectrumkv_hf.probe.divergence import logits_over, mean_kl
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, LayerError, TierReport
-from spectrumkv_hf.support.calls import cache_argument
 from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import FUSED_QUERIES, Attention, SpectrumLayer
 from spectrumkv_hf.tiered.store import Arena
@@ -205,23 +203,16 @@ class _Measurement:
         if not self.tiered:
             raise ProbeError(f"no layer of the model is tiered:\n{self._cache.summary()}")
         exact = DynamicCache(config=model.config)
-        self._forward(self._context, exact)
+        logits_over(model, self._context, exact, last=1)
         self._exact = self._continued(exact)
-
-    def _forward(self, ids: torch.Tensor, cache: Cache, logits: int = 1) -> torch.Tensor:
-        last = (
-            {"logits_to_keep": logits} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
-        )
-        given = cache_argument(cache, self._model)
-        return self._model(input_ids=ids, use_cache=True, **given, **last).logits[0, -logits:]
 
     def _prefilled(self, policy: Greedy | SinkProtect) -> TieredCache:
         cache = TieredCache(self._model.config, policy=policy, codec=self._codec)
-        self._forward(self._context, cache)
+        logits_over(self._model, self._context, cache, last=1)
         return cache
 
     def _continued(self, cache: Cache) -> torch.Tensor:
-        return self._forward(self._rest, cache, self._rest.shape[1])
+        return logits_over(self._model, self._rest, cache)[0]
 
     def kl(self, codings: Mapping[int, Coding]) -> float:
         """KL with layers recoded."""

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from spectrumkv_hf.evaluation.protocols.needles import NEEDLES, NeedlePrompts, needle_prompts, retrieve
-from spectrumkv_hf.evaluation.subjects.methods import PAPER, Exact, Method, Tiered
 from spectrumkv_hf.policy import get_policy
 from spectrumkv_hf.probe.calibration import ProbeError
+from spectrumkv_hf.probe.needles import NEEDLES, NeedlePrompts, ask, found, needle_prompts
 from spectrumkv_hf.probe.verdict import PaperVerdict, Trial
+from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_kernels import CODECS
 
 BUDGET = 0.3
+RELEASED: dict[str, Any] = {"importance": "positional", "scope": "token", "recent_window": 0, "sinks": 4}
+"""Options of a policy as the paper's released code has it: one map for all layers and heads, ranked by position, and
+nothing exact on top but the sinks."""
 TRIALS = tuple(zip(NEEDLES[:3], (0.25, 0.5, 0.75), strict=True))
 """Needles and their relative depths."""
 
@@ -72,14 +76,18 @@ class PaperProbe:
     def measure(self, model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor) -> PaperVerdict:
         """Probe a model in eval mode; `ids` are those of `inputs`."""
         began = time.perf_counter()
-        greedy = Tiered("paper_greedy", get_policy("greedy", BUDGET, **PAPER), self.codec)
+        config = model.config
+        greedy = get_policy("greedy", BUDGET, **RELEASED)
 
-        def found(method: Method, prompts: NeedlePrompts) -> bool:
-            return retrieve(model, tokenizer, method, prompts, first_exact=True)[0]
+        def finds(cache: Cache, prompts: NeedlePrompts) -> bool:
+            return found(ask(model, tokenizer, cache, prompts, first_exact=True), prompts.answer)[0]
 
         trials = [
             Trial(
-                answer=needle.answer, depth=depth, exact=found(Exact("exact"), prompts), tiered=found(greedy, prompts)
+                answer=needle.answer,
+                depth=depth,
+                exact=finds(DynamicCache(config=config), prompts),
+                tiered=finds(TieredCache(config, policy=greedy, codec=self.codec), prompts),
             )
             for (needle, depth), prompts in zip(TRIALS, self._prompts(model, tokenizer), strict=True)
         ]

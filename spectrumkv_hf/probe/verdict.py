@@ -1,10 +1,28 @@
 """What a probe has found, and the policy that follows from it."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
-from typing import Any, get_args, get_origin
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Self, cast, get_args, get_origin
 
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
+
+
+class Stored:
+    """A dataclass that is kept as JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it; `from_json` takes it back."""
+        return json.loads(json.dumps(asdict(cast(Any, self))))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return _built(cls, data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +64,7 @@ class TierReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationVerdict:
+class CalibrationVerdict(Stored):
     """What each tier costs a model on a calibration text, and what follows for a stated loss.
 
     Attributes:
@@ -77,6 +95,13 @@ class CalibrationVerdict:
     plain_budget: float
     plain_kl: float
     seconds: float
+
+    def __post_init__(self) -> None:
+        for report, name in ((self.int8, INT8.name), (self.int4, INT4.name)):
+            if report.tier != name or not {*report.unsafe} <= {*self.tiered}:
+                raise ValueError(f"no report of {name}: {report}")
+        if not self.tiered:
+            raise ValueError("a verdict on no layer")
 
     @property
     def safe(self) -> tuple[str, ...]:
@@ -120,25 +145,6 @@ class CalibrationVerdict:
         floors = [policy.floor(layer) for layer in self.tiered]
         return sum(max(policy.budget, float(floor.cost)) if floor else policy.budget for floor in floors) / len(floors)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON has it; `from_json` takes it back."""
-        return _plain(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> "CalibrationVerdict":
-        """The verdict that `to_json` gave.
-
-        Raises:
-            ValueError: it is none.
-        """
-        verdict = _built(cls, data)
-        for report, name in ((verdict.int8, INT8.name), (verdict.int4, INT4.name)):
-            if report.tier != name or not {*report.unsafe} <= {*verdict.tiered}:
-                raise ValueError(f"no report of {name}: {report}")
-        if not verdict.tiered:
-            raise ValueError("a verdict on no layer")
-        return verdict
-
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -151,7 +157,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperVerdict:
+class PaperVerdict(Stored):
     """The paper's probe: three needles over three-tier greedy at b=.3.
 
     Attributes:
@@ -184,27 +190,8 @@ class PaperVerdict:
         """
         return Adaptive(budget=budget, probe_passed=self.passed, **options)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON has it; `from_json` takes it back."""
-        return _plain(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> "PaperVerdict":
-        """The verdict that `to_json` gave.
-
-        Raises:
-            ValueError: it is none.
-        """
-        return _built(cls, data)
-
 
 Verdict = CalibrationVerdict | PaperVerdict
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return {name: _plain(item) for name, item in vars(value).items()} if hasattr(value, "__dict__") else value
 
 
 def _built(cls: Any, data: Any) -> Any:

@@ -13,17 +13,13 @@ import torch
 from transformers import DynamicCache, cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spectrumkv_hf.evaluation.protocols.needles import NeedlePrompts, retrieve
-from spectrumkv_hf.evaluation.protocols.quality import (
-    continuation_logits,
-    exact_logits,
-    mean_kl,
-    prefill,
-    transfer_quality,
-)
-from spectrumkv_hf.evaluation.subjects.baselines.coded import STEP, Codec, CodedCache
+from spectrumkv_hf.evaluation.protocols.needles import ask_over
+from spectrumkv_hf.evaluation.protocols.quality import continuation_quality, exact_logits, prefill
+from spectrumkv_hf.evaluation.subjects.baselines.coded import STEP, CodedCache, TensorFormat
 from spectrumkv_hf.evaluation.subjects.baselines.float8 import Float8
 from spectrumkv_hf.evaluation.subjects.methods import BASELINES, Method, parse_method
+from spectrumkv_hf.probe.divergence import logits_over, mean_kl
+from spectrumkv_hf.probe.needles import NeedlePrompts, found
 from spectrumkv_hf.support.extras import INSTALL
 from spectrumkv_hf.tiered.memory import storage_bytes
 
@@ -118,9 +114,9 @@ def test_memory_is_all_that_came_to_life(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_transfer_quality(spec):
+def test_continuation_quality(spec):
     ids = families.prompt(CONTEXT + 40)
-    quality = transfer_quality(llama(), ids, CONTEXT, method_of(spec))
+    quality = continuation_quality(llama(), ids, CONTEXT, method_of(spec))
     assert 0 < quality.kl < 2 and math.isfinite(quality.perplexity)
     assert 0 < quality.nominal_ratio <= 0.5
     assert quality.nominal_ratio <= quality.actual_ratio <= 2 * quality.nominal_ratio + 0.0626 + 8 / CONTEXT
@@ -138,10 +134,10 @@ class Words:
 def test_rows_are_retrieved_from_as_if_alone(spec):
     """Past a flush of new tokens. One scale for all rows, as in FP8, lets them differ a little."""
     method, model, ids, words = method_of(spec), llama(), families.prompt(CONTEXT + 1, 2), Words()
-    retrieve(model, words, method, NeedlePrompts(ids[1:], 8, "-"), STEP + 8)
-    answer = " ".join(words.last[0].split()[:6])
-    found = retrieve(model, words, method, NeedlePrompts(ids, 8, answer), STEP + 8)
-    assert len(found) == 2 and (found[1] or spec in ("fp8", "fp8_e4m3"))
+    alone = ask_over(model, words, method, NeedlePrompts(ids[1:], 8, "-"), STEP + 8).texts[0]
+    answer = " ".join(alone.split()[:6])
+    hits = found(ask_over(model, words, method, NeedlePrompts(ids, 8, answer), STEP + 8).texts, answer)
+    assert len(hits) == 2 and (hits[1] or spec in ("fp8", "fp8_e4m3"))
 
 
 def test_eight_bits_are_nearly_exact():
@@ -150,7 +146,7 @@ def test_eight_bits_are_nearly_exact():
     logits = {}
     for spec in ("exact", "hqq:8", "hqq:1"):
         cache = prefilled(parse_method(spec), model, ids[:, :-8])
-        logits[spec] = continuation_logits(model, ids, CONTEXT - 8, cache)
+        logits[spec] = logits_over(model, ids[:, CONTEXT - 8 :], cache, CONTEXT - 8)[0].detach()
     assert mean_kl(logits["exact"], logits["hqq:8"]) < 1e-4 < 0.01 < mean_kl(logits["exact"], logits["hqq:1"])
 
 
@@ -158,7 +154,7 @@ def test_eight_bits_are_nearly_exact():
 def test_fewer_bits_are_fewer_bytes_and_more_loss(name, widths):
     model, ids = llama(), families.prompt(CONTEXT + 40)
     exact = exact_logits(model, ids, CONTEXT)
-    rows = [transfer_quality(model, ids, CONTEXT, method_of(f"{name}:{bits}"), exact) for bits in widths]
+    rows = [continuation_quality(model, ids, CONTEXT, method_of(f"{name}:{bits}"), exact) for bits in widths]
     for more, fewer in zip(rows[:-1], rows[1:], strict=True):
         assert fewer.actual_ratio < more.actual_ratio and fewer.nominal_ratio < more.nominal_ratio
         assert fewer.kl > more.kl
@@ -196,7 +192,7 @@ def test_float8_saturates_or_scales(dtype):
     assert Float8(dtype, True).encode(torch.zeros(3))[0].float().tolist() == [0, 0, 0]
 
 
-class Same(Codec):
+class Same(TensorFormat):
     """Stores a tensor as it is."""
 
     bits = 16
@@ -245,7 +241,7 @@ def test_presses_keep_the_budget_and_leave_no_trace(name):
     assert [layer.keys.shape for layer in cache.layers] == [(1, 2, CONTEXT * 5 // 8, 64)] * 2
     assert method.memory(cache).nominal_ratio == 0.625
     assert method.memory(cache).actual_ratio == 2 * 0.625  # float32
-    assert transfer_quality(model, ids, CONTEXT, parse_method(f"{name}:1")).kl == 0
+    assert continuation_quality(model, ids, CONTEXT, parse_method(f"{name}:1")).kl == 0
     assert not any(f.__module__.startswith("kvpress") for f in ALL_ATTENTION_FUNCTIONS.values())
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match="(greater|more) .*than"):
@@ -311,7 +307,7 @@ def test_hqq_refuses_what_it_could_not_read_back(bits, length):
     model = families.model("llama", head_dim=64, num_key_value_heads=1)
     with pytest.raises(ValueError, match=f"hqq packs {8 // bits} groups .* the {length} of .*hqq:BITS:0"):
         prefilled(parse_method(f"hqq:{bits}"), model, families.prompt(length))
-    kl = transfer_quality(model, families.prompt(length + 10), length, parse_method(f"hqq:{bits}:0")).kl
+    kl = continuation_quality(model, families.prompt(length + 10), length, parse_method(f"hqq:{bits}:0")).kl
     assert math.isfinite(kl)
 
 

@@ -1,4 +1,4 @@
-"""The transfer protocol, methods by name, and results that resume."""
+"""Quality of a continuation, methods by name, and results that resume."""
 
 import json
 import math
@@ -9,20 +9,20 @@ from families import model, prompt
 from transformers import DynamicCache
 
 from spectrumkv_hf import cache_argument
-from spectrumkv_hf.evaluation.experiments.perplexity import summarise
-from spectrumkv_hf.evaluation.protocols.quality import Quality, mean_kl, mean_loss, measure, transfer_quality
+from spectrumkv_hf.evaluation.protocols.quality import Quality, continuation_quality, measure, summarise, with_error
 from spectrumkv_hf.evaluation.report.results import Results
-from spectrumkv_hf.evaluation.report.tables import markdown_table, with_error
+from spectrumkv_hf.evaluation.report.tables import markdown_table
 from spectrumkv_hf.evaluation.subjects.methods import at_budgets, family_of, parse_method
+from spectrumkv_hf.probe.divergence import mean_kl, mean_loss
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 
-def test_transfer_numbers():
+def test_numbers():
     """Against the definition, with the cache's own dequantised contents in a `DynamicCache`."""
     llama, ids, context = model("llama"), prompt(260), 200
     method = parse_method("sink_protect:0.3", recent_window=0)
-    got = transfer_quality(llama, ids, context, method)
+    got = continuation_quality(llama, ids, context, method)
 
     with torch.no_grad():
         reference = llama(ids, use_cache=False).logits[0, context:].double().log_softmax(-1)
@@ -43,14 +43,14 @@ def test_transfer_numbers():
 
 
 def test_exact_method_loses_nothing():
-    got = transfer_quality(model("qwen2"), prompt(120), 100, parse_method("exact"))
+    got = continuation_quality(model("qwen2"), prompt(120), 100, parse_method("exact"))
     assert got.kl == pytest.approx(0, abs=1e-10) and got.loss == pytest.approx(got.exact_loss, abs=1e-7)
 
 
-def test_transfer_needs_a_context_and_a_continuation():
+def test_it_needs_a_context_and_a_continuation():
     for context in (0, 99, 100):
         with pytest.raises(ValueError, match="do not leave 2 or more"):
-            transfer_quality(model("llama"), prompt(100), context, parse_method("exact"))
+            continuation_quality(model("llama"), prompt(100), context, parse_method("exact"))
 
 
 def test_kl_and_loss_against_torch():
@@ -66,7 +66,7 @@ def test_kl_and_loss_against_torch():
 def test_measure_is_the_mean_of_the_windows():
     llama, windows = model("llama"), [prompt(150, seed=seed) for seed in (1, 2)]
     method = parse_method("uniform_int4", recent_window=0)
-    single = [transfer_quality(llama, ids, 120, method) for ids in windows]
+    single = [continuation_quality(llama, ids, 120, method) for ids in windows]
     assert measure(llama, windows, 120, [method])["uniform_int4"] == Quality.mean(single)
 
 

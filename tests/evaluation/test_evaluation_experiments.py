@@ -100,7 +100,7 @@ def test_stages_of_the_time_to_first_token():
 
 def test_reduced_paper(folder, tmp_path, capsys):
     """Everything with one command; a second run measures nothing again."""
-    main(["eval", "paper", "--reduced", "--model", folder, "--output", str(tmp_path)])
+    main(["eval", "all", "--reduced", "--model", folder, "--output", str(tmp_path)])
     page = (tmp_path / "tables.md").read_text()
     assert "Not measured" not in page
     for name, experiment in EXPERIMENTS.items():
@@ -112,7 +112,7 @@ def test_reduced_paper(folder, tmp_path, capsys):
         assert f"## {name}: {experiment.title}" in page
     first = (tmp_path / "ttft.json").read_text()
     shown = capsys.readouterr().out
-    main(["eval", "paper", "--reduced", "--model", folder, "--output", str(tmp_path)])
+    main(["eval", "all", "--reduced", "--model", folder, "--output", str(tmp_path)])
     assert capsys.readouterr().out == shown
     assert (tmp_path / "ttft.json").read_text() == first  # times never come out twice the same
 
@@ -142,7 +142,7 @@ def test_what_a_model_cannot_have_is_skipped(tmp_path, capsys):
     """A fused projection has no place for the paper's hooks; the other experiments go on."""
     fused = tiny.save(tmp_path / "phi", "phi3")
     only = ["--only", "paper-perplexity", "access-skew"]
-    main(["eval", "paper", "--reduced", "--model", fused, "--output", str(tmp_path / "out"), *only])
+    main(["eval", "all", "--reduced", "--model", fused, "--output", str(tmp_path / "out"), *only])
     page = (tmp_path / "out" / "tables.md").read_text()
     assert "Not measured: the paper's protocol hooks modules named k_proj and v_proj" in page
     assert "| received: all that a token receives" in page

@@ -1,4 +1,4 @@
-"""The paper's protocol."""
+"""The paper's protocol: keys and values are fake-quantised before RoPE."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import model, prompt
 
-from spectrumkv_hf.evaluation.protocols.paper_protocol import (
+from spectrumkv_hf.evaluation.protocols.fake_quantisation import (
     fake_quantise,
-    paper_loss,
+    fake_quantised_loss,
     perplexity_change,
     projections,
     quantised_projections,
@@ -69,7 +69,7 @@ def test_tiers_of_dropping_and_random():
 
 def test_unquantised_is_the_plain_model():
     llama, ids = model("llama"), prompt(90)
-    loss, nominal = paper_loss(llama, ids, policy("fp16"))
+    loss, nominal = fake_quantised_loss(llama, ids, policy("fp16"))
     assert loss == pytest.approx(loss_of(llama(ids).logits.detach(), ids), rel=1e-6) and nominal == 1
 
 
@@ -91,7 +91,7 @@ def test_hooks_quantise_projections_before_rope(family):
         handle.remove()
     torch.testing.assert_close(seen["coded"], fake_quantise(seen["plain"], bits))
     assert not torch.equal(seen["coded"], seen["plain"])
-    assert paper_loss(built, ids, policy("greedy", 0.3))[0] == pytest.approx(loss_of(logits, ids), rel=1e-5)
+    assert fake_quantised_loss(built, ids, policy("greedy", 0.3))[0] == pytest.approx(loss_of(logits, ids), rel=1e-5)
     with torch.no_grad():
         assert loss_of(built(ids, use_cache=False).logits, ids) != loss_of(logits, ids)  # the hooks are gone
 
@@ -103,7 +103,7 @@ def test_dropped_texts_are_scored_on_what_is_left():
     causal = torch.full((len(kept), len(kept)), torch.finfo(torch.float32).min).triu(1)
     with torch.no_grad():
         logits = llama(ids[:, kept], position_ids=kept[None], attention_mask=causal[None, None], use_cache=False).logits
-    got, nominal = paper_loss(llama, ids, policy("drop_window", 0.4))
+    got, nominal = fake_quantised_loss(llama, ids, policy("drop_window", 0.4))
     assert got == pytest.approx(loss_of(logits, ids[:, kept]), rel=1e-5)
     assert nominal == 0.4 and len(kept) == 32
 
@@ -112,7 +112,7 @@ def test_two_tiers_hide_what_they_drop():
     llama, ids = model("llama"), prompt(80)
     bits = tier_bits(policy("two_tier", 0.3), 80)
     assert sorted(set(bits.tolist())) == [0, 8]
-    got, _ = paper_loss(llama, ids, policy("two_tier", 0.3))
+    got, _ = fake_quantised_loss(llama, ids, policy("two_tier", 0.3))
     changed = ids.clone()
     gap = int((bits == 0).nonzero()[-1])
     changed[0, gap] = ids[0, gap] % 90 + 4

@@ -13,10 +13,10 @@ from families import FAMILIES, config, model, prompt
 from outliers import healthy, with_outliers
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.evaluation.protocols.quality import mean_kl
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
 from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, paper, probe_model
 from spectrumkv_hf.probe.calibration import LADDER, Coding, _Measurement
+from spectrumkv_hf.probe.divergence import mean_kl
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 
@@ -270,7 +270,7 @@ class TestPolicy:
 
 class TestFromModel:
     def test_an_explicit_policy_or_none_does_not_probe(self, monkeypatch):
-        monkeypatch.setattr(auto, "choose_policy", None)
+        monkeypatch.setattr(auto, "probed_policy", None)
         m = model("llama", "sdpa")
         for policy in ("balanced", SinkProtect(budget=0.3)):
             SpectrumCache.from_model(m, policy=policy)
@@ -332,8 +332,12 @@ class TestFromModel:
     )
     def test_the_papers_probe(self, exact, tiered, expected, monkeypatch, caplog):
         """Its verdict gives `adaptive`, but for a model that fails over the exact cache too."""
-        answers = {"exact": list(exact), "paper_greedy": list(tiered)}
-        monkeypatch.setattr(paper, "retrieve", lambda m, t, method, *_, **__: [answers[method.spec].pop(0) == "y"])
+        found = {transformers.DynamicCache: list(exact), SpectrumCache: list(tiered)}
+
+        def ask(model, tokenizer, cache, prompts, **_):
+            return [prompts.answer if found[type(cache)].pop(0) == "y" else "nothing"]
+
+        monkeypatch.setattr(paper, "ask", ask)
         probe = PaperProbe(codec="spectrum", tokens=400)
         cache = SpectrumCache.from_model(healthy(), Characters(), budget=0.3, probe=probe)
         assert cache.policy == expected

@@ -5,14 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import model
+from transformers import DynamicCache
 
 from spectrumkv_hf import SpectrumCache
-from spectrumkv_hf.evaluation.protocols import needles
-from spectrumkv_hf.evaluation.protocols.needles import HAYSTACK, NEEDLES, needle_prompts, retrieve
-from spectrumkv_hf.evaluation.subjects.methods import parse_method
-from spectrumkv_hf.probe import PaperProbe, PaperVerdict, ProbeError, Trial, paper
+from spectrumkv_hf.policy import get_policy
+from spectrumkv_hf.probe import PaperProbe, PaperVerdict, ProbeError, Trial, needles, paper
+from spectrumkv_hf.probe.needles import HAYSTACK, NEEDLES, ask, needle_prompts
 
 LETTERS = "".join(sorted({*"".join(HAYSTACK), *"".join("".join(needle) for needle in NEEDLES), *"\n:QuestionAnswer"}))
+
+
+GREEDY = get_policy("greedy", 0.3, importance="positional", scope="token", recent_window=0, sinks=4)
+"""As the paper's released code has it."""
 
 
 class Characters:
@@ -28,24 +32,27 @@ class Characters:
 
 
 def test_the_first_token_is_exact_and_the_others_read_the_tiers(monkeypatch):
-    m, tokenizer, method = model("llama", "sdpa"), Characters(), parse_method("paper_greedy:0.3")
+    m, tokenizer = model("llama", "sdpa"), Characters()
     prompts = needle_prompts(tokenizer, NEEDLES[0], [0.5], 400)
     calls = []
-    stock = needles.last_logits
+    stock = needles.logits_over
 
-    def watched(m, ids, cache, start):
-        logits = stock(m, ids, cache, start)
+    def watched(m, ids, cache, start, last):
+        logits = stock(m, ids, cache, start, last)
         calls.append((start, ids.shape[1], logits))
         return logits
 
-    monkeypatch.setattr(needles, "last_logits", watched)
-    retrieve(m, tokenizer, method, prompts, max_new_tokens=4, first_exact=True)
+    def cache():
+        return SpectrumCache(m.config, policy=GREEDY, codec="absmax")
+
+    monkeypatch.setattr(needles, "logits_over", watched)
+    ask(m, tokenizer, cache(), prompts, max_new_tokens=4, first_exact=True)
     assert [call[:2] for call in calls] == [(0, 400), (400, 1), (401, 1), (402, 1)]
     with torch.no_grad():
         exact = m(prompts.ids).logits[:, -1]
-    assert torch.allclose(calls[0][2], exact, atol=1e-4)
+    assert torch.allclose(calls[0][2][:, -1], exact, atol=1e-4)
     calls.clear()
-    retrieve(m, tokenizer, method, prompts, max_new_tokens=4)
+    ask(m, tokenizer, cache(), prompts, max_new_tokens=4)
     assert [call[:2] for call in calls] == [(0, 399), (399, 1), (400, 1), (401, 1), (402, 1)][: len(calls)]
     assert len(calls) == 5
 
@@ -53,12 +60,12 @@ def test_the_first_token_is_exact_and_the_others_read_the_tiers(monkeypatch):
 def test_trials_and_cache_are_the_papers(monkeypatch):
     seen = []
 
-    def answered(m, tokenizer, method, prompts, **kwargs):
+    def answered(m, tokenizer, cache, prompts, **kwargs):
         assert kwargs == {"first_exact": True}
-        seen.append((method, prompts))
-        return [method.spec == "exact" or len(seen) < 5]
+        seen.append((cache, prompts))
+        return [prompts.answer if type(cache) is DynamicCache or len(seen) < 5 else "nothing"]
 
-    monkeypatch.setattr(paper, "retrieve", answered)
+    monkeypatch.setattr(paper, "ask", answered)
     m, tokenizer = model("llama", "sdpa"), Characters()
     probe = PaperProbe(tokens=500)
     ids = probe.inputs(m, tokenizer)
@@ -72,13 +79,11 @@ def test_trials_and_cache_are_the_papers(monkeypatch):
     for row, needle, depth in zip(ids, NEEDLES, (0.25, 0.5, 0.75), strict=False):
         at = tokenizer.batch_decode(row[None])[0].index(needle.sentence)
         assert abs(at / 440 - depth) < 0.1
-    for method, prompts in seen:
+    assert [type(cache) for cache, _ in seen] == [DynamicCache, SpectrumCache] * 3
+    for cache, prompts in seen:
         assert prompts.ids.shape == (1, 500)
-        cache = method.cache(m)
         if isinstance(cache, SpectrumCache):
-            assert cache.policy == parse_method("paper_greedy:0.3").policy
-            assert cache.codec.name == "absmax"
-    assert [method.spec for method, _ in seen] == ["exact", "paper_greedy"] * 3
+            assert cache.policy == GREEDY and cache.codec.name == "absmax"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import BartConfig, BartForConditionalGeneration
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.evaluation.protocols.quality import transfer_quality
+from spectrumkv_hf.evaluation.protocols.quality import continuation_quality
 from spectrumkv_hf.evaluation.subjects.methods import parse_method
 from spectrumkv_hf.probe import CalibrationProbe
 
@@ -103,4 +103,4 @@ def test_the_probe_and_the_evaluation():
     m, probe = model("llama"), CalibrationProbe(context=200, continuation=40)
     with torch.no_grad():
         probe.measure(m, None, probe.inputs(m, None))
-    transfer_quality(m, prompt(240), 200, parse_method("sink_protect:0.3"))
+    continuation_quality(m, prompt(240), 200, parse_method("sink_protect:0.3"))

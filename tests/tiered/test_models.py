@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv_hf.evaluation.protocols.quality import transfer_quality
+from spectrumkv_hf.evaluation.protocols.quality import continuation_quality
 from spectrumkv_hf.evaluation.subjects.methods import parse_method
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 
@@ -49,7 +49,7 @@ def test_load_in(folder, load_in, layer, dtype, caplog):
     assert not any("MatMul8bitLt" in record.message for record in caplog.records)  # one for every product otherwise
     error = (out.logits.float() - expected).norm() / expected.norm()
     assert 0 < error < (0.5 if load_in == "4bit" else 0.1)
-    quality = transfer_quality(model, ids, 60, parse_method("sink_protect:0.5", recent_window=0))
+    quality = continuation_quality(model, ids, 60, parse_method("sink_protect:0.5", recent_window=0))
     assert quality.kl < 0.1 and quality.actual_ratio > 0
 
 

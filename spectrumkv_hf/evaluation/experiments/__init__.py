@@ -2,7 +2,7 @@
 
 from spectrumkv_hf.evaluation.experiments.access_skew import AccessSkew
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment
-from spectrumkv_hf.evaluation.experiments.layer_error import LayerError
+from spectrumkv_hf.evaluation.experiments.layer_error import ReconstructionError
 from spectrumkv_hf.evaluation.experiments.needles import Needles
 from spectrumkv_hf.evaluation.experiments.paper_perplexity import PaperPerplexity
 from spectrumkv_hf.evaluation.experiments.ttft import Ttft
@@ -10,6 +10,6 @@ from spectrumkv_hf.evaluation.experiments.variants import PERPLEXITIES
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for experiment in (*PERPLEXITIES, PaperPerplexity(), Needles(), LayerError(), AccessSkew(), Ttft())
+    for experiment in (*PERPLEXITIES, PaperPerplexity(), Needles(), ReconstructionError(), AccessSkew(), Ttft())
 }
-"""In the order in which `spectrumkv eval paper` runs them."""
+"""In the order in which `spectrumkv eval all` runs them."""

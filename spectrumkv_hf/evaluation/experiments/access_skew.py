@@ -4,16 +4,14 @@ import argparse
 from collections.abc import Mapping
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Run, Table, join
 from spectrumkv_hf.evaluation.protocols.skew import attention_mass, gini
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 KINDS = {
     "received": "all that a token receives, heads added",
@@ -81,13 +79,12 @@ class AccessSkew(Experiment):
             rows.append([f"{kind}: {meaning}", *numbers])
         return Table(["Gini coefficient", "mean of layers", "lowest", "highest"], rows)
 
-    def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import lines, new_figure
-
-        figure, axes = new_figure(self.title)
-        lines(axes[0], {kind: [(x["layer"], x[kind]) for x in self._means(run)] for kind in KINDS})
+    def figure(self, run: Run) -> "figures.Figure":
+        figure, axes = figures.new_figure(self.title)
+        curves = {kind: [(x["layer"], x[kind]) for x in self._means(run)] for kind in KINDS}
+        figures.lines(axes[0], curves)
         axes[0].set_xlabel("layer")
         axes[0].set_ylabel("Gini coefficient, or share")
         axes[0].set_ylim(0, 1)
-        axes[0].legend(fontsize="small")
+        figures.legend_below(figure, axes[0], figures.label_ends(axes[0], curves))
         return figure

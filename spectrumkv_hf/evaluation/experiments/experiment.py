@@ -6,21 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.results import Cell, Results
 from spectrumkv_hf.evaluation.subjects.methods import Method, parse_method
 from spectrumkv_hf.evaluation.subjects.models import RANDOM, add_model_arguments
 from spectrumkv_hf.evaluation.subjects.text import add_text_arguments, text_from, text_label, text_windows
 from spectrumkv_hf.support.extras import required
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SPEC = "NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]][:OPTION=VALUE]"
 T = TypeVar("T")
@@ -131,7 +129,7 @@ class Experiment(ABC):
     def table(self, run: Run) -> Table:
         """Summary of the cells that the arguments ask for."""
 
-    def figure(self, run: Run) -> "Figure | None":
+    def figure(self, run: Run) -> "figures.Figure | None":
         """The same as a figure, where the paper has one."""
         return None
 

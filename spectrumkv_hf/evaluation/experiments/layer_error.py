@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -12,13 +12,11 @@ from transformers.cache_utils import Cache
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
 from spectrumkv_hf.evaluation.protocols.quality import prefill
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Exact, Method
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SIDES = ("keys", "values")
 
@@ -52,7 +50,7 @@ def layer_errors(cache: SpectrumCache, exact: Cache) -> list[dict[str, Any]]:
     return errors
 
 
-class LayerError(Experiment):
+class ReconstructionError(Experiment):
     """A cell is a method on one window."""
 
     name = "layer-error"
@@ -127,16 +125,15 @@ class LayerError(Experiment):
         header = ["method", "cosine K", "cosine V", "rel. L2 K", "rel. L2 V", "max abs K", "in layer"]
         return Table(header, rows)
 
-    def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, new_figure
-
-        figure, axes = new_figure(self.title, 4, width=4)
+    def figure(self, run: Run) -> "figures.Figure":
+        figure, axes = figures.new_figure(self.title, 2, 2, width=5, height=3)
         panels = (("keys", "relative_l2"), ("values", "relative_l2"), ("keys", "cosine"), ("keys", "max_abs"))
         for each, (side, key) in zip(axes, panels, strict=True):
             each.set_title(f"{side}: {key.replace('_', ' ')}", fontsize="medium")
-            lines(each, {s: [(x["layer"], x[side][key]) for x in self._means(run, s)] for s in run.args.methods})
+            means = {spec: self._means(run, spec) for spec in run.args.methods}
+            figures.lines(each, {spec: [(x["layer"], x[side][key]) for x in means[spec]] for spec in means})
             each.set_xlabel("layer")
             if key != "cosine":
-                each.set_yscale("log")
-        legend_below(figure, axes[0])
+                figures.log_scale(each, "y")
+        figures.legend_below(figure, axes[0])
         return figure

@@ -4,23 +4,14 @@ import argparse
 from collections.abc import Mapping
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.protocols.needles import (
-    DEPTHS,
-    NEEDLES,
-    Needle,
-    NeedlePrompts,
-    ask,
-    found,
-    needle_prompts,
-)
+from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets, family_of, parse_method
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from spectrumkv_hf.probe.needles import NEEDLES, Needle, NeedlePrompts, found, needle_prompts
 
 FAMILIES = ("sink_protect", "paper_greedy", "paper_balanced", "paper_two_tier", "drop_window", "drop_scored")
 BUDGETS = (0.25, 0.3, 0.4, 0.5, 0.7)
@@ -88,7 +79,7 @@ class Needles(Experiment):
     def _cell(self, run: Run, method: Method, needle: Needle, prompts: NeedlePrompts) -> Cell:
         texts: list[str] = []
         for rows in prompts.ids.split(run.args.batch):
-            answers = ask(
+            answers = ask_over(
                 run.model,
                 run.words,
                 method,
@@ -121,40 +112,40 @@ class Needles(Experiment):
             rows.append([spec, *ratios, f"{sum(trials)}/{len(trials)}", f"{100 * fmean(trials):.1f}"])
         return Table(["method", "actual", "nominal", "found", "%"], rows)
 
-    def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import heat_map, lines, new_figure
-
+    def figure(self, run: Run) -> "figures.Figure":
         families: dict[str, list[str]] = {}
         for spec in run.args.methods:
-            families.setdefault(family_of(spec) if spec != "exact" else spec, []).append(spec)
-        exact = families.pop("exact")
-        figure, axes = new_figure(
-            f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}", len(families) + 2, width=3.6
-        )
-        lines(
-            axes[0],
-            {
-                family: [(fmean(c["actual_ratio"] for c in self._cells(run, s)), self.accuracy(run, s)) for s in specs]
-                for family, specs in families.items()
-            },
-        )
+            families.setdefault(family_of(spec), []).append(spec)
+        curves = {
+            family: [(fmean(c["actual_ratio"] for c in self._cells(run, s)), self.accuracy(run, s)) for s in specs]
+            for family, specs in families.items()
+            if family != "exact"
+        }
+        alone = [spec for specs in families.values() if len(specs) == 1 for spec in specs]  # they share a panel
+        panels = {"one budget": alone, **{family: specs for family, specs in families.items() if len(specs) > 1}}
+        columns = 4 if len(panels) > 3 else len(panels) + 1
+        title = f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}"
+        figure, axes = figures.new_figure(title, columns, -(-(len(panels) + 1) // columns), width=2.7, height=3)
+        figures.lines(axes[0], curves)
         axes[0].axhline(self.accuracy(run, "exact"), color="black", linestyle="--", linewidth=1, label="exact")
-        axes[0].set_xlabel("stored bytes over FP16")
-        axes[0].set_ylabel("found")
-        axes[0].set_ylim(-0.03, 1.03)
-        axes[0].legend(fontsize="small")
-        depths = [f"{depth:g}" for depth in run.args.depths]
-        for each, (family, specs) in zip(axes[1:], {"exact": exact, **families}.items(), strict=True):
+        axes[0].set(xlabel="stored bytes over FP16", ylabel="found", ylim=(-0.03, 1.03))
+        figures.legend_below(figure, axes[0])
+        every = 2 if len(run.args.depths) > 9 else 1
+        depths = [f"{d:g}" if index % every == every - 1 else "" for index, d in enumerate(run.args.depths)]
+        for each, (family, specs) in zip(axes[1:], panels.items(), strict=False):
             found_at = [
                 [fmean(hits) for hits in zip(*(cell["found"] for cell in self._cells(run, spec)), strict=True)]
                 for spec in specs
             ]
-            budgets = [_budget(spec) for spec in specs]
-            image = heat_map(each, list(zip(*found_at, strict=True)), budgets, depths)
+            names = specs if family == "one budget" else [_budget(spec) for spec in specs]
+            image = each.imshow(list(zip(*found_at, strict=True)), vmin=0, vmax=1, aspect="auto")
+            each.set_xticks(range(len(names)), names)
+            each.set_yticks(range(len(depths)), depths)
             each.set_title(family, fontsize="medium")
-            each.set_xlabel("budget")
-        axes[1].set_ylabel("depth")
-        figure.colorbar(image, ax=axes[1:], label="found")
+            each.set(xlabel="method" if family == "one budget" else "budget", ylabel="depth")
+        for each in axes[len(panels) + 1 :]:
+            each.remove()
+        figure.colorbar(image, ax=axes[1 : len(panels) + 1], label="found")
         return figure
 
 

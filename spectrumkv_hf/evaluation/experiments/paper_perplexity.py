@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Run, Table, join
-from spectrumkv_hf.evaluation.protocols.paper_protocol import paper_loss, perplexity_change, projections
+from spectrumkv_hf.evaluation.protocols.fake_quantisation import fake_quantised_loss, perplexity_change, projections
+from spectrumkv_hf.evaluation.protocols.quality import with_error
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
-from spectrumkv_hf.evaluation.report.tables import shown, with_error
+from spectrumkv_hf.evaluation.report.tables import shown
 from spectrumkv_hf.evaluation.subjects.methods import Tiered, at_budgets, family_of, parse_method
 from spectrumkv_hf.policy import Policy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FAMILIES = ("greedy", "sink_protect", "balanced", "random", "two_tier", "drop_window", "drop_scored")
 BUDGETS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.75)
@@ -72,7 +71,7 @@ class PaperPerplexity(Experiment):
 
     def _cell(self, run: Run, ids: torch.Tensor, spec: str, index: int) -> Cell:
         policy = replace(_policy(spec), seed=index)  # the paper draws a new order for each window
-        loss, nominal = paper_loss(run.model, ids, policy)
+        loss, nominal = fake_quantised_loss(run.model, ids, policy)
         return {"loss": loss, "nominal_ratio": nominal}
 
     def _losses(self, run: Run, spec: str) -> list[float]:
@@ -89,21 +88,17 @@ class PaperPerplexity(Experiment):
             rows.append([spec, f"{nominal:.3f}", f"{fmean(map(math.exp, losses)):.4f}", change, shown(error, ".2f")])
         return Table(["policy", "nominal", "PPL", "ΔPPL %", "±"], rows)
 
-    def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import legend_below, lines, new_figure
-
+    def figure(self, run: Run) -> "figures.Figure":
         exact = self._losses(run, "fp16")
         curves: dict[str, list[tuple[float, float]]] = {}
         for spec in run.args.policies:
             point = (_policy(spec).budget, perplexity_change(self._losses(run, spec), exact))
-            curves.setdefault(family_of(spec), []).append(point)
-        figure, axes = new_figure(self.title, width=8)
-        lines(axes[0], {**curves})
-        axes[0].set_yscale("symlog", linthresh=1)
-        axes[0].axhline(0, color="grey", linewidth=0.8)
+            curves.setdefault(f"paper_{family_of(spec)}", []).append(point)
+        figure, axes = figures.new_figure(self.title, width=8)
+        figures.lines(axes[0], curves)
+        figures.change_scale(axes[0])
         axes[0].set_xlabel("nominal budget")
-        axes[0].set_ylabel("perplexity change, %")
-        legend_below(figure, axes[0])
+        figures.legend_below(figure, axes[0], figures.label_ends(axes[0], curves))
         return figure
 
 

@@ -1,52 +1,25 @@
-"""Quality under the transfer protocol: KL and perplexity of a continuation over each method's cache."""
+"""KL and perplexity of a continuation over each method's cache."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.protocols.quality import Quality, exact_logits, transfer_quality
+from spectrumkv_hf.evaluation.protocols.quality import (
+    Quality,
+    Summary,
+    continuation_quality,
+    exact_logits,
+    summarise,
+)
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
-from spectrumkv_hf.evaluation.report.tables import shown, with_error
+from spectrumkv_hf.evaluation.report.tables import shown
 from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class Summary(NamedTuple):
-    """A method at one length of context, over the windows.
-
-    Attributes:
-        spec: The method.
-        context: Tokens prefilled.
-        mean: Of the windows.
-        kl_error: Standard error of the mean KL over the windows, nats; None: there is one window.
-        change: Perplexity change, percent, of the mean log-likelihoods.
-        change_error: Its standard error over the windows, percentage points.
-    """
-
-    spec: str
-    context: int
-    mean: Quality
-    kl_error: float | None
-    change: float
-    change_error: float | None
-
-
-def summarise(spec: str, context: int, windows: list[Quality]) -> Summary:
-    """Means over the windows, and how far they may be off."""
-    mean = Quality.mean(windows)
-    _, kl_error = with_error([window.kl for window in windows])
-    _, loss_error = with_error([window.loss - window.exact_loss for window in windows])
-    scale = 100 + mean.perplexity_change  # the derivative of 100 (exp(x) - 1)
-    return Summary(
-        spec, context, mean, kl_error, mean.perplexity_change, None if loss_error is None else scale * loss_error
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +37,7 @@ class Perplexity(Experiment):
     name: str
     title: str
     about: str
-    draw: Callable[[str, list[Summary]], "Figure"]
+    draw: figures.Draw
     methods: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     budgets: tuple[float, ...] = ()
@@ -117,7 +90,7 @@ class Perplexity(Experiment):
 
         def quality(context: int, index: int, method: Method) -> Cell:
             logits = exact(context, index)
-            return asdict(transfer_quality(run.model, texts[context][index], context, method, logits))
+            return asdict(continuation_quality(run.model, texts[context][index], context, method, logits))
 
         jobs = [(c, index, method) for c in args.contexts for index in range(args.windows) for method in run.methods]
         for context, index, method in run.bar(jobs):
@@ -145,5 +118,5 @@ class Perplexity(Experiment):
                 rows[-1] += [f"{change:+.2f}", shown(change_error, ".2f")]
         return Table(["method", "context", "actual", "nominal", "KL (nats)", "±", "PPL", "ΔPPL %", "±"], rows)
 
-    def figure(self, run: Run) -> "Figure":
+    def figure(self, run: Run) -> "figures.Figure":
         return self.draw(self.title, self.summaries(run))

@@ -5,22 +5,21 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.protocols.quality import last_logits, prefill
+from spectrumkv_hf.evaluation.protocols.quality import prefill
+from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Exact, Method, Tiered
-from spectrumkv_hf.evaluation.subjects.text import passage
+from spectrumkv_hf.probe.divergence import logits_over
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.transfer.break_even import TransferCosts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 STAGES = ("prefill", "serialize", "deserialize", "decode")
@@ -38,6 +37,7 @@ def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - started, result
 
 
+@torch.inference_mode()
 def stages(model: PreTrainedModel, ids: torch.Tensor, method: Method) -> dict[str, float]:
     """Seconds of prefill, which compresses, of serialising, deserialising and the first decode step, and bytes.
 
@@ -59,7 +59,7 @@ def stages(model: PreTrainedModel, ids: torch.Tensor, method: Method) -> dict[st
         sent = buffer.numel()
         read = partial(SpectrumCache.deserialize, buffer, model.config)
         times["deserialize"], received = timed(model.device, read)
-    times["decode"], _ = timed(model.device, partial(last_logits, model, ids[:, context:], received, context))
+    times["decode"], _ = timed(model.device, partial(logits_over, model, ids[:, context:], received, context))
     return {**times, "bytes": sent}
 
 
@@ -154,12 +154,10 @@ class Ttft(Experiment):
         header = ["method", "context", *(f"{name} ms" for name in names), "MiB", *links, "pays below Gbit/s"]
         return Table(header, rows)
 
-    def figure(self, run: Run) -> "Figure":
-        from spectrumkv_hf.evaluation.report.figures import new_figure
-
+    def figure(self, run: Run) -> "figures.Figure":
         contexts, specs, link = run.args.contexts, run.args.methods, min(run.args.links)
         title = f"{self.title}; transfer computed for {link:g} Gbit/s, sent whole"
-        figure, axes = new_figure(title, len(contexts), width=5)
+        figure, axes = figures.new_figure(title, len(contexts), width=4.2, height=3)
         for each, context in zip(axes, contexts, strict=True):
             cells = [run.results.cells[join((context, spec))] for spec in specs]
             transfer = [cell["bytes"] / (link * GIGABIT) for cell in cells]
@@ -170,13 +168,14 @@ class Ttft(Experiment):
                 "serialize": [cell["serialize"] for cell in cells],
             }
             parts |= {"transfer (computed)": transfer} | {s: [cell[s] for cell in cells] for s in STAGES[2:]}
-            bottom = [0.0] * len(specs)
+            shades, left = figures.colours(parts), [0.0] * len(specs)
             for part, values in parts.items():
-                heights = [1e3 * value for value in values]
-                each.bar(specs, heights, bottom=bottom, label=part)
-                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+                widths = [1e3 * value for value in values]
+                each.barh(specs, widths, left=left, label=part, color=shades[part])
+                left = [start + width for start, width in zip(left, widths, strict=True)]
             each.set_title(f"{context} tokens", fontsize="medium")
-            each.tick_params(axis="x", labelrotation=30)
-        axes[0].set_ylabel("ms")
-        axes[0].legend(fontsize="small")
+            each.set_xlabel("ms")
+            each.invert_yaxis()
+            each.tick_params(labelleft=each is axes[0])
+        figures.legend_below(figure, axes[0])
         return figure

@@ -1,4 +1,4 @@
-"""Which methods each table under the transfer protocol compares."""
+"""Which methods each table of quality on a continuation compares."""
 
 from spectrumkv_hf.evaluation.experiments.perplexity import Perplexity
 from spectrumkv_hf.evaluation.report import figures
@@ -11,11 +11,11 @@ RANKINGS = ("attention", "attention_value", "kv_norm", "positional", "recency", 
 PERPLEXITIES = (
     Perplexity(
         name="perplexity",
-        title="Transfer protocol: quality over the cache",
+        title="Quality of a continuation over the cache",
         about="Exact prefill, the cache as it is stored, the same continuation tokens for every method. KL is to "
         "the exact cache; ± are standard errors over the windows; actual counts all stored bytes, and exact "
         "tokens of a float32 model twice.",
-        draw=figures.bars,
+        draw=figures.dots,
         methods=(
             "sink_protect:0.5",
             "sink_protect:0.3",
@@ -73,7 +73,7 @@ PERPLEXITIES = (
         title="Sinks kept exact",
         about="The paper's SinkProtect against Greedy: the first N tokens exact (0 is Greedy but for the rounding "
         "of counts).",
-        draw=figures.bars,
+        draw=figures.dots,
         methods=tuple(
             f"{name}:sinks={sinks}"
             for name in ("sink_protect:0.3", "sink_protect:0.5", "paper_sink_protect:0.3")
@@ -85,7 +85,7 @@ PERPLEXITIES = (
         name="ranking",
         title="What tokens are ranked by, b=.3",
         about="The paper's ablation of importance. All rows of a codec store the same bytes.",
-        draw=figures.bars,
+        draw=figures.dots,
         methods=(
             *(f"sink_protect:0.3::{ranking}" for ranking in RANKINGS),
             *(f"sink_protect:0.3::attention:{scope}" for scope in ("layer", "token")),
@@ -98,7 +98,7 @@ PERPLEXITIES = (
         name="uniform",
         title="One precision for all tokens against tiers at the same nominal budget",
         about="The paper's comparison with uniform precision. At b=.5 Greedy is uniform INT8, at b=.25 uniform INT4.",
-        draw=figures.bars,
+        draw=figures.dots,
         methods=(
             *("uniform_int8", "greedy:0.5", "sink_protect:0.5", "balanced:0.5"),
             *("paper_uniform_int8", "paper_greedy:0.5", "paper_sink_protect:0.5", "paper_balanced:0.5"),
@@ -111,7 +111,7 @@ PERPLEXITIES = (
         name="decay",
         title="Decay of importance with distance, b=.3",
         about="The paper's lambda, which it measured on an unmodified model.",
-        draw=figures.bars,
+        draw=figures.dots,
         methods=tuple(f"sink_protect:0.3:decay={decay:g}" for decay in DECAYS),
         reduced=QUICK | {"methods": [f"sink_protect:0.3:decay={decay:g}" for decay in (0, 0.01)]},
     ),

@@ -1,1 +1,1 @@
-"""How it is measured."""
+"""How it is measured: numbers from a model and a method, without files or arguments."""

@@ -1,106 +1,17 @@
-"""Needle in a haystack: does a model still find one sentence of a long context, over a compressed cache?
+"""Needle in a haystack over the cache of any method; `spectrumkv_hf.probe.needles` has the task."""
 
-The paper's task (section on retrieval): five generic sentences repeated, a secret at a relative depth, 32 tokens
-decoded greedily, success where the answer is a substring. Its released script lacks the question that its numbers were
-made with; the wording here is ours.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectrumkv_hf.evaluation.protocols.quality import last_logits
 from spectrumkv_hf.evaluation.subjects.methods import Method
+from spectrumkv_hf.probe.needles import NeedlePrompts, ask
 from spectrumkv_hf.tiered.memory import MemoryReport
-
-HAYSTACK = (
-    "The grass is green and the sky is blue.",
-    "The sun rises in the east and sets in the west.",
-    "People walk along the river in the evening.",
-    "The market opens early and closes before dark.",
-    "Rain falls on the hills and runs down to the sea.",
-)
-"""Sentences repeated in turn."""
 
 DEPTHS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """The paper's 19 relative depths, .05 to .95."""
-
-
-class Needle(NamedTuple):
-    """A sentence to hide, what is asked of it, and the answer, which the sentence holds."""
-
-    sentence: str
-    question: str
-    answer: str
-
-
-NEEDLES = (
-    Needle("The secret code is UNICORN7.", "What is the secret code?", "UNICORN7"),
-    Needle("The password of the vault is BLUEFISH42.", "What is the password of the vault?", "BLUEFISH42"),
-    Needle("The name of the hidden island is Zanthor.", "What is the name of the hidden island?", "Zanthor"),
-    Needle("The number of the locker is 83921.", "What is the number of the locker?", "83921"),
-    Needle("The captain of the lost ship is Marwick.", "Who is the captain of the lost ship?", "Marwick"),
-)
-
-_MARK = "<<<haystack>>>"
-
-
-class NeedlePrompts(NamedTuple):
-    """Prompts that differ in the depth of one needle only.
-
-    Attributes:
-        ids: `[depths, tokens]`.
-        question: How many of the last tokens ask the question; those before are the context.
-        answer: What a right answer contains.
-    """
-
-    ids: torch.Tensor
-    question: int
-    answer: str
-
-
-def needle_prompts(
-    tokenizer: PreTrainedTokenizerBase, needle: Needle, depths: Sequence[float], tokens: int
-) -> NeedlePrompts:
-    """Prompts of exactly `tokens` tokens, through the chat template where the tokenizer has one.
-
-    Args:
-        tokenizer: Of the model.
-        needle: What is hidden and asked.
-        depths: Fractions of the haystack that stand before the needle; it goes to the next border of sentences.
-        tokens: Length of every prompt, question and template included.
-
-    Raises:
-        ValueError: a depth out of 0 to 1, or too few tokens for needle, question and a sentence.
-    """
-    if not all(0 <= depth <= 1 for depth in depths):
-        raise ValueError(f"depths are fractions from 0 to 1, got {list(depths)}")
-    if tokenizer.chat_template:
-        ask = f"{_MARK}\n\n{needle.question} Answer with the exact words of the text."
-        message = [{"role": "user", "content": ask}]
-        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        head, tail = text.split(_MARK)
-        start = tokenizer(head, add_special_tokens=False).input_ids
-    else:
-        start, tail = tokenizer("").input_ids, f"\n\nQuestion: {needle.question}\nAnswer:"
-    end = tokenizer(tail, add_special_tokens=False).input_ids
-    hidden = tokenizer(" " + needle.sentence, add_special_tokens=False).input_ids
-    sentences = [tokenizer(" " + sentence, add_special_tokens=False).input_ids for sentence in HAYSTACK]
-    room = tokens - len(start) - len(hidden) - len(end)
-    if room < max(map(len, sentences)):
-        raise ValueError(f"a prompt of {tokens} tokens has no room for a haystack beside needle and question")
-    hay: list[int] = []
-    borders = [0]
-    while len(hay) < room:
-        hay += sentences[(len(borders) - 1) % len(sentences)]
-        borders.append(min(len(hay), room))
-    rows = []
-    for depth in depths:
-        at = min(borders, key=lambda border: abs(border - depth * room))
-        rows.append(start + hay[:at] + hidden + hay[at:room] + end)
-    return NeedlePrompts(torch.tensor(rows), len(end), needle.answer)
 
 
 class Answers(NamedTuple):
@@ -110,62 +21,23 @@ class Answers(NamedTuple):
     memory: MemoryReport
 
 
-@torch.inference_mode()
-def ask(
+def ask_over(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
     prompts: NeedlePrompts,
     max_new_tokens: int = 32,
     asked_before: bool = True,
-    first_exact: bool = False,
 ) -> Answers:
-    """Greedy answers over the method's cache.
-
-    Tokens are prefilled in exact precision and compressed, but for the last or the question, so that every token of
-    the answer, the first included, is predicted over the stored cache.
-
-    Args:
-        model: In eval mode.
-        tokenizer: Its tokenizer.
-        method: How the cache is held.
-        prompts: One batch.
-        max_new_tokens: Decoded greedily.
-        asked_before: The question is prefilled with the context, so that importance may see it; False: the context
-            alone is compressed and the question comes after it.
-        first_exact: Prefill the last token too, whose exact logits give the first token of the answer, as the paper's
-            code does.
-    """
-    ids = prompts.ids.to(model.device)
-    context = ids.shape[1] - (prompts.question if not asked_before else 0 if first_exact else 1)
+    """Greedy answers over a method's cache; arguments as of `spectrumkv_hf.probe.needles.ask`."""
     cache = method.cache(model)
-    with method.prefilling(model):
-        logits = last_logits(model, ids[:, :context], cache, 0)
-    memory = method.memory(cache)
-    if context < ids.shape[1]:
-        logits = last_logits(model, ids[:, context:], cache, context)
-    token = logits.argmax(-1, keepdim=True)
-    answer = [token]
-    for position in range(ids.shape[1], ids.shape[1] + max_new_tokens - 1):
-        token = last_logits(model, token, cache, position).argmax(-1, keepdim=True)
-        answer.append(token)
-    return Answers(tokenizer.batch_decode(torch.cat(answer, dim=1), skip_special_tokens=True), memory)
+    memory: list[MemoryReport] = []
 
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with method.prefilling(model):
+            yield
+        memory.append(method.memory(cache))
 
-def retrieve(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    prompts: NeedlePrompts,
-    max_new_tokens: int = 32,
-    asked_before: bool = True,
-    first_exact: bool = False,
-) -> list[bool]:
-    """Which of the prompts the model answers over the method's cache; arguments as of `ask`."""
-    texts = ask(model, tokenizer, method, prompts, max_new_tokens, asked_before, first_exact).texts
-    return found(texts, prompts.answer)
-
-
-def found(texts: Sequence[str], answer: str) -> list[bool]:
-    """Which texts hold the answer, in whatever case."""
-    return [answer.lower() in text.lower() for text in texts]
+    texts = ask(model, tokenizer, cache, prompts, max_new_tokens, asked_before=asked_before, prefilling=watched())
+    return Answers(texts, memory[0])

@@ -1,24 +1,21 @@
-"""The transfer protocol: exact prefill, a compressed cache, a continuation with teacher forcing on that cache.
+"""Quality of a continuation: exact prefill, a compressed cache, further tokens with teacher forcing over that cache.
 
 Every method predicts the same continuation tokens, and only what its cache holds of the context reaches them.
 """
 
-import inspect
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import log_softmax
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.evaluation.subjects.methods import Exact, Method
-from spectrumkv_hf.support.calls import cache_argument
-
-POSITIONS_AT_ONCE = 32
-"""Distributions compared at a time: with 260k tokens in the vocabulary, 32 MiB for each float32 copy."""
+from spectrumkv_hf.probe.divergence import logits_over, mean_kl, mean_loss
 
 
 @dataclass(frozen=True)
@@ -59,65 +56,66 @@ class Quality:
         return cls(*(sum(values) / len(windows) for values in fields))
 
 
-@torch.inference_mode()
-def last_logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, start: int) -> torch.Tensor:
-    """Logits `[batch, vocabulary]` after the tokens `ids`, `[batch, tokens]`, which follow `start` others.
+def with_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and its standard error where there are two values or more."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
 
-    Positions are given, because a cache that was pruned no longer knows them.
+
+class Summary(NamedTuple):
+    """A method at one length of context, over the windows.
+
+    Attributes:
+        spec: The method.
+        context: Tokens prefilled.
+        mean: Of the windows.
+        kl_error: Standard error of the mean KL over the windows, nats; None: there is one window.
+        change: Perplexity change, percent, of the mean log-likelihoods.
+        change_error: Its standard error over the windows, percentage points.
     """
-    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    out = model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache, model), **last_only)
-    return out.logits[:, -1]
+
+    spec: str
+    context: int
+    mean: Quality
+    kl_error: float | None
+    change: float
+    change_error: float | None
 
 
+def summarise(spec: str, context: int, windows: list[Quality]) -> Summary:
+    """Means over the windows, and how far they may be off."""
+    mean = Quality.mean(windows)
+    _, kl_error = with_error([window.kl for window in windows])
+    _, loss_error = with_error([window.loss - window.exact_loss for window in windows])
+    scale = 100 + mean.perplexity_change  # the derivative of 100 (exp(x) - 1)
+    return Summary(
+        spec, context, mean, kl_error, mean.perplexity_change, None if loss_error is None else scale * loss_error
+    )
+
+
+@torch.inference_mode()
 def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> None:
     """Put the tokens `ids`, `[batch, tokens]`, into an empty cache in one forward."""
-    last_logits(model, ids, cache, 0)
+    logits_over(model, ids, cache, 0, last=1)
 
 
 @torch.inference_mode()
-def continuation_logits(model: PreTrainedModel, ids: torch.Tensor, context: int, cache: Cache) -> torch.Tensor:
-    """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a cache prefilled with those before."""
-    positions = torch.arange(context, ids.shape[1], device=ids.device)[None]
-    rest = ids[:, context:]
-    out = model(input_ids=rest, position_ids=positions, use_cache=True, **cache_argument(cache, model))
-    return out.logits[0]
-
-
-def mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean over the rows of KL(exact || other), nats, of logits `[tokens, vocabulary]`."""
-    total = 0.0
-    for p, q in zip(exact.split(POSITIONS_AT_ONCE), other.split(POSITIONS_AT_ONCE), strict=True):
-        log_p, log_q = log_softmax(p.float(), -1), log_softmax(q.float(), -1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    return total / len(exact)
-
-
-def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood, nats, of `ids[1:]` by the logits of the tokens before them."""
-    total = 0.0
-    for rows, targets in zip(logits[:-1].split(POSITIONS_AT_ONCE), ids[1:].split(POSITIONS_AT_ONCE), strict=True):
-        picked = log_softmax(rows.float(), -1).gather(-1, targets[:, None])
-        total -= float(picked.sum(dtype=torch.float64))
-    return total / (len(ids) - 1)
-
-
 def exact_logits(model: PreTrainedModel, ids: torch.Tensor, context: int) -> torch.Tensor:
-    """`continuation_logits` on a `DynamicCache`."""
+    """Logits `[tokens, vocabulary]` of the tokens `ids[:, context:]` on a `DynamicCache` of those before."""
     cache = Exact("exact").cache(model)
     prefill(model, ids[:, :context], cache)
-    return continuation_logits(model, ids, context, cache)
+    return logits_over(model, ids[:, context:], cache, context)[0]
 
 
-def transfer_quality(
+@torch.inference_mode()
+def continuation_quality(
     model: PreTrainedModel,
     ids: torch.Tensor,
     context: int,
     method: Method,
     exact: torch.Tensor | None = None,
 ) -> Quality:
-    """Compare a method with the exact cache under the transfer protocol.
+    """Compare a method with the exact cache on a continuation.
 
     Args:
         model: In eval mode.
@@ -137,7 +135,7 @@ def transfer_quality(
     with method.prefilling(model):
         prefill(model, ids[:, :context], cache)
     memory = method.memory(cache)
-    logits = continuation_logits(model, ids, context, cache)
+    logits = logits_over(model, ids[:, context:], cache, context)[0]
     rest = ids[0, context:]
     return Quality(
         kl=mean_kl(exact, logits),
@@ -151,7 +149,7 @@ def transfer_quality(
 def measure(
     model: PreTrainedModel, windows: Sequence[torch.Tensor], context: int, methods: Sequence[Method]
 ) -> dict[str, Quality]:
-    """`transfer_quality` of every method by its spec, the mean over the windows."""
+    """`continuation_quality` of every method by its spec, the mean over the windows."""
     results: dict[str, list[Quality]] = {method.spec: [] for method in methods}
     with tqdm(total=len(windows) * (1 + len(methods)), desc="quality", disable=None) as bar:
         for ids in windows:
@@ -159,6 +157,6 @@ def measure(
             exact = exact_logits(model, ids, context)
             bar.update()
             for method in methods:
-                results[method.spec].append(transfer_quality(model, ids, context, method, exact))
+                results[method.spec].append(continuation_quality(model, ids, context, method, exact))
                 bar.update()
     return {name: Quality.mean(qualities) for name, qualities in results.items()}

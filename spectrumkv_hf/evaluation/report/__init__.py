@@ -1,1 +1,1 @@
-"""What is said of it: tables, figures, results on disk."""
+"""What came out: cells on disk, tables, figures, and the environment beside them."""

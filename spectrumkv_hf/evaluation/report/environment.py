@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import spectrumkv_hf
+from spectrumkv_hf.version import __version__
 
 
 def environment(model: PreTrainedModel) -> dict[str, str | int]:
@@ -25,7 +25,7 @@ def versions(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "spectrumkv-hf": spectrumkv_hf.__version__,
+        "spectrumkv-hf": __version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
     }

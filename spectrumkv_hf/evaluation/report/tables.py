@@ -1,8 +1,6 @@
 """How commands take arguments and show tables."""
 
 import argparse
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,12 +38,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as a table of Markdown."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def with_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error where there are two values or more."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def shown(value: float | None, form: str) -> str:

@@ -1,1 +1,1 @@
-"""What is measured: caches, models, texts."""
+"""What is measured: ways to hold a cache, models, texts."""

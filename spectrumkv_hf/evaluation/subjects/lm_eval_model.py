@@ -18,8 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spectrumkv_hf.evaluation.protocols.quality import prefill
 from spectrumkv_hf.evaluation.subjects.methods import parse_method
+from spectrumkv_hf.probe.divergence import logits_over
 from spectrumkv_hf.support.calls import cache_argument
 from spectrumkv_hf.tiered.memory import MemoryReport
 
@@ -170,16 +170,14 @@ class SpectrumLM(HFLM):
         ):
             if start:
                 with method.prefilling(model):
-                    prefill(model, inps[:, :start], cache)
+                    logits_over(model, inps[:, :start], cache, 0, last=1)
             logits = []
             for ids in inps[:, start:].split(self.chunk, dim=1):
                 end = start + ids.shape[1]
                 if start and end == inps.shape[1]:
                     memory = method.memory(cache)
                 with nullcontext() if start else method.prefilling(model):
-                    positions = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
-                    out = model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache, model))
-                logits.append(out.logits)
+                    logits.append(logits_over(model, ids, cache, start))
                 start = end
         self.use.add(memory)
         return torch.cat(logits, dim=1)

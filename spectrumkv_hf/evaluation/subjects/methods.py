@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.policy import POLICIES, Policy, get_policy
+from spectrumkv_hf.probe.paper import RELEASED
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.tiered.memory import MemoryReport, storage_bytes
 
@@ -74,10 +75,6 @@ class Tiered(Method):
         return SpectrumCache(config=model.config, policy=self.policy, codec=self.codec)
 
 
-PAPER = {"importance": "positional", "scope": "token", "recent_window": 0, "sinks": 4}
-"""Options of the paper's released code: one map for all layers and heads, ranked by position, nothing exact on top."""
-
-
 def _family(module: str) -> Callable[[str, str], Method]:
     """The parser of a module of `baselines`, imported when it is called."""
 
@@ -109,7 +106,7 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
       `snapkv:BUDGET` and `expected_attention:BUDGET`; see `baselines`;
     * `NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]]`, a policy of `spectrumkv_hf.POLICIES`, an empty field being the
       default;
-    * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax` and the options `PAPER`.
+    * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax`, options `RELEASED`.
 
     Policies also take fields `OPTION=VALUE`, by the names in `OPTIONS`, after the others: `sink_protect:0.3:sinks=16`.
 
@@ -141,7 +138,7 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
     options: dict[str, Any] = {} if recent_window is None or paper else {"recent_window": recent_window}
     if paper:
         name, codec = name.removeprefix("paper_"), "absmax"
-        options |= PAPER
+        options |= RELEASED
         if POLICIES[name].importance != Policy.importance:  # random and recency rank by themselves
             del options["importance"]
     options |= {key: field for key, field in (("importance", importance), ("scope", scope)) if field}

@@ -7,15 +7,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.extras import required
 
 DATASET = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 PASSAGE = "passage"
-
-
-def passage() -> str:
-    """A text of about 1400 words on the tides, written for this project, so that no model has trained on it."""
-    return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
 
 
 def dataset_text(name: str) -> str:

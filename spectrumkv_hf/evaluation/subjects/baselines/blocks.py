@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from spectrumkv_hf.evaluation.subjects.baselines.coded import Codec, Coded
+from spectrumkv_hf.evaluation.subjects.baselines.coded import Coded, TensorFormat
 from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.support.extras import required
 
 BLOCK = 64
 
 
-class FourBit(Codec):
+class FourBit(TensorFormat):
     """A format of bitsandbytes.
 
     Args:

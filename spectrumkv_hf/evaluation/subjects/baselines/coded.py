@@ -20,7 +20,7 @@ STEP = 64
 """Tokens encoded at a time while decoding."""
 
 
-class Codec(ABC):
+class TensorFormat(ABC):
     """A format for a tensor `[batch, kv_heads, tokens, head_dim]`.
 
     Attributes:
@@ -54,7 +54,7 @@ class CodedLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, codec: Codec, sinks: int, recent: int) -> None:
+    def __init__(self, codec: TensorFormat, sinks: int, recent: int) -> None:
         super().__init__()
         self.codec, self.sinks, self.recent = codec, sinks, recent
         self.length = 0
@@ -140,7 +140,7 @@ class CodedSlidingLayer(CodedLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, codec: Codec, sinks: int, recent: int) -> None:
+    def __init__(self, sliding_window: int, codec: TensorFormat, sinks: int, recent: int) -> None:
         super().__init__(codec, sinks, recent)
         self.sliding_window = sliding_window
 
@@ -170,7 +170,7 @@ class CodedCache(Counted, Cache):
         ValueError: the model has other layers.
     """
 
-    def __init__(self, model: PreTrainedModel, codec: Codec, sinks: int, recent: int) -> None:
+    def __init__(self, model: PreTrainedModel, codec: TensorFormat, sinks: int, recent: int) -> None:
         layers: list[CodedLayer] = []
         for index, stock in enumerate(DynamicCache(config=model.config).layers):
             if type(stock) is DynamicLayer:
@@ -194,7 +194,7 @@ class Coded(Method):
         recent: Last tokens that stay exact.
     """
 
-    def __init__(self, spec: str, codec: Callable[[], Codec], sinks: int = 0, recent: int = 0) -> None:
+    def __init__(self, spec: str, codec: Callable[[], TensorFormat], sinks: int = 0, recent: int = 0) -> None:
         super().__init__(spec)
         self.codec, self.sinks, self.recent = codec, sinks, recent
 

@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from spectrumkv_hf.evaluation.subjects.baselines.coded import Codec, Coded
+from spectrumkv_hf.evaluation.subjects.baselines.coded import Coded, TensorFormat
 
 FORMATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
-class Float8(Codec):
+class Float8(TensorFormat):
     """A float8 format.
 
     Args:

@@ -52,7 +52,7 @@ class CountedQuantizedCache(Counted, QuantizedCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-class Quantized(Method):
+class StockQuantized(Method):
     """A `QuantizedCache`.
 
     Args:
@@ -91,7 +91,7 @@ class Quantized(Method):
         return counted_memory(cache, self.bits / 16)
 
 
-def parse(spec: str, rest: str) -> Quantized:
+def parse(spec: str, rest: str) -> StockQuantized:
     """`quanto[:BITS]`, `hqq[:BITS[:AXIS]]` or `fp8`.
 
     Raises:
@@ -106,4 +106,4 @@ def parse(spec: str, rest: str) -> Quantized:
     widths = {str(bits): bits for bits in BITS[backend]}
     if width and width not in widths:
         raise ValueError(f"method {spec!r}: {backend} takes {', '.join(widths)} bits, got {width!r}")
-    return Quantized(spec, backend, widths[width] if width else BITS[backend][0], int(axis) if colon else None)
+    return StockQuantized(spec, backend, widths[width] if width else BITS[backend][0], int(axis) if colon else None)

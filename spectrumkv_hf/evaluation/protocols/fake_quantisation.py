@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectrumkv_hf.evaluation.protocols.quality import mean_loss
 from spectrumkv_hf.policy import FP16, TIERS, DropScored, Policy
 from spectrumkv_hf.policy.importance import importance
+from spectrumkv_hf.probe.divergence import mean_loss
 
 PROJECTIONS = ("k_proj", "v_proj")
 
@@ -86,7 +86,7 @@ def quantised_projections(model: PreTrainedModel, bits: torch.Tensor) -> Iterato
 
 
 @torch.inference_mode()
-def paper_loss(model: PreTrainedModel, ids: torch.Tensor, policy: Policy) -> tuple[float, float]:
+def fake_quantised_loss(model: PreTrainedModel, ids: torch.Tensor, policy: Policy) -> tuple[float, float]:
     """Mean negative log-likelihood of a text under the paper's protocol, and the nominal ratio.
 
     Args:

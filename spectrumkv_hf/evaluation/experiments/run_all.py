@@ -1,4 +1,4 @@
-"""`spectrumkv eval paper`: every table and figure with one command, and one page that shows them."""
+"""`spectrumkv eval all`: every table and figure with one command, and one page that shows them."""
 
 import argparse
 import sys
@@ -8,13 +8,14 @@ from typing import Any
 
 from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment, Reduced, Run, model_label
+from spectrumkv_hf.evaluation.report.figures import save
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, markdown_table, print_table
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.subjects.text import PASSAGE, add_text_arguments
-from spectrumkv_hf.support.whole_file import whole_file, write_whole
+from spectrumkv_hf.support.whole_file import write_whole
 
-NAME = "paper"
-TITLE = "all of them; tables.md shows what came out"
+NAME = "all"
+TITLE = "every experiment; tables.md shows what came out"
 SHARED = ("model", "dtype", "device", "attn_implementation", "load_in", "output")
 TEXT = ("text_file", "dataset")
 
@@ -87,7 +88,6 @@ def measure(experiment: Experiment, run: Run) -> list[str]:
     pieces = [f"\n{markdown_table(table.header, table.rows)}"]
     output = run.args.output
     if output is not None and (figure := experiment.figure(run)) is not None:
-        with whole_file(output / f"{experiment.name}.png") as file:
-            figure.savefig(file, dpi=150, format="png")
+        save(figure, output / f"{experiment.name}.png")
         pieces.append(f"\n![{experiment.title}]({experiment.name}.png)\n")
     return pieces
