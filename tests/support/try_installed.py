@@ -43,7 +43,7 @@ def main():
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     model = LlamaForCausalLM(config).eval()
     inputs = {"input_ids": torch.randint(3, 128, (1, 400)), "attention_mask": torch.ones(1, 400, dtype=torch.int64)}
     cache = SpectrumCache(config=model.config, budget=0.3)
