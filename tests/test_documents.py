@@ -1,5 +1,6 @@
 """README and docs: short, with lines that can be read, and right about the names and places that they mention."""
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from test_imports import FLOORS, PACKAGES
 from test_versions import PROJECT
+
+from spectrumkv_hf import POLICIES, Policy
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,6 +70,21 @@ def test_places_in_documents_exist():
     }
     assert len(places) > 8
     assert not [place for place in sorted(places) if not list(ROOT.glob(place[1].rstrip("/")))]
+
+
+def rows(heading):
+    """What stands first, as code, in the rows of the first table below a heading of the guide."""
+    part = re.split(rf"^#+ {heading}\n", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    return {
+        name
+        for cell in re.findall(r"^\|([^|]*)\|", part.split("\n#")[0], re.M)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+
+
+def test_the_guide_names_every_policy_and_option():
+    options = {field.name for field in dataclasses.fields(Policy)} - {"budget"}
+    assert rows("Policies") == {*POLICIES} | options
 
 
 @pytest.mark.parametrize("package", FLOORS)
