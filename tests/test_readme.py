@@ -122,7 +122,11 @@ def test_recipes_give_what_the_exact_cache_gives(tmp_path, monkeypatch):
     names = next(steps)  # a conversation
     assert [message["role"] for message in names["chat"]] == ["user", "assistant"] * 2
     assert torch.equal(names["output"], whole(names, names["inputs"]))
-    assert names["cache"].get_seq_length() == names["output"].shape[1] - 1
+    exact = DynamicCache(config=names["model"].config)
+    with torch.no_grad():
+        names["model"](names["output"][:, :-1], **cache_argument(exact))
+    for (keys, values, _), (theirs, others, _) in zip(names["cache"], exact, strict=True):
+        torch.testing.assert_close((keys, values), (theirs, others))  # of all turns, and in their order
     names = next(steps)  # one beginning
     for question, output in zip(names["questions"], names["outputs"], strict=True):
         text = names["document"] + question
