@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-matrix test-slow test-engines test-vllm fuzz lint bench eval clean
+.PHONY: demo test test-matrix test-slow test-engines test-vllm fuzz lint bench eval docs dist clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,5 +80,24 @@ bench: $(BIN)/installed  ## Decode speed at 2048 tokens of context.
 eval: $(BIN)/installed  ## Every experiment of the evaluation on small grids: tables and figures in evaluation/.
 	$(BIN)/spectrumkv eval all --reduced --output evaluation
 
+DOCS := .venv-docs
+SITE := site
+docs: pyproject.toml constraints.txt  ## The documentation with the API reference as a web site; a broken link fails.
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP_INSTALL) -c constraints.txt mkdocs-material mkdocstrings-python ruff
+	$(DOCS)/bin/mkdocs build --strict --site-dir $(SITE)
+
+DIST := .venv-dist
+DISTS := dist
+dist: pyproject.toml constraints.txt  ## An sdist and a wheel, checked; the wheel is tried in an empty environment.
+	rm -rf $(DIST) $(DISTS)
+	$(PYTHON) -m venv $(DIST)/tools
+	$(DIST)/tools/bin/python $(PIP_INSTALL) -c constraints.txt build twine
+	$(DIST)/tools/bin/python -m build --outdir $(DISTS)
+	$(DIST)/tools/bin/twine check --strict $(DISTS)/*
+	$(PYTHON) -m venv $(DIST)/empty
+	$(DIST)/empty/bin/python $(PIP_INSTALL) -c constraints.txt $(DISTS)/*.whl
+	$(DIST)/empty/bin/python -I tests/support/try_installed.py
+
 clean:
-	rm -rf $(VENV) $(DEMO) $(MATRIX:%=.venv-%) $(LMCACHE) $(VLLM)
+	rm -rf $(VENV) $(DEMO) $(MATRIX:%=.venv-%) $(LMCACHE) $(VLLM) $(DOCS) $(DIST) $(DISTS) $(SITE)

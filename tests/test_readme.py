@@ -1,5 +1,6 @@
 """The code of README and docs runs and gives what it claims; their commands parse, and those that are cheap run."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import families
 import pytest
+import tiny
 import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -29,16 +31,20 @@ from spectrumkv_hf.transfer import CacheSender, recv_cache
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+TEXT = "\n".join(TEXTS.values())
 HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2"}
 """Models of the README by the local ones that stand in for them."""
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+def blocks(language, text=TEXT):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-SNIPPET, SAVE, NIXL, STREAM = blocks("python")
+SNIPPET, SAVE = blocks("python", TEXTS["README.md"])
+(NIXL,) = blocks("python", TEXTS["engines.md"])
+(STREAM,) = blocks("python", TEXTS["transfer.md"])
+RECIPES = blocks("python", TEXTS["guide.md"])
 
 
 @pytest.fixture
@@ -81,6 +87,65 @@ def test_save_and_load(tmp_path, monkeypatch):
     exec(SAVE, names)
     assert names["cache"] is not cache
     assert torch.equal(names["cache"].serialize(), cache.serialize())
+
+
+def test_all_code_is_tested():
+    assert len(blocks("python")) == len([SNIPPET, SAVE, NIXL, STREAM, *RECIPES])
+
+
+def session(options):
+    """The names of one session in which the guide's recipes run, after each of them, with caches of these options."""
+    names = {
+        "model": copy.deepcopy(families.model("llama", "sdpa")),
+        "tokenizer": tiny.tokenizer(tiny.TEMPLATE),
+        "document": passage()[:400].replace("\n", " ") + " ",
+        "questions": ["What pulls?", "And what turns, and how often?"],
+    }
+    names["model"].generation_config.suppress_tokens = [0, 1]  # an answer without special tokens reads back as it was
+    for block in RECIPES:
+        exec(re.sub(r"budget=0\.\d", options, block), names)
+        yield names
+
+
+def test_recipes_give_what_the_exact_cache_gives(tmp_path, monkeypatch):
+    """Each in a lossless cache, against one `generate` of the whole prompt over a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    steps = session('policy="fp16"')
+
+    def whole(names, inputs):
+        exact = cache_argument(DynamicCache(config=names["model"].config))
+        return names["model"].generate(**inputs, **exact, max_new_tokens=20)
+
+    names = next(steps)  # a batch
+    assert len(names["output"]) == 2 and 0 in names["inputs"]["attention_mask"]
+    assert torch.equal(names["output"], whole(names, names["inputs"]))
+    names = next(steps)  # a conversation
+    assert [message["role"] for message in names["chat"]] == ["user", "assistant"] * 2
+    assert torch.equal(names["output"], whole(names, names["inputs"]))
+    exact = DynamicCache(config=names["model"].config)
+    with torch.no_grad():
+        names["model"](names["output"][:, :-1], **cache_argument(exact))
+    for (keys, values, _), (theirs, others, _) in zip(names["cache"], exact, strict=True):
+        torch.testing.assert_close((keys, values), (theirs, others))  # of all turns, and in their order
+    names = next(steps)  # one beginning
+    for question, output in zip(names["questions"], names["outputs"], strict=True):
+        text = names["document"] + question
+        assert torch.equal(output, whole(names, names["tokenizer"](text, return_tensors="pt")))
+    assert names["shared"].get_seq_length() == len(names["document"])
+    for _ in range(2):  # from disk; in chunks
+        names = next(steps)
+        assert torch.equal(names["output"], whole(names, names["inputs"]))
+
+
+def test_recipes_in_tiers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    *_, names = session("budget=0.3")
+    assert Path("document.kv").stat().st_size > 0
+    assert names["shared"].get_seq_length() == len(names["document"])
+    assert names["outputs"][1].shape == names["output"].shape
+    cache, report = names["cache"], names["report"]
+    assert 4 in cache.tier_map()[0] and names["gain"] == report.times_smaller > 1
+    assert capsys.readouterr().out.strip() == str(report) and str(report).startswith(report.headline())
 
 
 def send_or_receive(rank, place, block):
