@@ -32,11 +32,11 @@ lint: $(BIN)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Other versions of Transformers and Triton than those of constraints.txt, in pairs. Tests of bytes and transports, which
-# need neither, run in `make test` only. TESTS=tests runs everything on one:
+# Other versions of Transformers and Triton than those of constraints.txt, in pairs. Tests that need
+# neither run in `make test` only. TESTS=tests runs everything on one:
 # make test-with-5.23.0+3.9.0 TESTS=tests
 MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
-TESTS ?= tests/policy tests/tiered tests/probe tests/commands tests/evaluation \
+TESTS ?= tests/tiered tests/probe tests/evaluation/test_baselines.py \
 	$(wildcard tests/kernels/*/*triton*.py tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py)
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
 
