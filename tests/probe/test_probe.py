@@ -18,6 +18,7 @@ from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, 
 from spectrumkv_hf.probe.calibration import LADDER, Coding, _Measurement
 from spectrumkv_hf.probe.divergence import mean_kl
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
+from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
@@ -332,7 +333,7 @@ class TestFromModel:
     )
     def test_the_papers_probe(self, exact, tiered, expected, monkeypatch, caplog):
         """Its verdict gives `adaptive`, but for a model that fails over the exact cache too."""
-        found = {transformers.DynamicCache: list(exact), SpectrumCache: list(tiered)}
+        found = {transformers.DynamicCache: list(exact), TieredCache: list(tiered)}
 
         def ask(model, tokenizer, cache, prompts, **_):
             return [prompts.answer if found[type(cache)].pop(0) == "y" else "nothing"]

@@ -7,10 +7,10 @@ import torch
 from families import model
 from transformers import DynamicCache
 
-from spectrumkv_hf import SpectrumCache
 from spectrumkv_hf.policy import get_policy
 from spectrumkv_hf.probe import PaperProbe, PaperVerdict, ProbeError, Trial, needles, paper
 from spectrumkv_hf.probe.needles import HAYSTACK, NEEDLES, ask, needle_prompts
+from spectrumkv_hf.tiered.cache import TieredCache
 
 LETTERS = "".join(sorted({*"".join(HAYSTACK), *"".join("".join(needle) for needle in NEEDLES), *"\n:QuestionAnswer"}))
 
@@ -43,7 +43,7 @@ def test_the_first_token_is_exact_and_the_others_read_the_tiers(monkeypatch):
         return logits
 
     def cache():
-        return SpectrumCache(m.config, policy=GREEDY, codec="absmax")
+        return TieredCache(m.config, policy=GREEDY, codec="absmax")
 
     monkeypatch.setattr(needles, "logits_over", watched)
     ask(m, tokenizer, cache(), prompts, max_new_tokens=4, first_exact=True)
@@ -79,10 +79,10 @@ def test_trials_and_cache_are_the_papers(monkeypatch):
     for row, needle, depth in zip(ids, NEEDLES, (0.25, 0.5, 0.75), strict=False):
         at = tokenizer.batch_decode(row[None])[0].index(needle.sentence)
         assert abs(at / 440 - depth) < 0.1
-    assert [type(cache) for cache, _ in seen] == [DynamicCache, SpectrumCache] * 3
+    assert [type(cache) for cache, _ in seen] == [DynamicCache, TieredCache] * 3
     for cache, prompts in seen:
         assert prompts.ids.shape == (1, 500)
-        if isinstance(cache, SpectrumCache):
+        if isinstance(cache, TieredCache):
             assert cache.policy == GREEDY and cache.codec.name == "absmax"
 
 

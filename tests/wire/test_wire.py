@@ -520,7 +520,7 @@ def test_layers_and_policies_that_can_not_travel():
 
     with pytest.raises(WireError, match="can't be serialised: a receiver knows"):
         SpectrumCache(config("llama"), policy=Own()).serialize()
-    for number in ({"seed": 2**60}, {"decay": float("inf")}):
+    for number in ({"seed": 2**60},):
         with pytest.raises(WireError, match="out of range|Out of range"):
             SpectrumCache(config("llama"), **number).serialize()
     whole = SpectrumCache(config("deepseek_v3"))
