@@ -10,9 +10,6 @@ import spectrumkv_hf
 import spectrumkv_kernels
 
 PACKAGES = {package.__name__: Path(package.__file__).parent for package in (spectrumkv_kernels, spectrumkv_hf)}
-    "spectrumkv_kernels": Path(spectrumkv_kernels.__file__).parent,
-    "spectrumkv_hf": Path(spectrumkv_hf.__file__).parent,
-}
 FLOORS = {
     "spectrumkv_kernels": ("backend", "segment", "rotation", "codec", "attention", "scores", "wire", "operations", ""),
     "spectrumkv_hf": (

@@ -19,6 +19,7 @@ from spectrumkv_kernels.attention.triton_dot import LOG2E
 from spectrumkv_kernels.attention.triton_merge import merge_kernel
 from spectrumkv_kernels.attention.triton_prepare import prepare_kernel
 from spectrumkv_kernels.backend.launch_triton import Held, launch, on_device, shared, trait
+from spectrumkv_kernels.backend.tensor_cache import keep, keep_longest
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec, dims
 from spectrumkv_kernels.rotation.hadamard import hadamard_matrix
@@ -70,21 +71,19 @@ def _shares(heads: int, most: int, device: torch.device) -> int:
     return next(n for n in range(1, most + 1) if busy(n) >= 0.95 * best)
 
 
-def _tables(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and -sin of the first `FINE` positions, float16, and cos and sin of every `FINE`th one, float32."""
-    return _tables_for(rotary, max(1 << (length - 1).bit_length(), 4096), device)
-
-
-@functools.lru_cache(maxsize=32)
-def _tables_for(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+@keep_longest(4096)
+def _tables(length: int, rotary: Rotary, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `Rotary.steps`, the fine angles in float16, and the coarse ones."""
     if not rotary.inv_freq:
-        empty = torch.zeros(1, device=device)
-        return empty.half(), empty
-    angles = torch.tensor(rotary.inv_freq, dtype=torch.float64)
-    fine = torch.arange(FINE, dtype=torch.float64)[:, None] * angles
-    coarse = torch.arange(0, length, FINE, dtype=torch.float64)[:, None] * angles
-    fine = torch.cat((fine.cos(), -fine.sin()), dim=-1).half()
-    return fine.to(device), torch.cat((coarse.cos(), coarse.sin()), dim=-1).float().to(device)
+        return torch.zeros(1, dtype=torch.float16, device=device), torch.zeros(1, device=device)
+    table = rotary.steps(FINE, length, device)
+    return table[:FINE].half(), table[FINE:]
+
+
+@keep(16)
+def _signs(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The Hadamard matrix of 1, -1 and, outside its blocks, 0: `[dim, dim]`."""
+    return hadamard_matrix(dim, device).sign().to(dtype)
 
 
 class _Laid(NamedTuple):
@@ -208,7 +207,7 @@ def tiered_attention(
         if coded:
             centre, fine, coarse = query, query, query
             if mean is not None:
-                centre, (fine, coarse) = mean, _tables(rotary, length, device)
+                centre, (fine, coarse) = mean, _tables(length, rotary, device)
             tensors = (query, plan.signs if codec.hadamard else query, centre, fine, coarse, halves, floats)
             numbers = (
                 rotated_at, factor_at, rows, flat, work.turning, work.row_blocks, work.each, length, units
@@ -296,7 +295,7 @@ class _Plan:
     overlaps: bool
 
 
-@functools.lru_cache(maxsize=256)
+@keep(64)
 def _plan(
     rows: int,
     dim: int,
@@ -319,7 +318,7 @@ def _plan(
         costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
         tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
         block=block,
-        signs=hadamard_matrix(dim, device).sign().to(dtype),
+        signs=_signs(dim, dtype, device),
         coded=sum(b < 16 for b in bits),
         overlaps=_overlaps(device),
     )
@@ -358,7 +357,7 @@ class _Work(NamedTuple):
     trait: Any
 
 
-@functools.lru_cache(maxsize=64)
+@keep(64)
 def _work(
     plan: _Plan,
     flat: int,

@@ -8,7 +8,7 @@ from spectrumkv_kernels.rotation.triton_rotary import partner, turn
 
 @triton.jit(do_not_specialize=["tokens"])
 def sums_kernel(
-    keys, positions, weights, factors, sums, tokens, heads, batch_stride, head_stride, token_stride,
+    keys, positions, weights, table, sums, tokens, heads, batch_stride, head_stride, token_stride,
     DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def sums_kernel(
             x *= tl.load(weights + batch * tokens + token, mask=inside, other=0.0)[:, None]
         if PAIRS:
             at = tl.load(positions + token, mask=inside, other=0)
-            cos, sin = turn(factors, at, channels, PAIRS, INTERLEAVED)
+            cos, sin = turn(table, at, channels, PAIRS, INTERLEAVED)
             along += x * cos
             across += x * sin
         else:
