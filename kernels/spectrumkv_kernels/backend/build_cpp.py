@@ -140,7 +140,7 @@ def _check_sizes(library: ctypes.CDLL, source: Path, structures: Structures) -> 
         function = library[f"size_of_{structure.__name__}"]
         function.restype = ctypes.c_int64
         if (theirs := function()) != (ours := ctypes.sizeof(structure)):
-            raise OSError(f"{source.name} takes a {structure.__name__} of {theirs} bytes, not the {ours} given to it")
+            raise OSError(f"{source.name} takes the structure {structure.__name__} in {theirs} bytes, not in {ours}")
 
 
 def takes(library: ctypes.CDLL, functions: Mapping[str, Any], structure: type[ctypes.Structure]) -> ctypes.CDLL:
