@@ -7,7 +7,6 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -140,7 +139,7 @@ def tiered_attention(
         sinks=_address(sinks),
         threads=torch.get_num_threads(),
         count=len(held),
-        segments=(Tokens * len(held))(*map(_fields, held)),
+        segments=(Tokens * len(held))(*map(_tokens, held)),
         scale=scale,
         softcap=softcap or 0.0,
     )
@@ -184,13 +183,12 @@ def _whole(segment: Segment) -> Segment:
     return Segment(bits, _rows(keys), _rows(values), _rows(positions))
 
 
-def _fields(segment: Segment) -> tuple[Any, ...]:
-    """The fields of `Tokens`, in order, as ctypes takes them."""
+def _tokens(segment: Segment) -> Tokens:
     bits, keys, values, positions = segment
     if isinstance(keys, Quantized):
         views = (_view(keys.codes), _view(values.codes), _view(positions), _view(keys.affine), _view(values.affine))
-        return (bits, 0, positions.shape[2], *views)
-    return (bits, KINDS[keys.dtype], positions.shape[2], _view(keys), _view(values), _view(positions))
+        return Tokens(bits, 0, positions.shape[2], *views)
+    return Tokens(bits, KINDS[keys.dtype], positions.shape[2], _view(keys), _view(values), _view(positions))
 
 
 def _view(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.backend.launch_triton import on_device, shared
+from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, shared
 from spectrumkv_kernels.codec import reference as twin
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec
@@ -68,7 +68,7 @@ def _encode_kernel(
     key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, n, heads,
     key_batch, key_head, key_token, value_batch, value_head, value_token, index_batch, index_head,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens x batch x heads, keys and values."""
     blocks = tl.cdiv(n, TOKENS)
@@ -139,13 +139,14 @@ def _decode_tokens(
 @triton.jit(do_not_specialize=["count0", "count1", "count2", "count3", "start", "size"])
 def _dense_kernel(
     segments,  # of each: keys, their scale and zero, values, their scale and zero, positions
+    out_keys, out_values, mean, table,
     strides,  # of 16-bit keys and values: batch, head, token
-    count0, count1, count2, count3, out_keys, out_values, mean, table, start, size, heads,
+    count0, count1, count2, count3, start, size, heads,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
     BITS: tl.constexpr,  # of each segment
     SHARED: tl.constexpr,  # whether all rows of the segment have the same positions
-    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SCATTER: tl.constexpr, TOKENS: tl.constexpr,
+    HADAMARD: tl.constexpr, SCATTER: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens of all segments x batch x heads, keys and values."""
     counts = (count0, count1, count2, count3)
@@ -225,13 +226,16 @@ def key_mean(
         total = weights.sum(-1)
     sums = torch.empty(batch, heads, splits, 2, width, dtype=torch.float32, device=keys.device)
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
-    sizes = {"DIM": dim, "WIDTH": width, **rotation}
+    sizes, block = {"DIM": dim, "WIDTH": width, **rotation}, max(1, ELEMENTS // 2 // width)
     with on_device(keys):
-        sums_kernel[(splits * batch * heads,)](
-            keys, positions, weights, table, sums, tokens, heads, *keys.stride()[:3],
-            TOKENS=max(1, ELEMENTS // 2 // width), SPLIT=max(SPLIT, 1), **sizes,
-        )  # fmt: skip
-        mean_kernel[(batch * heads,)](sums, total, mean, splits, heads, SPLITS=max(1, ELEMENTS // 2 // width), **sizes)
+        Launcher(sums_kernel, {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT})(
+            (splits * batch * heads,),
+            {"keys": keys, "positions": positions, "weights": weights, "table": table, "sums": sums},
+            {"tokens": tokens, "heads": heads, **_strides("key", keys.stride()[:3])},
+        )
+        Launcher(mean_kernel, {**sizes, "SPLITS": block})(
+            (batch * heads,), {"sums": sums, "total": total, "mean": mean}, {"splits": splits, "heads": heads}
+        )
     return mean
 
 
@@ -261,12 +265,25 @@ def encode(
     sizes = _widths(keys.shape[-1], values.shape[-1])
     k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
     with on_device(keys):
-        _encode_kernel[triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2](
-            keys, values, index, positions.contiguous(), None if mean is None else mean.contiguous(), table,
-            *_parts(k), *_parts(v),
-            n, heads, *keys.stride()[:3], *values.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
-            BITS=bits, HADAMARD=codec.hadamard, **sizes, **rotation,
-        )  # fmt: skip
+        tensors = {
+            "keys": keys,
+            "values": values,
+            "index": index,
+            "positions": positions.contiguous(),
+            "mean": None if mean is None else mean.contiguous(),
+            "table": table,
+            "key_codes": k.codes,
+            "key_scale": k.scale,
+            "key_zero": k.zero,
+            "value_codes": v.codes,
+            "value_scale": v.scale,
+            "value_zero": v.zero,
+        }
+        strides = {**_strides("key", keys.stride()[:3]), **_strides("value", values.stride()[:3])}
+        strides |= _strides("index", (0, 0) if index is None else index.stride()[:2])
+        Launcher(_encode_kernel, {**sizes, "BITS": bits, "HADAMARD": codec.hadamard, **rotation})(
+            (triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2), tensors, {"n": n, "heads": heads, **strides}
+        )
     return k, v
 
 
@@ -328,11 +345,29 @@ def _read(
         blocks = sum(triton.cdiv(n, sizes["TOKENS"]) for n in counts)
         tensors, strides, bits, once = zip(*part, strict=True)
         with on_device(out[0]):
-            _dense_kernel[blocks * batch * heads, 2](
-                tensors, strides, *counts, *[0] * (SEGMENTS - len(counts)), *out,
-                None if mean is None else mean.contiguous(), table, start, size, heads,
-                BITS=bits, SHARED=once, HADAMARD=codec.hadamard, SCATTER=scatter, **sizes, **rotation,
-            )  # fmt: skip
+            modes = {"BITS": bits, "SHARED": once, "HADAMARD": codec.hadamard, "SCATTER": scatter}
+            Launcher(_dense_kernel, {**sizes, **modes, **rotation})(
+                (blocks * batch * heads, 2),
+                {
+                    "segments": tensors,
+                    "out_keys": out[0],
+                    "out_values": out[1],
+                    "mean": None if mean is None else mean.contiguous(),
+                    "table": table,
+                },
+                {
+                    "strides": strides,
+                    **{f"count{i}": counts[i] if i < len(counts) else 0 for i in range(SEGMENTS)},
+                    "start": start,
+                    "size": size,
+                    "heads": heads,
+                },
+            )
+
+
+def _strides(of: str, strides: Sequence[int]) -> dict[str, int]:
+    """Strides of the first dimensions, by the names of a kernel's parameters."""
+    return {f"{of}_{name}": stride for name, stride in zip(("batch", "head", "token"), strides, strict=False)}
 
 
 def _parts(stored: Quantized) -> tuple[torch.Tensor | None, ...]:

@@ -34,7 +34,7 @@ def turn(table, positions, channels, PAIRS: tl.constexpr, INTERLEAVED: tl.conste
     turned = (channels < 2 * PAIRS)[None, :]
     t = tl.maximum(positions, 0)
     fine = table + (t % FINE)[:, None] * (2 * PAIRS) + pair[None, :]
-    coarse = table + (FINE + tl.minimum(t // FINE, FINE - 1))[:, None] * (2 * PAIRS) + pair[None, :]
+    coarse = table + (tl.minimum(t // FINE, FINE - 1) + FINE)[:, None] * (2 * PAIRS) + pair[None, :]
     cos_fine = tl.load(fine, mask=turned, other=1.0)
     sin_fine = tl.load(fine + PAIRS, mask=turned, other=0.0)
     cos_coarse = tl.load(coarse, mask=turned, other=1.0)

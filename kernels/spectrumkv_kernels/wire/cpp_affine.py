@@ -20,7 +20,11 @@ class Affine(ctypes.Structure):
 class Request(ctypes.Structure):
     """As in affine.cpp."""
 
-    _fields_ = [("affines", ctypes.POINTER(Affine)), ("count", ctypes.c_int64), ("flaws", ctypes.POINTER(ctypes.c_int64))]
+    _fields_ = [
+        ("affines", ctypes.POINTER(Affine)),
+        ("count", ctypes.c_int64),
+        ("flaws", ctypes.POINTER(ctypes.c_int64)),
+    ]
 
 
 @functools.cache
@@ -39,7 +43,7 @@ def affine_flaws(affines: Sequence[torch.Tensor]) -> list[int]:
     if not all(t.is_cpu for t in affines):
         return affine.affine_flaws(affines)
     count = len(affines)
-    given = (Affine * count)(*((t.data_ptr(), t.numel(), t.shape[-1]) for t in affines))
+    given = (Affine * count)(*[Affine(t.data_ptr(), t.numel(), t.shape[-1]) for t in affines])
     flaws = (ctypes.c_int64 * count)()
     library().affine_flaws(Request(affines=given, count=count, flaws=flaws))
     return list(flaws)

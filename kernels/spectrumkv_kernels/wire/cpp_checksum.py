@@ -70,7 +70,7 @@ def _sums(words: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
     """Sums of `words`, after the pieces that lie elsewhere have been put there."""
     sums = torch.empty(-(-words.numel() // ROW) + ROW, dtype=torch.int64)
     request = Request(
-        pieces=(Piece * len(pieces))(*pieces),
+        pieces=(Piece * len(pieces))(*[Piece(*piece) for piece in pieces]),
         count=len(pieces),
         words=words.data_ptr(),
         weights=row_weights(words.device).data_ptr(),

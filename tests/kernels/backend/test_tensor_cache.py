@@ -16,7 +16,7 @@ from spectrumkv_hf.tiered import store
 from spectrumkv_kernels import Rotary, clear_caches
 from spectrumkv_kernels.backend import tensor_cache
 from spectrumkv_kernels.backend.tensor_cache import keep, keep_longest
-from spectrumkv_kernels.rotation import hadamard, rotary
+from spectrumkv_kernels.rotation import hadamard
 from spectrumkv_kernels.scores import reference as scores
 from spectrumkv_kernels.wire import checksum, tier_map
 

@@ -271,6 +271,15 @@ def test_key_mean_of_many_tokens(device):
     assert error(mean.cpu(), expected) < 2e-6
 
 
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 4, 5])
+def test_key_mean_of_tiny_heads(head_dim, device):
+    """Fewer channels than lets a block of them have as many tokens as a program sums up."""
+    keys, positions = 2 + randn(1, 2, 700, head_dim), torch.arange(700)
+    rotary = Rotary(frequencies(head_dim // 2))
+    mean = codec_triton.key_mean(keys.to(device), positions.to(device), rotary)
+    assert error(mean.cpu(), codec.key_mean(keys, positions, rotary)) < 2e-6
+
+
 def test_key_mean_with_weights_that_rows_share(device):
     keys, weights = randn(3, 2, 21, 64).to(device), (torch.arange(21, device=device) > 3)[None]
     positions, rotary = torch.arange(21, device=device), Rotary(frequencies(32))
