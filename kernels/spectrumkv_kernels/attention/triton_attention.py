@@ -19,10 +19,9 @@ from spectrumkv_kernels.attention.triton_dot import LOG2E
 from spectrumkv_kernels.attention.triton_merge import merge_kernel
 from spectrumkv_kernels.attention.triton_prepare import prepare_kernel
 from spectrumkv_kernels.backend.launch_triton import Held, Launcher, on_device, shared, trait
-from spectrumkv_kernels.backend.tensor_cache import keep, keep_longest
+from spectrumkv_kernels.backend.tensor_cache import keep_longest
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec, dims
-from spectrumkv_kernels.rotation.hadamard import hadamard_matrix
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.segment import Segment
 
@@ -78,12 +77,6 @@ def _tables(length: int, rotary: Rotary, device: torch.device) -> tuple[torch.Te
         return torch.zeros(1, dtype=torch.float16, device=device), torch.zeros(1, device=device)
     table = rotary.steps(FINE, length, device)
     return table[:FINE].half(), table[FINE:]
-
-
-@keep(16)
-def _signs(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The Hadamard matrix of 1, -1 and, outside its blocks, 0: `[dim, dim]`."""
-    return hadamard_matrix(dim, device).sign().to(dtype)
 
 
 class _Laid(NamedTuple):
@@ -223,7 +216,6 @@ def tiered_attention(
                 (work.turning + work.scoring, 1, 1),
                 {
                     "query": query,
-                    "signs": plan.signs if codec.hadamard else query,
                     "mean": centre,
                     "fine": fine,
                     "coarse": coarse,
@@ -331,7 +323,6 @@ class _Plan:
         costs: Bytes that a token of each segment takes to read.
         tiles: Tokens of one iteration, of each segment.
         block: Channels of a value, rounded up to a power of two.
-        signs: The Hadamard matrix for queries, of 1 and -1.
         coded: Segments that are not exact, which come first.
         overlaps: The merge may be launched before what it waits for has ended.
     """
@@ -345,12 +336,11 @@ class _Plan:
     costs: tuple[int, ...]
     tiles: tuple[int, ...]
     block: int
-    signs: torch.Tensor
     coded: int
     overlaps: bool
 
 
-@keep(64)
+@functools.lru_cache(maxsize=256)
 def _plan(
     rows: int,
     dim: int,
@@ -376,7 +366,6 @@ def _plan(
         costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
         tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
         block=block,
-        signs=_signs(dim, dtype, device),
         coded=sum(b < 16 for b in bits),
         overlaps=_overlaps(device),
     )
@@ -390,7 +379,7 @@ class _Kernels(NamedTuple):
     merge: Launcher
 
 
-@keep(64)
+@functools.lru_cache(maxsize=256)
 def _kernels(
     plan: _Plan,
     symmetric: bool,
@@ -487,7 +476,7 @@ class _Work(NamedTuple):
     trait: Any
 
 
-@keep(64)
+@functools.lru_cache(maxsize=64)
 def _work(
     plan: _Plan,
     flat: int,

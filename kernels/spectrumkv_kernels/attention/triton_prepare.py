@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from spectrumkv_kernels.attention.triton_dot import SUBNORMAL, dot, pad
+from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
 
 @triton.jit(do_not_specialize=["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length"])
 def prepare_kernel(
     query,  # [flat, rows, D]
-    signs,  # [D, D] in the dtype of query: Hadamard matrix of 1 and -1
     mean,  # [flat, D] float32
     fine,  # [POSITIONS, 2 * PAIRS] float16: cos and sin of t f
     coarse,  # [positions / POSITIONS, 2 * PAIRS] float32: cos and sin of POSITIONS t f
@@ -49,11 +49,9 @@ def prepare_kernel(
         rotated, factor = halves + rotated_at, floats + factor_at
         line = tl.program_id(0).to(tl.int64) * TURNED + tl.arange(0, TURNED)
         given = line < flat * rows
-        x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0)
+        x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0).to(tl.float32)
         if HADAMARD:
-            h = tl.load(signs + d[:, None] * D + d[None, :], mask=(d < D)[:, None] & (d < D), other=0.0)
-            x = dot(x, h, tl.zeros([TURNED, BLOCK_D], tl.float32))
-        x = x.to(tl.float32)
+            x = hadamard(x, D & -D)  # its norm comes with the factor below
         peak = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
         x = (x * (PEAK / peak)[:, None]).to(tl.float16)
         norm = scale * SUBNORMAL / PEAK

@@ -33,7 +33,7 @@ class Held(NamedTuple):
         tensors, addresses: Alike nested.
     """
 
-    tensors: tuple[Any, ...]
+    tensors: tuple[torch.Tensor | Any, ...]
     addresses: tuple[Any, ...]
 
     def data_ptr(self) -> tuple[Any, ...]:

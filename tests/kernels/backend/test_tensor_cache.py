@@ -45,8 +45,6 @@ KEPT = {
     "steps": lambda: ROTARY.steps(256, 100, CPU),
     "counting": lambda: store._counting_to(100, CPU),
     "attention's tables": lambda: triton_attention()._tables(100, ROTARY, CPU)[0],
-    "attention's signs": lambda: triton_attention()._signs(64, torch.float32, CPU),
-    "attention's plan": lambda: triton_attention()._plan(1, 64, 64, (8, 16), torch.float32, CPU).signs,
 }
 
 
@@ -210,5 +208,5 @@ def test_the_guard_lets_pass(text):
 
 
 def test_the_guard_knows_the_classes_that_hold_tensors():
-    assert {"Quantized", "Segment", "Arena", "Contents", "_Plan"} <= HOLDING
+    assert {"Quantized", "Segment", "Arena", "Contents", "_Laid"} <= HOLDING
     assert {"Rotary", "Codec", "Tier"}.isdisjoint(HOLDING)
