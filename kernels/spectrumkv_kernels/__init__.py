@@ -4,6 +4,7 @@ An operation is called as a function and runs where its tensors are: `tiered_att
 in plain PyTorch specifies it.
 """
 
+from spectrumkv_kernels.backend.tensor_cache import clear_caches
 from spectrumkv_kernels.codec.quantize import FLOAT16_MAX, Quantized, dequantize, pack, quantize, saturated, unpack
 from spectrumkv_kernels.codec.reference import CODECS, Codec, take
 from spectrumkv_kernels.operations import (
@@ -25,7 +26,8 @@ from spectrumkv_kernels.segment import Segment
 from spectrumkv_kernels.wire.tier_map import pack_map
 
 __all__ = [
-    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores", "decode",
-    "dense", "dequantize", "digest_sums", "encode", "hadamard", "key_mean", "pack", "pack_map", "quantize",
-    "real_tokens", "saturated", "take", "tier_positions", "tiered_attention", "unpack", "write_sums",
+    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores",
+    "clear_caches", "decode", "dense", "dequantize", "digest_sums", "encode", "hadamard", "key_mean", "pack",
+    "pack_map", "quantize", "real_tokens", "saturated", "take", "tier_positions", "tiered_attention", "unpack",
+    "write_sums",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Counts, Policy, Tier, exempt, increments, lifted
 from spectrumkv_kernels import FLOAT16_MAX, Codec, Quantized, Rotary, Segment, dense, encode, key_mean, saturated, take
+from spectrumkv_kernels.backend.tensor_cache import keep_longest
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens at most, and decoding tiers this many at a time."""
@@ -84,10 +85,10 @@ def _counting(start: int, length: int, device: torch.device) -> torch.Tensor:
     """`start`, `start + 1`, ... up to `length`: int32 `[length - start]`, kept for all layers and steps."""
     if length > KEPT_COUNTING:
         return torch.arange(start, length, dtype=torch.int32, device=device)
-    return _counting_to(max(1 << (length - 1).bit_length(), 4096), device)[start:length]
+    return _counting_to(length, device)[start:length]
 
 
-@functools.lru_cache(maxsize=8)
+@keep_longest(4096)
 def _counting_to(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)
 

@@ -1,8 +1,8 @@
-// Twin of tiered_attention in attention.py for CPUs: reads codes where they lie, in one pass with a running maximum.
+// Twin of tiered_attention in reference.py for CPUs: reads codes where they lie, in one pass with a running maximum.
 //
 // A share of a KV head's tokens is one unit of work. Its size depends on neither threads nor batch, nor do results. A
-// block of its tokens becomes float32 in a buffer that stays in the L1 cache, where all query rows read it. All fields
-// of a problem are 8 bytes wide: attention_cpp.py writes the structures below as one array of int64.
+// block of its tokens becomes float32 in a buffer that stays in the L1 cache, where all query rows read it. README.md
+// derives what is computed. cpp.py has View, Tokens and Problem once more, which the names and sizes must be those of.
 
 #include "attention_vectors.h"
 
@@ -14,22 +14,22 @@ namespace {
 
 constexpr Int BLOCK = 32;   // tokens converted at a time
 constexpr Int SHARE = 256;  // tokens of one unit of work, at least
-constexpr Int FINE = 256;   // positions in the table of fine angles; as in attention_cpp.py
+constexpr Int FINE = 256;   // positions in the table of fine angles; as in cpp.py
 constexpr float HIDDEN = -INFINITY;
 
 enum Kind : Int { FLOAT32, BFLOAT16, FLOAT16, BOOL, NONE };
 
 struct View {
     const void *data;
-    Int strides[3];  // in elements; the last dimension is contiguous
+    Int row, head, token;  // strides in elements; the last dimension is contiguous
 
     template <typename T>
     const T *at(Int i, Int j, Int k) const {
-        return static_cast<const T *>(data) + i * strides[0] + j * strides[1] + k * strides[2];
+        return static_cast<const T *>(data) + i * row + j * head + k * token;
     }
 };
 
-struct Segment {
+struct Tokens {  // of one segment
     Int bits;  // 16: exact
     Int kind;  // of exact tokens
     Int tokens;
@@ -50,13 +50,17 @@ struct Problem {
     Int mask_stride, columns;
     Int window, ragged;  // a window of 0: none
     const float *sinks;  // [heads], or null
-    Int threads, segments;
-    // The segments follow, coded ones first.
+    Int threads;
+    Int count;  // of segments
+    const Tokens *segments;  // coded ones first
+    float scale, softcap;     // a cap of 0: none
+    float lowest;             // entries of a mask up to this hide
+    float *workspace;         // of `workspace_floats`
+    float *out;               // [batch, heads, queries, value_dim]
 
-    const Segment *segment(Int i) const { return reinterpret_cast<const Segment *>(this + 1) + i; }
     Int tokens() const {
         Int all = 0;
-        for (Int i = 0; i < segments; ++i) all += segment(i)->tokens;
+        for (Int i = 0; i < count; ++i) all += segments[i].tokens;
         return all;
     }
     Int rows() const { return group * queries; }
@@ -116,8 +120,7 @@ struct Kept {
 // Reads the tokens of one row and KV head.
 class Reader {
   public:
-    Reader(const Problem &p, float scale, float softcap, float lowest, float *scratch)
-        : p(p), s(p, scratch), scale(scale), softcap(softcap), lowest(lowest) {
+    Reader(const Problem &p, float *scratch) : p(p), s(p, scratch) {
         std::fill_n(scratch, s.used, 0.0f);
     }
 
@@ -129,8 +132,8 @@ class Reader {
         std::fill_n(kept.weight, p.rows(), 0.0f);
         std::fill_n(kept.maximum, p.rows(), HIDDEN);
         bool in_codes = true;
-        for (Int i = 0; i < p.segments; ++i) {
-            const Segment &segment = *p.segment(i);
+        for (Int i = 0; i < p.count; ++i) {
+            const Tokens &segment = p.segments[i];
             if (segment.bits == 16 && in_codes) finish_codes(), in_codes = false;
             Int stop = std::min(end, segment.tokens);
             for (Int t = std::max<Int>(start, 0); t < stop;) t += block(segment, t, stop);
@@ -142,7 +145,6 @@ class Reader {
   private:
     const Problem &p;
     Scratch s;
-    float scale, softcap, lowest;
     Int row = 0, head = 0, run = -1;  // run: position / FINE, for which the queries are turned
     Kept kept{p, nullptr};
 
@@ -153,7 +155,7 @@ class Reader {
         for (Int r = 0; r < p.rows(); ++r) {
             float *q = s.plain + r * p.width(), *turned = s.turned + r * p.width();
             copy(p.query_kind, p.query, row, head * p.group + r / p.queries, r % p.queries, dim, q);
-            for (Int d = 0; d < dim; ++d) q[d] *= scale;
+            for (Int d = 0; d < dim; ++d) q[d] *= p.scale;
             std::memcpy(turned, q, dim * sizeof(float));
             if (p.hadamard) hadamard(turned, dim, s.other);
             s.constant[r] = 0;
@@ -188,7 +190,7 @@ class Reader {
     Int place(int32_t position) const { return std::clamp<Int>(position, 0, p.length - 1); }
 
     // Reads tokens from `t` on, and says how many.
-    Int block(const Segment &segment, Int t, Int stop) {
+    Int block(const Tokens &segment, Int t, Int stop) {
         const int32_t *positions = segment.positions.at<int32_t>(row, head, t);
         Int count = std::min(BLOCK, stop - t), width = p.width();
         bool coded = segment.bits < 16;
@@ -213,7 +215,7 @@ class Reader {
             if (coded) {
                 for (Int k = 0; k < count; ++k) scores[k] += s.constant[r];
             }
-            if (softcap > 0) cap(scores, count);
+            if (p.softcap > 0) cap(scores, count);
         }
         if (p.hides()) hide(positions, count);
         for (Int r = 0; r < p.rows(); ++r) weigh(r, count);
@@ -223,7 +225,7 @@ class Reader {
     template <int bits>
     void unpack_side(const View &codes, const View &affine, Int t, Int count, Int dim, Int stride, float *to) const {
         Int each = p.symmetric ? 1 : 2;
-        if (affine.strides[2] == each) {
+        if (affine.token == each) {
             halves(affine.at<uint16_t>(row, head, t), count * each, s.affine);
         } else {
             for (Int k = 0; k < count; ++k) halves(affine.at<uint16_t>(row, head, t + k), each, s.affine + k * each);
@@ -236,12 +238,12 @@ class Reader {
     }
 
     template <int bits>
-    void unpack_tokens(const Segment &segment, Int t, Int count) const {
+    void unpack_tokens(const Tokens &segment, Int t, Int count) const {
         unpack_side<bits>(segment.keys, segment.key_affine, t, count, p.key_dim, p.width(), s.keys);
         unpack_side<bits>(segment.values, segment.value_affine, t, count, p.value_dim, p.depth(), s.values);
     }
 
-    void convert_codes(const Segment &segment, Int t, Int count, const int32_t *positions) {
+    void convert_codes(const Tokens &segment, Int t, Int count, const int32_t *positions) {
         if (segment.bits == 8) unpack_tokens<8>(segment, t, count);
         if (segment.bits == 4) unpack_tokens<4>(segment, t, count);
         if (segment.bits == 2) unpack_tokens<2>(segment, t, count);
@@ -257,8 +259,8 @@ class Reader {
     void cap(float *scores, Int count) const {
 #pragma omp simd
         for (Int k = 0; k < count; ++k) {
-            float x = scores[k] / softcap, e = exp_negative(-2 * std::fabs(x));
-            scores[k] = std::copysign(softcap * (1 - e) / (1 + e), x);
+            float x = scores[k] / p.softcap, e = exp_negative(-2 * std::fabs(x));
+            scores[k] = std::copysign(p.softcap * (1 - e) / (1 + e), x);
         }
     }
 
@@ -273,12 +275,12 @@ class Reader {
             uint16_t half = p.mask.at<uint16_t>(row, heads, r % p.queries)[offset];
             value = p.mask_kind == BFLOAT16 ? from_bfloat16(half) : from_float16(half);
         }
-        return value <= lowest ? HIDDEN : value;
+        return value <= p.lowest ? HIDDEN : value;
     }
 
     void hide(const int32_t *positions, Int count) {
         Int first = p.mask_kind == NONE ? 0 : p.length - p.columns;
-        bool alike = p.mask_kind == NONE || p.mask.strides[1] == 0;  // for all query heads
+        bool alike = p.mask_kind == NONE || p.mask.head == 0;  // for all query heads
         for (Int i = 0; i < p.queries; ++i) {
             Int at = p.length - p.queries + i;
             for (Int g = 0; g < p.group; ++g) {
@@ -348,18 +350,21 @@ void merge(const Problem &p, float *parts, Int shares, Int r, float sink, float 
 
 extern "C" {
 
-// Floats of the workspace that `tiered_attention` takes.
-int64_t workspace_floats(const Problem *problem) {
+Int size_of_View() { return sizeof(View); }
+Int size_of_Tokens() { return sizeof(Tokens); }
+Int size_of_Problem() { return sizeof(Problem); }
+
+// Floats of the workspace, which need not be there yet, nor the output.
+Int workspace_floats(const Problem *problem) {
     const Problem &p = *problem;
     return p.team() * Scratch(p).used + p.batch * p.kv_heads * p.shares() * p.kept();
 }
 
-// Writes float32 [batch, heads, queries, value_dim]. `lowest`: entries of a mask up to this hide.
-void tiered_attention(const Problem *problem, float *workspace, float *out, float scale, float softcap, float lowest) {
+void tiered_attention(const Problem *problem) {
     const Problem &p = *problem;
     const Int all = p.tokens(), share = p.share(), shares = p.shares(), flat = p.batch * p.kv_heads, team = p.team();
     const Int scratch = Scratch(p).used;
-    float *parts = workspace + team * scratch;
+    float *parts = p.workspace + team * scratch;
 #pragma omp parallel num_threads(int(team)) if (team > 1)
     {
 #ifdef _OPENMP
@@ -367,7 +372,7 @@ void tiered_attention(const Problem *problem, float *workspace, float *out, floa
 #else
         Int thread = 0;
 #endif
-        Reader reader(p, scale, softcap, lowest, workspace + thread * scratch);
+        Reader reader(p, p.workspace + thread * scratch);
 #pragma omp for schedule(dynamic)
         for (Int unit = 0; unit < flat * shares; ++unit) {
             Int start = unit % shares * share, of = unit / shares;
@@ -379,7 +384,7 @@ void tiered_attention(const Problem *problem, float *workspace, float *out, floa
             Int of = unit / p.rows(), r = unit % p.rows();
             Int head = of % p.kv_heads * p.group + r / p.queries;
             float sink = p.sinks ? p.sinks[head] : HIDDEN;
-            merge(p, parts + of * shares * p.kept(), shares, r, sink, out + unit * p.value_dim);
+            merge(p, parts + of * shares * p.kept(), shares, r, sink, p.out + unit * p.value_dim);
         }
     }
 }

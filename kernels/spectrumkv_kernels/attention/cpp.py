@@ -21,7 +21,53 @@ FINE = 256
 """Positions that share a coarse rotation: `exp(i t f) = exp(i 256 (t // 256) f) exp(i (t % 256) f)`; as in the C++."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 NO_MASK = 4
-NO_VIEW = (0, 0, 0, 0)
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class View(ctypes.Structure):
+    """As in attention.cpp."""
+
+    _fields_ = [("data", POINTER), ("row", INTEGER), ("head", INTEGER), ("token", INTEGER)]
+
+
+class Tokens(ctypes.Structure):
+    """As in attention.cpp: a segment."""
+
+    _fields_ = [
+        ("bits", INTEGER),
+        ("kind", INTEGER),
+        ("tokens", INTEGER),
+        ("keys", View),
+        ("values", View),
+        ("positions", View),
+        ("key_affine", View),
+        ("value_affine", View),
+    ]
+
+
+class Problem(ctypes.Structure):
+    """As in attention.cpp."""
+
+    _fields_ = [
+        *((name, INTEGER) for name in ("batch", "kv_heads", "group", "queries", "key_dim", "value_dim", "length")),
+        *((name, INTEGER) for name in ("symmetric", "hadamard", "pairs", "interleaved")),
+        ("mean", POINTER),
+        ("angles", POINTER),
+        ("query_kind", INTEGER),
+        ("query", View),
+        ("mask_kind", INTEGER),
+        ("mask", View),
+        *((name, INTEGER) for name in ("mask_stride", "columns", "window", "ragged")),
+        ("sinks", POINTER),
+        ("threads", INTEGER),
+        ("count", INTEGER),
+        ("segments", ctypes.POINTER(Tokens)),
+        ("scale", REAL),
+        ("softcap", REAL),
+        ("lowest", REAL),
+        ("workspace", POINTER),
+        ("out", POINTER),
+    ]
 
 
 @functools.cache
@@ -31,12 +77,9 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: they can't be built here.
     """
-    loaded = build_cpp.load(Path(__file__).with_name("attention.cpp"), ("workspace_floats", "tiered_attention"))
-    pointer, real = ctypes.c_void_p, ctypes.c_float
-    loaded.workspace_floats.argtypes, loaded.workspace_floats.restype = (pointer,), ctypes.c_int64
-    loaded.tiered_attention.argtypes = (pointer, pointer, pointer, real, real, real)
-    loaded.tiered_attention.restype = None
-    return loaded
+    functions = {"workspace_floats": INTEGER, "tiered_attention": None}
+    loaded = build_cpp.load(Path(__file__).with_name("attention.cpp"), tuple(functions), (View, Tokens, Problem))
+    return build_cpp.takes(loaded, functions, Problem)
 
 
 def tiered_attention(
@@ -73,28 +116,44 @@ def tiered_attention(
     held = [_whole(s) for s in held]
     mean = None if mean is None else mean.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
-    angles = _angles(rotary, max(1 << (length - 1).bit_length(), 4096)) if pairs else None
-    if mask is None:
-        masked: tuple[int, ...] = (NO_MASK, *NO_VIEW, 0, 0)
-        lowest = 0.0
-    else:
+    angles = rotary.steps(FINE, length, query.device) if pairs else None
+    problem = Problem(
+        batch=batch,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        queries=queries,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        length=length,
+        symmetric=codec.symmetric,
+        hadamard=codec.hadamard,
+        pairs=pairs,
+        interleaved=rotary.interleaved,
+        mean=_address(mean),
+        angles=_address(angles),
+        query_kind=KINDS[query.dtype],
+        query=_view(query),
+        mask_kind=NO_MASK,
+        window=(window or 0) if mask is None else 0,
+        ragged=ragged,
+        sinks=_address(sinks),
+        threads=torch.get_num_threads(),
+        count=len(held),
+        segments=(Tokens * len(held))(*map(_tokens, held)),
+        scale=scale,
+        softcap=softcap or 0.0,
+    )
+    if mask is not None:
         # 0 for what is the same for all rows of the batch, or all heads
         strides = [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)]
-        masked = (KINDS[mask.dtype], mask.data_ptr(), *strides, mask.stride(3), mask.shape[3])
-        lowest = torch.finfo(mask.dtype).min / 2 if mask.dtype != torch.bool else 0.0
-    fields = [
-        batch, kv_heads, heads // kv_heads, queries, key_dim, value_dim, length,
-        codec.symmetric, codec.hadamard, pairs, rotary.interleaved,
-        _address(mean), _address(angles), KINDS[query.dtype], query.data_ptr(), *query.stride()[:3], *masked,
-        window or 0 if mask is None else 0, ragged, _address(sinks), torch.get_num_threads(), len(held),
-    ]  # fmt: skip
-    for segment in held:
-        fields += _fields(segment)
-    problem = (ctypes.c_int64 * len(fields))(*fields)
+        problem.mask_kind, problem.mask = KINDS[mask.dtype], (mask.data_ptr(), *strides)
+        problem.mask_stride, problem.columns = mask.stride(3), mask.shape[3]
+        problem.lowest = torch.finfo(mask.dtype).min / 2 if mask.dtype != torch.bool else 0.0
     functions = library()
     workspace = torch.empty(functions.workspace_floats(problem))
     out = torch.empty(batch, heads, queries, value_dim)
-    functions.tiered_attention(problem, workspace.data_ptr(), out.data_ptr(), scale, softcap or 0.0, lowest)
+    problem.workspace, problem.out = workspace.data_ptr(), out.data_ptr()
+    functions.tiered_attention(problem)
     return out.to(query.dtype)
 
 
@@ -124,24 +183,14 @@ def _whole(segment: Segment) -> Segment:
     return Segment(bits, _rows(keys), _rows(values), _rows(positions))
 
 
-def _fields(segment: Segment) -> list[int]:
-    """The fields of the structure `Segment` in attention.cpp."""
+def _tokens(segment: Segment) -> Tokens:
     bits, keys, values, positions = segment
     if isinstance(keys, Quantized):
-        kind, views = 0, (*_view(keys.codes), *_view(values.codes), *_view(positions))
-        views += (*_view(keys.affine), *_view(values.affine))
-    else:
-        kind, views = KINDS[keys.dtype], (*_view(keys), *_view(values), *_view(positions), *NO_VIEW, *NO_VIEW)
-    return [bits, kind, positions.shape[2], *views]
+        views = (_view(keys.codes), _view(values.codes), _view(positions), _view(keys.affine), _view(values.affine))
+        return Tokens(bits, 0, positions.shape[2], *views)
+    return Tokens(bits, KINDS[keys.dtype], positions.shape[2], _view(keys), _view(values), _view(positions))
 
 
 def _view(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The fields of `View`."""
     return tensor.data_ptr(), *tensor.stride()[:3]
-
-
-@functools.lru_cache(maxsize=32)
-def _angles(rotary: Rotary, length: int) -> torch.Tensor:
-    """Cosines, then sines of the first `FINE` positions, then of every `FINE`th below `length`: float32, exact."""
-    positions = torch.cat((torch.arange(FINE), torch.arange(0, length, FINE))).double()
-    angles = positions[:, None] * torch.tensor(rotary.inv_freq, dtype=torch.float64)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()

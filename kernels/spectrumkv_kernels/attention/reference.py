@@ -34,7 +34,7 @@ def tiered_attention(
     """Softmax attention over the tokens of all segments, without dequantising or reordering them.
 
     Scales fold into scores and probabilities, zero points into rank-1 corrections, the Hadamard matrix into the query
-    and the output, the mean into the scores. Computed in float32.
+    and the output, the mean into the scores: README.md beside this file derives it. Computed in float32.
 
     Args:
         query: `[batch, heads, queries, head_dim]`; query `i` sits at position `length - queries + i`.
@@ -57,7 +57,7 @@ def tiered_attention(
     batch, heads, queries, head_dim = query.shape
     kv_heads = segments[0].positions.shape[1]
     group, rows = heads // kv_heads, heads // kv_heads * queries
-    q = (query.float() * scale).reshape(batch, kv_heads, rows, head_dim)
+    q = (query.float() * scale).reshape(batch, kv_heads, rows, head_dim)  # a group's heads and queries as rows
     segments = [s for s in segments if s.positions.shape[-1]]
     coded = [s for s in segments if isinstance(s.keys, Quantized)]
     exact = _joined([s for s in segments if not isinstance(s.keys, Quantized)])
@@ -78,7 +78,7 @@ def tiered_attention(
         parts.append(torch.addcmul(offset, products, key_scale.unsqueeze(-2)))
         sizes.insert(0, products.shape[-1])
     parts += [q @ s.keys.float().transpose(-1, -2) for s in exact]
-    scores = torch.cat(parts, dim=-1)
+    scores = torch.cat(parts, dim=-1)  # [batch, kv_heads, rows, tokens], coded tokens first
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     hides = mask is not None or window is not None or queries > 1 or ragged

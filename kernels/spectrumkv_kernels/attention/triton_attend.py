@@ -185,8 +185,8 @@ def attend_kernel(
                 value_affine = segments[i][4] + base * WIDE
                 unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
                 spread = tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
-                planes = ()
-                accs = ()
+                planes = ()  # of the query, each [pad(WK), R], for one code of every word
+                accs = ()  # of the output, each [pad(WV), R]
                 for j in tl.static_range(16 // B):
                     channel = 2 * wk + j % 2 + j // 2 * (2 * WK)
                     q = tl.load(
@@ -195,7 +195,7 @@ def attend_kernel(
                     )  # fmt: skip
                     planes = planes + ((q * 2.0 ** (-B * (j // 2))).to(tl.float16),)
                     accs = accs + (tl.zeros([pad(WV), R], tl.float32),)
-                # A row's score of the mean comes as one more channel of the key.
+                # A row's score of the mean comes as one more channel of the key: [N, term] x [term, R], of ones.
                 term = first + tl.arange(0, pad(min(ROWS_PAD, R)))
                 pick = (term[:, None] == row[None, :]).to(tl.float16)
                 zeros = tl.zeros([N, R], tl.float32)

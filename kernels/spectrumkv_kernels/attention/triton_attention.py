@@ -18,10 +18,10 @@ from spectrumkv_kernels.attention.triton_attend import attend_kernel
 from spectrumkv_kernels.attention.triton_dot import LOG2E
 from spectrumkv_kernels.attention.triton_merge import merge_kernel
 from spectrumkv_kernels.attention.triton_prepare import prepare_kernel
-from spectrumkv_kernels.backend.launch_triton import Held, launch, on_device, shared, trait
+from spectrumkv_kernels.backend.launch_triton import Held, Launcher, on_device, shared, trait
+from spectrumkv_kernels.backend.tensor_cache import keep_longest
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec, dims
-from spectrumkv_kernels.rotation.hadamard import hadamard_matrix
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.segment import Segment
 
@@ -70,21 +70,13 @@ def _shares(heads: int, most: int, device: torch.device) -> int:
     return next(n for n in range(1, most + 1) if busy(n) >= 0.95 * best)
 
 
-def _tables(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and -sin of the first `FINE` positions, float16, and cos and sin of every `FINE`th one, float32."""
-    return _tables_for(rotary, max(1 << (length - 1).bit_length(), 4096), device)
-
-
-@functools.lru_cache(maxsize=32)
-def _tables_for(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+@keep_longest(4096)
+def _tables(length: int, rotary: Rotary, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `Rotary.steps`, the fine angles in float16, and the coarse ones."""
     if not rotary.inv_freq:
-        empty = torch.zeros(1, device=device)
-        return empty.half(), empty
-    angles = torch.tensor(rotary.inv_freq, dtype=torch.float64)
-    fine = torch.arange(FINE, dtype=torch.float64)[:, None] * angles
-    coarse = torch.arange(0, length, FINE, dtype=torch.float64)[:, None] * angles
-    fine = torch.cat((fine.cos(), -fine.sin()), dim=-1).half()
-    return fine.to(device), torch.cat((coarse.cos(), coarse.sin()), dim=-1).float().to(device)
+        return torch.zeros(1, dtype=torch.float16, device=device), torch.zeros(1, device=device)
+    table = rotary.steps(FINE, length, device)
+    return table[:FINE].half(), table[FINE:]
 
 
 class _Laid(NamedTuple):
@@ -189,67 +181,116 @@ def tiered_attention(
     units = float(scale) if softcap is not None else scale * LOG2E.value
     coded = bits[0] < 16
     centred = mean is not None and coded
-    turned = codec.hadamard and coded
     work = _work(
         plan, flat, rows, dim, value_dim, length if centred else 0, tuple([s.tokens for s in laid]),
         tuple([s.room for s in laid]), device,
     )  # fmt: skip
+    kernels = _kernels(
+        plan,
+        codec.symmetric,
+        codec.hadamard,
+        centred,
+        len(rotary.inv_freq),
+        rotary.interleaved,
+        tuple([s.shared for s in laid]),
+        "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive",
+        queries > 1 and mask is None,
+        window is not None and mask is None,
+        ragged,
+        softcap is not None,
+        sinks is not None,
+    )
     rotated_at, state_at, factor_at = work.rotated_at, work.state_at, work.factor_at
     halves = torch.empty(work.halves, dtype=torch.float16, device=device)
     floats = torch.empty(work.floats, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
     traits = (work.trait, query.dtype, query.data_ptr() % 16)
-    tensors: tuple[torch.Tensor | Held, ...]
-    numbers: tuple[Any, ...]
-    constants: tuple[Any, ...]
     known: tuple[Any, ...]
     strides: tuple[int, ...]
     with on_device(query):
         if coded:
             centre, fine, coarse = query, query, query
             if mean is not None:
-                centre, (fine, coarse) = mean, _tables(rotary, length, device)
-            tensors = (query, plan.signs if codec.hadamard else query, centre, fine, coarse, halves, floats)
-            numbers = (
-                rotated_at, factor_at, rows, flat, work.turning, work.row_blocks, work.each, length, units
-            )  # fmt: skip
-            constants = (
-                dim, len(rotary.inv_freq), rotary.interleaved, codec.hadamard, centred, QUERY_PEAK, FINE,
-                plan.rows_pad, TURNED, PREPARED,
-            )  # fmt: skip
-            known = (traits, centre.data_ptr() % 16)
-            grid = (work.turning + work.scoring, 1, 1)
-            launch(prepare_kernel, grid, tensors, numbers, constants, known, **PREPARE_OPTIONS)
-        masked, strides, kind, lowest, first = query, (0, 0, 0, 0), "none", 0.0, 0
+                centre, (fine, coarse) = mean, _tables(length, rotary, device)
+            kernels.prepare(
+                (work.turning + work.scoring, 1, 1),
+                {
+                    "query": query,
+                    "mean": centre,
+                    "fine": fine,
+                    "coarse": coarse,
+                    "halves": halves,
+                    "floats": floats,
+                },
+                {
+                    "rotated_at": rotated_at,
+                    "factor_at": factor_at,
+                    "rows": rows,
+                    "flat": flat,
+                    "turning": work.turning,
+                    "row_blocks": work.row_blocks,
+                    "blocks": work.each,
+                    "length": length,
+                    "scale": units,
+                },
+                (traits, centre.data_ptr() % 16),
+            )
+        masked, strides, lowest, first = query, (0, 0, 0, 0), 0.0, 0
         known = (traits, *[s.trait for s in laid])
         if mask is not None:
             _check_device("mask", mask, device)
-            masked, strides, kind, lowest, first = _masking(mask, length)
+            masked, strides, lowest, first = _masking(mask, length)
             known = (*known, trait((masked, *strides, first)))
-        segment_tensors = Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid]))
-        tensors = (query, halves, floats, segment_tensors, masked)
-        numbers = (
-            work.sizes, work.chunks, rotated_at, state_at, factor_at, kv_heads, rows, queries, length, work.splits,
-            *strides, first, lowest, window or 0, units, float(softcap or 0),
-        )  # fmt: skip
-        overlaps = plan.overlaps
-        constants = (
-            bits, tuple([s.shared for s in laid]), dim, value_dim, plan.columns, plan.rows_pad,
-            codec.symmetric, centred, queries > 1 and mask is None, window is not None and mask is None, ragged,
-            kind, softcap is not None, plan.tiles, STAGES, overlaps,
-        )  # fmt: skip
-        launch(attend_kernel, work.grid, tensors, numbers, constants, known, **OPTIONS)
+        mask_batch, mask_head, mask_query, mask_stride = strides
+        kernels.attend(
+            work.grid,
+            {
+                "query": query,
+                "halves": halves,
+                "floats": floats,
+                "segments": Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid])),
+                "mask": masked,
+            },
+            {
+                "sizes": work.sizes,
+                "chunks": work.chunks,
+                "rotated_at": rotated_at,
+                "state_at": state_at,
+                "factor_at": factor_at,
+                "kv_heads": kv_heads,
+                "rows": rows,
+                "queries": queries,
+                "length": length,
+                "splits": work.splits,
+                "mask_batch": mask_batch,
+                "mask_head": mask_head,
+                "mask_query": mask_query,
+                "mask_stride": mask_stride,
+                "mask_first": first,
+                "mask_lowest": lowest,
+                "window": window or 0,
+                "scale": units,
+                "softcap": float(softcap or 0),
+            },
+            known,
+        )
         known = traits
         if sinks is not None:
             _check_device("sinks", sinks, device)
             known = (traits, trait(sinks))
-        tensors = (floats, query if sinks is None else sinks, out)
-        numbers = (state_at, rows, queries, kv_heads, work.splits, work.coded_splits)
-        constants = (value_dim, plan.block, turned, sinks is not None, MERGED, overlaps)
-        # It may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both at
-        # their predecessors' start was slower: programs that wait take the places of others.
-        options = {"launch_pdl": True} if overlaps else {}
-        launch(merge_kernel, (flat * rows, 1, 1), tensors, numbers, constants, known, **options)
+        kernels.merge(
+            (flat * rows, 1, 1),
+            {"partial": floats, "sinks": query if sinks is None else sinks, "out": out},
+            {
+                "state_at": state_at,
+                "rows": rows,
+                "queries": queries,
+                "kv_heads": kv_heads,
+                "splits": work.splits,
+                "coded": work.coded_splits,
+            },
+            known,
+        )
     return out
 
 
@@ -274,24 +315,27 @@ class _Plan:
     """What does not change while a cache grows.
 
     Attributes:
+        dim, value_dim: Head dims of keys and values.
+        bits: Of each segment.
         rows_pad: Query rows of a KV head, rounded up to a power of two.
         columns: Of them in one program.
         row_blocks: Programs for all of them.
         costs: Bytes that a token of each segment takes to read.
         tiles: Tokens of one iteration, of each segment.
         block: Channels of a value, rounded up to a power of two.
-        signs: The Hadamard matrix for queries, of 1 and -1.
         coded: Segments that are not exact, which come first.
         overlaps: The merge may be launched before what it waits for has ended.
     """
 
+    dim: int
+    value_dim: int
+    bits: tuple[int, ...]
     rows_pad: int
     columns: int
     row_blocks: int
     costs: tuple[int, ...]
     tiles: tuple[int, ...]
     block: int
-    signs: torch.Tensor
     coded: int
     overlaps: bool
 
@@ -313,15 +357,89 @@ def _plan(
     block = triton.next_power_of_2(value_dim)
     wide = max(triton.next_power_of_2(dim), block, 128)
     return _Plan(
+        dim=dim,
+        value_dim=value_dim,
+        bits=bits,
         rows_pad=rows_pad,
         columns=columns,
         row_blocks=-(-rows // columns),
         costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
         tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
         block=block,
-        signs=hadamard_matrix(dim, device).sign().to(dtype),
         coded=sum(b < 16 for b in bits),
         overlaps=_overlaps(device),
+    )
+
+
+class _Kernels(NamedTuple):
+    """The three, for one kind of call."""
+
+    prepare: Launcher
+    attend: Launcher
+    merge: Launcher
+
+
+@functools.lru_cache(maxsize=256)
+def _kernels(
+    plan: _Plan,
+    symmetric: bool,
+    hadamard: bool,
+    centred: bool,
+    pairs: int,
+    interleaved: bool,
+    shared: tuple[bool, ...],
+    mask: str,
+    causal: bool,
+    window: bool,
+    ragged: bool,
+    softcap: bool,
+    sinks: bool,
+) -> _Kernels:
+    prepare = {
+        "D": plan.dim,
+        "PAIRS": pairs,
+        "INTERLEAVED": interleaved,
+        "HADAMARD": hadamard,
+        "MEAN": centred,
+        "PEAK": QUERY_PEAK,
+        "POSITIONS": FINE,
+        "ROWS_PAD": plan.rows_pad,
+        "TURNED": TURNED,
+        "R": PREPARED,
+    }
+    attend = {
+        "BITS": plan.bits,
+        "SHARED": shared,
+        "D": plan.dim,
+        "DV": plan.value_dim,
+        "R": plan.columns,
+        "ROWS_PAD": plan.rows_pad,
+        "SYMMETRIC": symmetric,
+        "MEAN": centred,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "RAGGED": ragged,
+        "MASK": mask,
+        "SOFTCAP": softcap,
+        "TILES": plan.tiles,
+        "STAGES": STAGES,
+        "OVERLAPS": plan.overlaps,
+    }
+    merge = {
+        "DV": plan.value_dim,
+        "BLOCK": plan.block,
+        "HADAMARD": hadamard and plan.coded > 0,
+        "SINKS": sinks,
+        "S": MERGED,
+        "OVERLAPS": plan.overlaps,
+    }
+    # The merge may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both
+    # at their predecessors' start was slower: programs that wait take the places of others.
+    early = {"launch_pdl": True} if plan.overlaps else {}
+    return _Kernels(
+        Launcher(prepare_kernel, prepare, **PREPARE_OPTIONS),
+        Launcher(attend_kernel, attend, **OPTIONS),
+        Launcher(merge_kernel, merge, **early),
     )
 
 
@@ -406,14 +524,14 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
         raise ValueError(f"{name} must lie on {device}, as the query does, got {tensor.device}")
 
 
-def _masking(mask: torch.Tensor, length: int) -> tuple[torch.Tensor, tuple[int, ...], str, float, int]:
-    """The mask for the kernel, its strides, kind, what hides, and the position of its first column."""
+def _masking(mask: torch.Tensor, length: int) -> tuple[torch.Tensor, tuple[int, ...], float, int]:
+    """The mask for the kernel, its strides, what hides, and the position of its first column."""
     sizes, strides = mask.shape, mask.stride()
     first = length - sizes[3]
     strides = (*(0 if n == 1 else s for n, s in zip(sizes[:3], strides[:3], strict=True)), strides[3])
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), strides, "bool", 0.0, first
-    return mask, strides, "additive", torch.finfo(mask.dtype).min / 2, first
+        return mask.view(torch.uint8), strides, 0.0, first
+    return mask, strides, torch.finfo(mask.dtype).min / 2, first
 
 
 def _held(segment: Segment) -> Held:

@@ -5,31 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from spectrumkv_kernels.attention.triton_dot import LOG2E
-
-
-@triton.jit
-def _sign(i, j):
-    """Entry of the Hadamard matrix: the parity of the bits that `i` and `j` share."""
-    x = i & j
-    x ^= x >> 4
-    x ^= x >> 2
-    x ^= x >> 1
-    return 1.0 - 2.0 * (x & 1).to(tl.float32)
-
-
-@triton.jit
-def _hadamard(x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Orthonormal Hadamard transform of every `SIZE` of the `BLOCK` elements, as a product of two small ones."""
-    LOW: tl.constexpr = min(SIZE, 16)
-    HIGH: tl.constexpr = SIZE // LOW
-    i = tl.arange(0, LOW)
-    x = tl.reshape(x, (BLOCK // LOW, LOW, 1)) * _sign(i[:, None], i[None, :])[None, :, :]
-    x = tl.sum(x, axis=1)
-    if HIGH > 1:
-        i = tl.arange(0, HIGH)
-        x = tl.reshape(x, (BLOCK // SIZE, HIGH, 1, LOW)) * _sign(i[:, None], i[None, :])[None, :, :, None]
-        x = tl.sum(x, axis=1)
-    return tl.reshape(x, (BLOCK,)) * SIZE**-0.5
+from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
 
 @triton.jit(do_not_specialize=["state_at", "rows", "queries", "kv_heads", "splits", "coded"])
@@ -84,7 +60,8 @@ def merge_kernel(
         else:
             plain += tl.sum(x, axis=0)
     if HADAMARD:
-        plain += _hadamard(turned, DV & -DV, BLOCK)
+        SIZE: tl.constexpr = DV & -DV
+        plain += tl.reshape(hadamard(tl.reshape(turned, (1, BLOCK)), SIZE), (BLOCK,)) * SIZE**-0.5
     norm = tl.sum(total, axis=0)
     if SINKS:
         norm += tl.exp2(sink - peak)

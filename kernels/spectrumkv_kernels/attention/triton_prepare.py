@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from spectrumkv_kernels.attention.triton_dot import SUBNORMAL, dot, pad
+from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
 
 @triton.jit(do_not_specialize=["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length"])
 def prepare_kernel(
     query,  # [flat, rows, D]
-    signs,  # [D, D] in the dtype of query: Hadamard matrix of 1 and -1
     mean,  # [flat, D] float32
-    fine,  # [POSITIONS, 2 * PAIRS] float16: cos and -sin of t f
+    fine,  # [POSITIONS, 2 * PAIRS] float16: cos and sin of t f
     coarse,  # [positions / POSITIONS, 2 * PAIRS] float32: cos and sin of POSITIONS t f
     halves,
     floats,
@@ -49,11 +49,9 @@ def prepare_kernel(
         rotated, factor = halves + rotated_at, floats + factor_at
         line = tl.program_id(0).to(tl.int64) * TURNED + tl.arange(0, TURNED)
         given = line < flat * rows
-        x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0)
+        x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0).to(tl.float32)
         if HADAMARD:
-            h = tl.load(signs + d[:, None] * D + d[None, :], mask=(d < D)[:, None] & (d < D), other=0.0)
-            x = dot(x, h, tl.zeros([TURNED, BLOCK_D], tl.float32))
-        x = x.to(tl.float32)
+            x = hadamard(x, D & -D)  # its norm comes with the factor below
         peak = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
         x = (x * (PEAK / peak)[:, None]).to(tl.float16)
         norm = scale * SUBNORMAL / PEAK
@@ -83,10 +81,11 @@ def prepare_kernel(
         qy = tl.load(query + at[None, :] * D + second, mask=known, other=0.0).to(tl.float32) * scale
         mx = tl.load(mean + head[None, :] * D + first, mask=known, other=0.0)
         my = tl.load(mean + head[None, :] * D + second, mask=known, other=0.0)
-        re, im = qx * mx + qy * my, qx * my - qy * mx  # conj(q) m
+        # q . R(t) m = sum over pairs of cos(t f) (qx mx + qy my) + sin(t f) (qy mx - qx my)
+        along, across = qx * mx + qy * my, qy * mx - qx * my  # [PAIRS, R]
         # float16 holds them after division by the largest there can be.
-        size = tl.maximum(tl.sqrt(tl.max(re * re + im * im, axis=0)), 1e-30)
-        re, im = re / size[None, :], im / size[None, :]
+        size = tl.maximum(tl.sqrt(tl.max(along * along + across * across, axis=0)), 1e-30)
+        along, across = along / size[None, :], across / size[None, :]
         t = tl.arange(0, POSITIONS)
         cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
         sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
@@ -98,8 +97,9 @@ def prepare_kernel(
         c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=some, other=0.0)
         s = tl.load(coarse + start * (2 * PAIRS) + PAIRS + pair, mask=some, other=0.0)
         for block in range(start, stop):
-            x = (re * c[:, None] - im * s[:, None]).to(tl.float16)
-            y = (re * s[:, None] + im * c[:, None]).to(tl.float16)
+            # Turned to the block's first position; the angles from there on are those of `fine`.
+            x = (along * c[:, None] + across * s[:, None]).to(tl.float16)
+            y = (across * c[:, None] - along * s[:, None]).to(tl.float16)
             ahead = (block + 1) * (2 * PAIRS) + pair
             some = pair < tl.where(block + 1 < stop, PAIRS, 0)
             c = tl.load(coarse + ahead, mask=some, other=0.0)

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spectrumkv_kernels.backend import cache_folder
 from spectrumkv_kernels.backend.cache_folder import Folder
@@ -31,6 +31,7 @@ SECONDS = 60.0
 """What all compilers together may take in a process, for all libraries. It is some 3 s, where nothing is amiss."""
 KIND = "compiled"
 """Of files, for `cache_folder`."""
+Structures = Sequence[type[ctypes.Structure]]
 
 
 class _Tried(NamedTuple):
@@ -43,7 +44,7 @@ class _Tried(NamedTuple):
 _tried = _Tried()
 
 
-def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL:
+def load(source: Path, functions: Sequence[str], structures: Structures = ()) -> ctypes.CDLL:
     """The library of a source file, built unless an earlier process has done so.
 
     It lies in a folder as `cache_folder` has it, which no other user may write. Its name says what it was made of and
@@ -57,9 +58,12 @@ def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL:
     Args:
         source: Of a name of its own; the headers beside it belong to it.
         functions: Names that the library must have. One that was found without them is built anew.
+        structures: What is handed over to them, by names that the source has too. It exports a function
+            `size_of_<name>` for each, with which the size here is compared.
 
     Raises:
-        OSError: there is no compiler, none of them could build it, or the folder can't be used.
+        OSError: there is no compiler, none of them could build it, the folder can't be used, or a structure has another
+            size in the source.
     """
     global _tried
     if _tried.problem is not None:
@@ -68,18 +72,21 @@ def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL:
         with cache_folder.opened(KIND) as folder:
             if os.fstatvfs(folder.handle).f_flag & getattr(os, "ST_NOEXEC", 0):
                 raise OSError(f"{folder.path} lies where no code may be run from (it is mounted noexec)")
-            return _load(folder, source, functions)
+            return _load(folder, source, functions, structures)
     except OSError as error:
         _tried = _tried._replace(problem=str(error))
         raise
 
 
-def _load(folder: Folder, source: Path, functions: Sequence[str]) -> ctypes.CDLL:
+def _load(folder: Folder, source: Path, functions: Sequence[str], structures: Structures) -> ctypes.CDLL:
+    needed = (*functions, *(f"size_of_{structure.__name__}" for structure in structures))
     problems = []
     for compiler in compilers():
         try:
             prefix = f"{source.stem}-{_key(source, compiler)}-"
-            return _stored(folder, prefix, functions) or _built(folder, prefix, functions, source, compiler)
+            library = _stored(folder, prefix, needed) or _built(folder, prefix, needed, source, compiler)
+            _check_sizes(library, source, structures)
+            return library
         except OSError as error:
             problems.append(f"{compiler}: {error}")
     raise OSError("; ".join(problems) or f"no C++ compiler: $CXX, {', '.join(COMPILERS)}")
@@ -124,6 +131,26 @@ def _linked(folder: Folder, file: str, functions: Sequence[str]) -> ctypes.CDLL:
     if missing:
         folder.remove(file)
         raise OSError(f"{file} has no function {', '.join(missing)}")
+    return library
+
+
+def _check_sizes(library: ctypes.CDLL, source: Path, structures: Structures) -> None:
+    """Compare structures with the library's: of other sizes, addresses would be taken for numbers."""
+    for structure in structures:
+        function = library[f"size_of_{structure.__name__}"]
+        function.restype = ctypes.c_int64
+        if (theirs := function()) != (ours := ctypes.sizeof(structure)):
+            raise OSError(f"{source.name} takes the structure {structure.__name__} in {theirs} bytes, not in {ours}")
+
+
+def takes(library: ctypes.CDLL, functions: Mapping[str, Any], structure: type[ctypes.Structure]) -> ctypes.CDLL:
+    """Declare what functions of a library return, each of which takes the address of one structure.
+
+    All that a function is given has a name then, and `load` has compared the sizes.
+    """
+    for name, result in functions.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = (ctypes.POINTER(structure),), result
     return library
 
 

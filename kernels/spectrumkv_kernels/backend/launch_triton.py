@@ -1,7 +1,8 @@
-"""What the functions that launch Triton kernels share."""
+"""How Triton kernels are launched: all of them by a `Launcher`, with their arguments by name."""
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 DIRECT = frozenset(("3.6.0",))
-"""Versions of Triton on which its own launcher was called, on a GPU, as `launch` does: it has no promised interface."""
+"""Versions of Triton on which its own launcher was called on a GPU as `Launcher` does. It has no promised interface."""
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -32,7 +33,7 @@ class Held(NamedTuple):
         tensors, addresses: Alike nested.
     """
 
-    tensors: tuple[Any, ...]
+    tensors: tuple[torch.Tensor | Any, ...]
     addresses: tuple[Any, ...]
 
     def data_ptr(self) -> tuple[Any, ...]:
@@ -40,12 +41,9 @@ class Held(NamedTuple):
         return self.addresses
 
 
-_compiled: dict[Any, tuple[Any, Any, Any]] = {}
-
-
 @functools.cache
 def direct() -> bool:
-    """Whether `launch` may call Triton's launcher itself: on the versions where that was tested."""
+    """Whether a `Launcher` may call Triton's launcher itself: on the versions where that was tested."""
     return triton.__version__.partition("+")[0] in DIRECT
 
 
@@ -59,57 +57,64 @@ def trait(arg: Any) -> Any:
     return kind if kind is float else (arg.dtype, arg.data_ptr() % 16)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[Any, ...],
-    numbers: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    known: Any = None,
-    **options: int,
-) -> None:
-    """`kernel[grid](*tensors, *numbers, *constants, **options)`, at a fraction of the time that Triton takes for it.
+class Launcher:
+    """A kernel with its constants. A call is `kernel[grid](**tensors, **numbers, **constants, **options)`.
 
-    Code that was compiled before is not looked up anew, Triton's hooks for profilers are not called, and the driver is
-    not asked whether tensors lie on the device: the caller has to know. On versions of Triton that are not in `DIRECT`,
-    and in its interpreter, it is that call, with the same results.
+    Arguments are given by name, in the order of the kernel's parameters. That is checked whenever Triton's public way
+    is taken, so at the first launch in any case; here alone does an order stand for names.
 
     Args:
-        kernel: A function of `triton.jit` that specialises on no integer but by its size.
-        grid: Programs.
-        tensors: The first parameters, tensors or `Held`; the first of all is a tensor on the current device.
-        numbers: Integers and floats, and tuples of them.
-        constants: Values of the `tl.constexpr` parameters, which come last.
-        known: `trait(tensors + numbers)`, or another value that differs where that does.
+        kernel: A function of `triton.jit`.
+        constants: Values of its `tl.constexpr` parameters, which come last.
         options: Of the compiler.
     """
-    if not direct() or not isinstance(kernel, JITFunction):  # the interpreter's functions are none
-        _plain(kernel, grid, tensors, numbers, constants, options)
-        return
-    device = tensors[0].get_device()
-    if known is None:
-        known = trait((*tensors, *numbers))
-    key = (kernel.fn, device, constants, tuple(options.values()), known)
-    found = _compiled.get(key)
-    if found is None:
-        compiled = _plain(kernel, grid, tensors, numbers, constants, options)
-        if compiled is not None:
-            _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
-        return
-    run, function, metadata = found
-    stream = driver.active.get_current_stream(device)
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
 
+    def __init__(self, kernel: Any, constants: Mapping[str, Any], **options: int) -> None:
+        self._kernel, self._constants, self._options = kernel, constants, options
+        self._values = tuple(constants.values())
+        self._compiled: dict[Any, tuple[Any, Any, Any]] = {}
 
-def _plain(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[Any, ...],
-    numbers: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    options: dict[str, int],
-) -> Any:
-    """Triton's public way; returns the code that it ran."""
-    given = [tensor.tensors if type(tensor) is Held else tensor for tensor in tensors]
-    return kernel[grid](*given, *numbers, *constants, **options)
+    def __call__(
+        self, grid: tuple[int, ...], tensors: Mapping[str, Any], numbers: Mapping[str, Any], known: Any = None
+    ) -> None:
+        """Launch it, with `known` at a fraction of the time that Triton takes for that.
+
+        Code that was compiled before is not looked up anew then, Triton's hooks for profilers are not called, and the
+        driver is not asked whether tensors lie on the device: the caller has to know. Without, on versions of Triton
+        that are not in `DIRECT`, and in its interpreter, Triton is called in its public way, with the same results.
+
+        Args:
+            grid: Programs; three numbers with `known`.
+            tensors: The first parameters: tensors, None, tuples of them or `Held`. With `known` all are tensors or
+                `Held`, and the first of all is a tensor on the current device.
+            numbers: The next ones: integers and floats, None, and tuples of them.
+            known: `trait` of the tensors and numbers, or another value that differs where that does, for a kernel that
+                specialises on no integer but by its size.
+
+        Raises:
+            TypeError: the names are not those of the kernel's parameters, in their order.
+        """
+        if known is None or not direct() or not isinstance(self._kernel, JITFunction):  # the interpreter's are none
+            self._launch_publicly(grid, tensors, numbers)
+            return
+        values = tensors.values()
+        device = next(iter(values)).get_device()
+        found = self._compiled.get((device, known))
+        if found is None:
+            compiled = self._launch_publicly(grid, tensors, numbers)
+            if compiled is not None:
+                self._compiled[device, known] = (compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = found
+        stream = driver.active.get_current_stream(device)
+        addresses = [tensor.data_ptr() for tensor in values]
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers.values(), *self._values)
+
+    def _launch_publicly(self, grid: tuple[int, ...], tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> Any:
+        """By Triton's public way; returns the code that it ran."""
+        given, kernel = [*tensors, *numbers, *self._constants], self._kernel
+        if given != kernel.arg_names:
+            name = kernel.fn.__name__
+            raise TypeError(f"{name} takes {', '.join(kernel.arg_names)}; given were {', '.join(given)}")
+        values = [tensor.tensors if type(tensor) is Held else tensor for tensor in tensors.values()]
+        return kernel[grid](*values, *numbers.values(), *self._values, **self._options)

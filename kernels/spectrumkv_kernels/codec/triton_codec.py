@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.backend.launch_triton import on_device, shared
+from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, shared
 from spectrumkv_kernels.codec import reference as twin
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec
@@ -14,7 +14,7 @@ from spectrumkv_kernels.codec.triton_mean import mean_kernel, sums_kernel
 from spectrumkv_kernels.codec.triton_quantize import load_codes, store_codes
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard, join_quarters
-from spectrumkv_kernels.rotation.triton_rotary import rotated_mean
+from spectrumkv_kernels.rotation.triton_rotary import rotated_mean, turns
 from spectrumkv_kernels.segment import Segment
 
 ELEMENTS = 4096
@@ -28,18 +28,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _load_residual(
-    x, inside, positions, mean, factors, channels, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+    x, inside, positions, mean, table, channels, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
     """These channels of tokens that begin at `x`, less those of `R(t) mean`: float32 `[tokens, channels]`."""
     y = tl.load(x + channels[None, :], mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
     if mean is not None:
-        y -= rotated_mean(mean, factors, positions, channels, DIM, PAIRS, INTERLEAVED)
+        y -= rotated_mean(mean, table, positions, channels, DIM, PAIRS, INTERLEAVED)
     return y
 
 
 @triton.jit
 def _encode_tokens(
-    x, stride, index, positions, mean, factors, codes, scales, zeros, first, block, n,
+    x, stride, index, positions, mean, table, codes, scales, zeros, first, block, n,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -51,24 +51,24 @@ def _encode_tokens(
     x += source.to(tl.int64)[:, None] * stride
     if WIDTH == DIM and WIDTH >= 32:
         channels = tl.arange(0, WIDTH // 4)
-        y0 = _load_residual(x, inside, at, mean, factors, channels, DIM, PAIRS, INTERLEAVED)
-        y1 = _load_residual(x, inside, at, mean, factors, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
-        y2 = _load_residual(x, inside, at, mean, factors, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
-        y3 = _load_residual(x, inside, at, mean, factors, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y0 = _load_residual(x, inside, at, mean, table, channels, DIM, PAIRS, INTERLEAVED)
+        y1 = _load_residual(x, inside, at, mean, table, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y2 = _load_residual(x, inside, at, mean, table, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
+        y3 = _load_residual(x, inside, at, mean, table, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
         y = join_quarters(y0, y1, y2, y3)
     else:
-        y = _load_residual(x, inside, at, mean, factors, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
+        y = _load_residual(x, inside, at, mean, table, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
     BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
     store_codes(hadamard(y, BLOCK), codes, scales, zeros, first + token, inside, BLOCK**-0.5, DIM, BITS)
 
 
 @triton.jit(do_not_specialize=["index", "n", "index_batch", "index_head"])
 def _encode_kernel(
-    keys, values, index, positions, mean, factors,
+    keys, values, index, positions, mean, table,
     key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, n, heads,
     key_batch, key_head, key_token, value_batch, value_head, value_token, index_batch, index_head,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens x batch x heads, keys and values."""
     blocks = tl.cdiv(n, TOKENS)
@@ -83,7 +83,7 @@ def _encode_kernel(
         if mean is not None:
             mean += row * KEY_DIM
         _encode_tokens(
-            keys, key_token, index, positions, mean, factors, key_codes, key_scale, key_zero, first, block, n,
+            keys, key_token, index, positions, mean, table, key_codes, key_scale, key_zero, first, block, n,
             KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
         )  # fmt: skip
     else:
@@ -96,7 +96,7 @@ def _encode_kernel(
 
 @triton.jit
 def _decode_tokens(
-    x, stride, scales, zeros, positions, mean, factors, out, row, block, n, start, size,
+    x, stride, scales, zeros, positions, mean, table, out, row, block, n, start, size,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCATTER: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _decode_tokens(
         BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
         y = hadamard(y, BLOCK) * BLOCK**-0.5
         if mean is not None:
-            y += rotated_mean(mean, factors, at, channels, DIM, PAIRS, INTERLEAVED)
+            y += rotated_mean(mean, table, at, channels, DIM, PAIRS, INTERLEAVED)
     slot = at - start if SCATTER else token
     there = inside & (slot >= 0) & (slot < size)
     place = out + (row * size + slot)[:, None] * DIM + channels[None, :]
@@ -139,13 +139,14 @@ def _decode_tokens(
 @triton.jit(do_not_specialize=["count0", "count1", "count2", "count3", "start", "size"])
 def _dense_kernel(
     segments,  # of each: keys, their scale and zero, values, their scale and zero, positions
+    out_keys, out_values, mean, table,
     strides,  # of 16-bit keys and values: batch, head, token
-    count0, count1, count2, count3, out_keys, out_values, mean, factors, start, size, heads,
+    count0, count1, count2, count3, start, size, heads,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
     BITS: tl.constexpr,  # of each segment
     SHARED: tl.constexpr,  # whether all rows of the segment have the same positions
-    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SCATTER: tl.constexpr, TOKENS: tl.constexpr,
+    HADAMARD: tl.constexpr, SCATTER: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens of all segments x batch x heads, keys and values."""
     counts = (count0, count1, count2, count3)
@@ -168,7 +169,7 @@ def _dense_kernel(
                 if mean is not None:
                     mean += row * KEY_DIM
                 _decode_tokens(
-                    keys, key_token, key_scale, key_zero, positions, mean, factors, out_keys, row, block, n, start,
+                    keys, key_token, key_scale, key_zero, positions, mean, table, out_keys, row, block, n, start,
                     size, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
                 )  # fmt: skip
             else:
@@ -193,9 +194,9 @@ def _widths(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[str,
 
 
 def _rotation(rotary: Rotary, centred: bool, device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:
-    """The tables of the rotation, and how the kernels are told about them."""
+    """The table of the rotation, and how the kernels are told about it."""
     pairs = len(rotary.inv_freq) if centred else 0
-    return rotary.factors(device) if pairs else None, {"PAIRS": pairs, "INTERLEAVED": rotary.interleaved}
+    return turns(rotary, device) if pairs else None, {"PAIRS": pairs, "INTERLEAVED": rotary.interleaved}
 
 
 def _fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
@@ -216,7 +217,7 @@ def key_mean(
     if not _fits(rotary, 8, keys) or not keys.numel():
         return twin.key_mean(keys, positions, rotary, weights)
     keys, positions = _dense_last(keys), positions.contiguous()
-    factors, rotation = _rotation(rotary, True, keys.device)
+    table, rotation = _rotation(rotary, True, keys.device)
     width, splits = triton.next_power_of_2(dim), triton.cdiv(tokens, SPLIT)
     if weights is None:
         total = torch.full((batch,), float(tokens), device=keys.device)
@@ -225,13 +226,16 @@ def key_mean(
         total = weights.sum(-1)
     sums = torch.empty(batch, heads, splits, 2, width, dtype=torch.float32, device=keys.device)
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
-    sizes = {"DIM": dim, "WIDTH": width, **rotation}
+    sizes, block = {"DIM": dim, "WIDTH": width, **rotation}, max(1, ELEMENTS // 2 // width)
     with on_device(keys):
-        sums_kernel[(splits * batch * heads,)](
-            keys, positions, weights, factors, sums, tokens, heads, *keys.stride()[:3],
-            TOKENS=max(1, ELEMENTS // 2 // width), SPLIT=max(SPLIT, 1), **sizes,
-        )  # fmt: skip
-        mean_kernel[(batch * heads,)](sums, total, mean, splits, heads, SPLITS=max(1, ELEMENTS // 2 // width), **sizes)
+        Launcher(sums_kernel, {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT})(
+            (splits * batch * heads,),
+            {"keys": keys, "positions": positions, "weights": weights, "table": table, "sums": sums},
+            {"tokens": tokens, "heads": heads, **_strides("key", keys.stride()[:3])},
+        )
+        Launcher(mean_kernel, {**sizes, "SPLITS": block})(
+            (batch * heads,), {"sums": sums, "total": total, "mean": mean}, {"splits": splits, "heads": heads}
+        )
     return mean
 
 
@@ -251,7 +255,7 @@ def encode(
     batch, heads, n = positions.shape
     keys, values = _dense_last(keys), _dense_last(values)
     index = None if index is None else _dense_last(index)
-    factors, rotation = _rotation(rotary, mean is not None, keys.device)
+    table, rotation = _rotation(rotary, mean is not None, keys.device)
 
     def allocate(dim: int) -> Quantized:
         codes = torch.empty(batch, heads, n, dim * bits // 8, dtype=torch.uint8, device=keys.device)
@@ -261,12 +265,25 @@ def encode(
     sizes = _widths(keys.shape[-1], values.shape[-1])
     k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
     with on_device(keys):
-        _encode_kernel[triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2](
-            keys, values, index, positions.contiguous(), None if mean is None else mean.contiguous(), factors,
-            *_parts(k), *_parts(v),
-            n, heads, *keys.stride()[:3], *values.stride()[:3], *((0, 0) if index is None else index.stride()[:2]),
-            BITS=bits, HADAMARD=codec.hadamard, **sizes, **rotation,
-        )  # fmt: skip
+        tensors = {
+            "keys": keys,
+            "values": values,
+            "index": index,
+            "positions": positions.contiguous(),
+            "mean": None if mean is None else mean.contiguous(),
+            "table": table,
+            "key_codes": k.codes,
+            "key_scale": k.scale,
+            "key_zero": k.zero,
+            "value_codes": v.codes,
+            "value_scale": v.scale,
+            "value_zero": v.zero,
+        }
+        strides = {**_strides("key", keys.stride()[:3]), **_strides("value", values.stride()[:3])}
+        strides |= _strides("index", (0, 0) if index is None else index.stride()[:2])
+        Launcher(_encode_kernel, {**sizes, "BITS": bits, "HADAMARD": codec.hadamard, **rotation})(
+            (triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2), tensors, {"n": n, "heads": heads, **strides}
+        )
     return k, v
 
 
@@ -320,7 +337,7 @@ def _read(
 ) -> None:
     """Write the tokens of the segments to `out`, at `position - start` if `scatter`, else in their order."""
     batch, heads, size = out[0].shape[:3]
-    factors, rotation = _rotation(rotary, mean is not None, out[0].device)
+    table, rotation = _rotation(rotary, mean is not None, out[0].device)
     sizes = _widths(out[0].shape[-1], out[1].shape[-1], ELEMENTS // 2)
     for first in range(0, len(segments), SEGMENTS):
         part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
@@ -328,11 +345,29 @@ def _read(
         blocks = sum(triton.cdiv(n, sizes["TOKENS"]) for n in counts)
         tensors, strides, bits, once = zip(*part, strict=True)
         with on_device(out[0]):
-            _dense_kernel[blocks * batch * heads, 2](
-                tensors, strides, *counts, *[0] * (SEGMENTS - len(counts)), *out,
-                None if mean is None else mean.contiguous(), factors, start, size, heads,
-                BITS=bits, SHARED=once, HADAMARD=codec.hadamard, SCATTER=scatter, **sizes, **rotation,
-            )  # fmt: skip
+            modes = {"BITS": bits, "SHARED": once, "HADAMARD": codec.hadamard, "SCATTER": scatter}
+            Launcher(_dense_kernel, {**sizes, **modes, **rotation})(
+                (blocks * batch * heads, 2),
+                {
+                    "segments": tensors,
+                    "out_keys": out[0],
+                    "out_values": out[1],
+                    "mean": None if mean is None else mean.contiguous(),
+                    "table": table,
+                },
+                {
+                    "strides": strides,
+                    **{f"count{i}": counts[i] if i < len(counts) else 0 for i in range(SEGMENTS)},
+                    "start": start,
+                    "size": size,
+                    "heads": heads,
+                },
+            )
+
+
+def _strides(of: str, strides: Sequence[int]) -> dict[str, int]:
+    """Strides of the first dimensions, by the names of a kernel's parameters."""
+    return {f"{of}_{name}": stride for name, stride in zip(("batch", "head", "token"), strides, strict=False)}
 
 
 def _parts(stored: Quantized) -> tuple[torch.Tensor | None, ...]:

@@ -8,7 +8,7 @@ from spectrumkv_kernels.rotation.triton_rotary import partner, turn
 
 @triton.jit(do_not_specialize=["tokens"])
 def sums_kernel(
-    keys, positions, weights, factors, sums, tokens, heads, batch_stride, head_stride, token_stride,
+    keys, positions, weights, table, sums, tokens, heads, key_batch, key_head, key_token,
     DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -17,20 +17,20 @@ def sums_kernel(
     split = tl.program_id(0) % splits
     row = (tl.program_id(0) // splits).to(tl.int64)
     batch, head = row // heads, row % heads
-    keys += batch * batch_stride + head * head_stride
+    keys += batch * key_batch + head * key_head
     channels = tl.arange(0, WIDTH)
     along = tl.zeros([TOKENS, WIDTH], tl.float32)
     across = tl.zeros([TOKENS, WIDTH], tl.float32)
     for i in range(SPLIT // TOKENS):
         token = split * SPLIT + i * TOKENS + tl.arange(0, TOKENS)
         inside = token < tokens
-        place = keys + token.to(tl.int64)[:, None] * token_stride + channels[None, :]
+        place = keys + token.to(tl.int64)[:, None] * key_token + channels[None, :]
         x = tl.load(place, mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
         if weights is not None:
             x *= tl.load(weights + batch * tokens + token, mask=inside, other=0.0)[:, None]
         if PAIRS:
             at = tl.load(positions + token, mask=inside, other=0)
-            cos, sin = turn(factors, at, channels, PAIRS, INTERLEAVED)
+            cos, sin = turn(table, at, channels, PAIRS, INTERLEAVED)
             along += x * cos
             across += x * sin
         else:

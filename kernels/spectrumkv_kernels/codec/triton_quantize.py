@@ -52,7 +52,7 @@ def store_codes(
     if WIDTH == DIM:
         byte = tl.arange(0, BYTES)
         shift = BITS * tl.arange(0, PARTS)[None, :, None]
-        packed = tl.sum(tl.reshape(code, [ROWS, PARTS, BYTES]) << shift, 1)
+        packed = tl.sum(tl.reshape(code, [ROWS, PARTS, BYTES]) << shift, 1)  # no bits overlap: a sum is an "or"
     else:
         byte = tl.arange(0, WIDTH)
         packed = code

@@ -1,8 +1,8 @@
 """Orthonormal Walsh-Hadamard transform over the channels of a head."""
 
-import functools
-
 import torch
+
+from spectrumkv_kernels.backend.tensor_cache import keep
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return (y * block**-0.5).view(given)
 
 
-@functools.lru_cache(maxsize=16)
+@keep(16)
 def hadamard_matrix(channels: int, device: torch.device) -> torch.Tensor:
     """The matrix of `hadamard`, float32 `[channels, channels]`: one product where bit-equality does not matter."""
     return hadamard(torch.eye(channels)).to(device)

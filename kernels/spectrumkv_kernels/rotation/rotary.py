@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from spectrumkv_kernels.backend.tensor_cache import keep_longest
+
 SMALLEST_TABLE = 2048
 """Positions of a table; it doubles as longer sequences come."""
 LARGEST_TABLE = 1 << 15
 """Positions up to which it does in any case; beyond, only where as many are asked for, since a layer with a window has
 few tokens however far the sequence has come."""
-FACTOR_ROWS = 2048
-"""Rows of the tables of `Rotary.factors`, which cover the square of that many positions."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +94,30 @@ class Rotary:
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
         """Cosines, then sines of `t inv_freq`: float32 `[length or more, 2 * pairs]`, kept for all caches."""
-        return _table(self.inv_freq, max(SMALLEST_TABLE, 1 << (length - 1).bit_length()), device)
+        return _table(length, self, device)
 
-    def factors(self, device: torch.device) -> torch.Tensor:
-        """Tables whose size needs no length, for kernels: `exp(i t f) = exp(i (t // 2048) 2048 f) exp(i (t % 2048) f)`.
+    def steps(self, step: int, length: int, device: torch.device) -> torch.Tensor:
+        """A table that is short however far positions go: `exp(i t f) = exp(i step (t // step) f) exp(i (t % step) f)`.
+
+        Args:
+            step: Positions that share a coarse angle.
+            length: Positions to cover.
 
         Returns:
-            float32 `[2, 2, 2048, pairs]`: of the fine angles, then the coarse ones, the cosines, then the sines. They
-            cover 4 million positions.
+            float32 `[step + length / step or more, 2 * pairs]`, kept for all caches: cosines, then sines, of the
+            positions below `step`, then of every `step`th one.
         """
-        return _factors(self.inv_freq, device)
+        return _steps(length, step, self, device)
 
 
-@functools.lru_cache(maxsize=32)
-def _factors(inv_freq: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    rows = torch.arange(FACTOR_ROWS, dtype=torch.float64)
-    angles = torch.stack((rows, rows * FACTOR_ROWS))[..., None] * torch.tensor(inv_freq, dtype=torch.float64)
-    return torch.stack((angles.cos(), angles.sin()), dim=1).float().to(device)
+@keep_longest(SMALLEST_TABLE)
+def _table(length: int, rotary: Rotary, device: torch.device) -> torch.Tensor:
+    return _turns(rotary.inv_freq, torch.arange(length)).to(device)
 
 
-@functools.lru_cache(maxsize=32)
-def _table(inv_freq: tuple[float, ...], length: int, device: torch.device) -> torch.Tensor:
-    return _turns(inv_freq, torch.arange(length)).to(device)
+@keep_longest(4096)
+def _steps(length: int, step: int, rotary: Rotary, device: torch.device) -> torch.Tensor:
+    return _turns(rotary.inv_freq, torch.cat((torch.arange(step), torch.arange(0, length, step)))).to(device)
 
 
 def _turns(inv_freq: tuple[float, ...], positions: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def hadamard(x, BLOCK: tl.constexpr):
     y = x
     second = (tl.arange(0, 2) == 1)[None, :, None]
     for stage in tl.static_range(BLOCK.bit_length() - 1):
-        pairs = tl.reshape(y, [PAIRS >> stage, 2, 1 << stage])
+        pairs = tl.reshape(y, [PAIRS >> stage, 2, 1 << stage])  # channels that are `1 << stage` apart, side by side
         total = tl.sum(pairs, 1, keep_dims=True)
         y = tl.where(second, total - 2 * pairs, total)
     return tl.reshape(y, x.shape)

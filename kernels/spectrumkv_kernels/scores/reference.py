@@ -1,8 +1,8 @@
 """Attention mass that each key receives from a sample of the queries."""
 
-import functools
-
 import torch
+
+from spectrumkv_kernels.backend.tensor_cache import keep
 
 QUERY_CHUNK = 16
 """Probe queries scored at a time, which bounds the temporary."""
@@ -47,7 +47,7 @@ def probe_rows(
     return order.gather(-1, picked.clamp(min=0)).where(picked >= 0, -1)
 
 
-@functools.lru_cache(maxsize=8)
+@keep(8)
 def _probes_of_all(queries: int, recent: int, strided: int, device: torch.device) -> torch.Tensor:
     """`probe_rows` where no query is padding: the same for all layers."""
     return probe_rows(torch.ones(1, queries, dtype=torch.bool, device=device), queries, recent, strided, device)

@@ -2,13 +2,14 @@
 
 # mypy: allow-untyped-defs
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from spectrumkv_kernels.attention.triton_dot import LOG2E
+from spectrumkv_kernels.backend.launch_triton import Launcher, on_device
 from spectrumkv_kernels.scores import reference as twin
 from spectrumkv_kernels.scores.reference import probe_rows, real_tokens
 
@@ -169,20 +170,30 @@ def _mass_kernel(
     tl.store(out + pair * tokens + n, mass / (GROUP * tl.maximum(seen_by, 1)), mask=n < tokens)
 
 
-def _launches(block_d: int, dtype: torch.dtype, masked: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Block sizes and options of the two kernels: what fits into registers without spilling, on sm_90."""
+class _Blocks(NamedTuple):
+    """Rows and keys of a program's blocks, and options of the compiler."""
+
+    rows: int
+    keys: int
+    options: dict[str, int]
+
+    def launcher(self, kernel: Any, shape: dict[str, int], **more: int) -> Launcher:
+        """The kernel with these blocks, and what else it takes."""
+        return Launcher(kernel, {**shape, "BLOCK_R": self.rows, "BLOCK_N": self.keys, **more}, **self.options)
+
+
+def _blocks(block_d: int, dtype: torch.dtype, masked: bool) -> tuple[_Blocks, _Blocks]:
+    """For the two kernels: what fits into registers without spilling, on sm_90."""
+    options = {"num_warps": 8, "num_stages": 2}
     if dtype == torch.float32:  # no tensor cores
-        both = {"BLOCK_R": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-        return both, both
-    normalisers = {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    mass = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3 if block_d <= 128 else 2}
+        return _Blocks(32, 32, options), _Blocks(32, 32, options)
     if masked:  # whose entries and their addresses take registers
-        normalisers |= {"BLOCK_R": 64, "BLOCK_N": 128 if block_d == 128 else 64}
+        normalisers = _Blocks(64, 128 if block_d == 128 else 64, options)
     elif block_d > 128:
-        normalisers["BLOCK_N"] = 64
+        normalisers = _Blocks(128, 64, options)
     else:
-        normalisers["maxnreg"] = 128  # two programs on a multiprocessor
-    return normalisers, mass
+        normalisers = _Blocks(128, 128, {**options, "maxnreg": 128})  # two programs on a multiprocessor
+    return normalisers, _Blocks(64, 128, {"num_warps": 8, "num_stages": 3 if block_d <= 128 else 2})
 
 
 def attention_scores(
@@ -219,34 +230,47 @@ def attention_scores(
     index = rows.clamp(min=0)[:, :, None, None].expand(-1, -1, heads, head_dim)
     probing = query.transpose(1, 2).gather(1, index)  # [batch, probes, heads, head_dim]
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
-    hidden, mask_heads, strides = 0.0, 1, [*keys.stride()[:3], 0, 0, 0, 0]
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    hidden, mask_heads = 0.0, 1
     if mask is not None:
         hidden = 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         mask = mask.expand(batch, heads, -1, -1)
-        strides[3:] = mask.stride()
+        mask_strides = mask.stride()
         mask_heads = heads if mask.stride(1) else 1
 
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    first, second = _launches(block_d, query.dtype, mask is not None)
-    row_blocks, pairs = triton.cdiv(probes * group, first["BLOCK_R"]), batch * kv_heads
+    first, second = _blocks(block_d, query.dtype, mask is not None)
+    row_blocks, pairs = triton.cdiv(probes * group, first.rows), batch * kv_heads
     splits = min(triton.cdiv(tokens, SPLIT), triton.cdiv(PROGRAMS, row_blocks * pairs))
-    span = triton.cdiv(triton.cdiv(tokens, splits), first["BLOCK_N"]) * first["BLOCK_N"]
+    span = triton.cdiv(triton.cdiv(tokens, splits), first.keys) * first.keys
     splits = triton.cdiv(tokens, span)
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "BLOCK_D": block_d}
     parts = torch.empty(splits, batch, kv_heads, probes, group, device=query.device)
     out = torch.empty(batch, kv_heads, tokens, device=query.device)
-    with torch.cuda.device_of(query):
-        _normalisers_kernel[(row_blocks * pairs, splits)](
-            probing, keys, rows, mask, parts, scale, softcap, window, hidden, tokens, probes, tokens - queries, span,
-            *strides, **shape, **first,
-        )  # fmt: skip
+    names = ("key_batch", "key_head", "key_token", "mask_batch", "mask_head", "mask_row", "mask_column")
+    strides = dict(zip(names, (*keys.stride()[:3], *mask_strides), strict=True))
+    numbers = {
+        "scale": scale,
+        "softcap": softcap,
+        "window": window,
+        "hidden": hidden,
+        "tokens": tokens,
+        "probes": probes,
+        "offset": tokens - queries,
+    }
+    tensors = {"query": probing, "keys": keys, "rows": rows, "mask": mask}
+    with on_device(query):
+        first.launcher(_normalisers_kernel, shape)(
+            (row_blocks * pairs, splits), {**tensors, "lse": parts}, {**numbers, "span": span, **strides}
+        )
         lse = parts.logsumexp(0)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.float().view(kv_heads, 1, group))
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no probability where a row sees nothing
-        _mass_kernel[(triton.cdiv(tokens, second["BLOCK_N"]) * pairs,)](
-            probing, keys, rows, mask, lse, out, scale, softcap, window, hidden, tokens, probes, tokens - queries,
-            mask_heads, *strides, **shape, **second, BLOCK_P=32,
-        )  # fmt: skip
+        second.launcher(_mass_kernel, shape, BLOCK_P=32)(
+            (triton.cdiv(tokens, second.keys) * pairs,),
+            {**tensors, "lse": lse, "out": out},
+            {**numbers, "mask_heads": mask_heads, **strides},
+        )
     return out

@@ -20,6 +20,12 @@ struct Affine {
     Int step;  // 2 where every other number is a scale, else 1
 };
 
+struct Request {
+    const Affine *affines;
+    Int count;
+    Int *flaws;  // one of each
+};
+
 // Raises the greatest bits of each lane, without and with their sign, to those of `n` numbers.
 inline void add(const Half *__restrict numbers, Int n, Half *__restrict size, Half *__restrict bits) {
 #pragma omp simd
@@ -46,8 +52,11 @@ Flaw flaw(const Affine &affine) {
 
 extern "C" {
 
-void affine_flaws(const Affine *affines, Int number, Int *flaws) {
-    for (Int i = 0; i < number; ++i) flaws[i] = flaw(affines[i]);
+Int size_of_Affine() { return sizeof(Affine); }
+Int size_of_Request() { return sizeof(Request); }
+
+void affine_flaws(const Request *request) {
+    for (Int i = 0; i < request->count; ++i) request->flaws[i] = flaw(request->affines[i]);
 }
 
 }  // extern "C"

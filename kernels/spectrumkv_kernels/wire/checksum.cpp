@@ -19,8 +19,17 @@ constexpr Int SHARE = 16;  // rows for which another thread is worth while, at l
 
 // Words that lie elsewhere, or where they belong (null), in the order of their places.
 struct Piece {
-    const Word *from;
+    const Word *source;
     Int count;
+};
+
+struct Request {
+    const Piece *pieces;
+    Int count;            // of pieces
+    Word *words;          // where they are put together
+    const Word *weights;  // of a row's words
+    Word *sums;           // of all rows, the last of which may be short, then of the columns
+    Int threads;
 };
 
 // The sum of `n` words by their weights. Each is added to its column as well.
@@ -66,13 +75,19 @@ Word take(const Word *from, Word *to, Int n, const Word *weights, Word *columns)
 
 extern "C" {
 
-// Puts pieces together in `words`, and writes the sums of all rows, the last of which may be short, then those of the
-// columns.
-void write_sums(const Piece *pieces, Int number, Word *words, const Word *weights, Word *out, Int threads) {
+Int size_of_Piece() { return sizeof(Piece); }
+Int size_of_Request() { return sizeof(Request); }
+
+// Puts pieces together, and sums up while it does.
+void write_sums(const Request *request) {
+    const Piece *pieces = request->pieces;
+    const Word *weights = request->weights;
+    Word *words = request->words;
+    const Int number = request->count;
     Int count = 0;
     for (Int i = 0; i < number; ++i) count += pieces[i].count;
-    const Int rows = (count + ROW - 1) / ROW, team = std::max<Int>(1, std::min(threads, rows / SHARE));
-    Word *columns = out + rows;
+    const Int rows = (count + ROW - 1) / ROW, team = std::max<Int>(1, std::min(request->threads, rows / SHARE));
+    Word *columns = request->sums + rows;
     std::fill_n(columns, ROW, 0);
 #pragma omp parallel num_threads(int(team)) if (team > 1)
     {
@@ -83,11 +98,11 @@ void write_sums(const Piece *pieces, Int number, Word *words, const Word *weight
             for (Int i = 0, start = 0; i < number; start += pieces[i++].count) {
                 const Int begin = std::max(start, r * ROW), stop = std::min(start + pieces[i].count, (r + 1) * ROW);
                 if (begin >= stop) continue;
-                const Word *from = pieces[i].from ? pieces[i].from + (begin - start) : words + begin;
-                Word *to = pieces[i].from ? words + begin : nullptr;
+                const Word *from = pieces[i].source ? pieces[i].source + (begin - start) : words + begin;
+                Word *to = pieces[i].source ? words + begin : nullptr;
                 sum += take(from, to, stop - begin, weights + begin % ROW, own + begin % ROW);
             }
-            out[r] = sum;
+            request->sums[r] = sum;
         }
 #ifdef __SSE2__
         _mm_sfence();

@@ -1,9 +1,10 @@
 """Sums under the wire format's digest. See docs/wire-format.md."""
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
+
+from spectrumkv_kernels.backend.tensor_cache import keep
 
 ROW = 1024
 """64-bit words in a row."""
@@ -61,7 +62,7 @@ def write(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: int) ->
         start += tensor.nbytes
 
 
-@functools.lru_cache(maxsize=8)
+@keep(8)
 def row_weights(device: torch.device) -> torch.Tensor:
     """The weight of each word of a row: int64 `[1024]`."""
     return torch.tensor(list(_splitmix(ROW)), dtype=torch.int64).to(device)

@@ -11,6 +11,22 @@ from spectrumkv_kernels.backend import build_cpp
 from spectrumkv_kernels.wire import affine
 
 
+class Affine(ctypes.Structure):
+    """As in affine.cpp."""
+
+    _fields_ = [("numbers", ctypes.c_void_p), ("count", ctypes.c_int64), ("step", ctypes.c_int64)]
+
+
+class Request(ctypes.Structure):
+    """As in affine.cpp."""
+
+    _fields_ = [
+        ("affines", ctypes.POINTER(Affine)),
+        ("count", ctypes.c_int64),
+        ("flaws", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled function, built at the first call.
@@ -18,17 +34,16 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it can't be built here.
     """
-    loaded = build_cpp.load(Path(__file__).with_name("affine.cpp"), ("affine_flaws",))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    loaded.affine_flaws.argtypes, loaded.affine_flaws.restype = (pointer, integer, pointer), None
-    return loaded
+    loaded = build_cpp.load(Path(__file__).with_name("affine.cpp"), ("affine_flaws",), (Affine, Request))
+    return build_cpp.takes(loaded, {"affine_flaws": None}, Request)
 
 
 def affine_flaws(affines: Sequence[torch.Tensor]) -> list[int]:
     """As `affine.affine_flaws`, which does those of other devices."""
     if not all(t.is_cpu for t in affines):
         return affine.affine_flaws(affines)
-    fields = [field for t in affines for field in (t.data_ptr(), t.numel(), t.shape[-1])]
-    flaws = (ctypes.c_int64 * len(affines))()
-    library().affine_flaws((ctypes.c_int64 * len(fields))(*fields), len(affines), flaws)
+    count = len(affines)
+    given = (Affine * count)(*[Affine(t.data_ptr(), t.numel(), t.shape[-1]) for t in affines])
+    flaws = (ctypes.c_int64 * count)()
+    library().affine_flaws(Request(affines=given, count=count, flaws=flaws))
     return list(flaws)

@@ -12,6 +12,25 @@ from spectrumkv_kernels.wire import checksum
 from spectrumkv_kernels.wire.checksum import ROW, row_weights
 
 
+class Piece(ctypes.Structure):
+    """As in checksum.cpp."""
+
+    _fields_ = [("source", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
+class Request(ctypes.Structure):
+    """As in checksum.cpp."""
+
+    _fields_ = [
+        ("pieces", ctypes.POINTER(Piece)),
+        ("count", ctypes.c_int64),
+        ("words", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled function, built at the first call.
@@ -19,11 +38,8 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it can't be built here.
     """
-    loaded = build_cpp.load(Path(__file__).with_name("checksum.cpp"), ("write_sums",))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    loaded.write_sums.argtypes = (pointer, integer, pointer, pointer, pointer, integer)
-    loaded.write_sums.restype = None
-    return loaded
+    loaded = build_cpp.load(Path(__file__).with_name("checksum.cpp"), ("write_sums",), (Piece, Request))
+    return build_cpp.takes(loaded, {"write_sums": None}, Request)
 
 
 def digest_sums(words: torch.Tensor) -> torch.Tensor:
@@ -51,8 +67,15 @@ def write_sums(payload: torch.Tensor, tensors: Sequence[torch.Tensor], start: in
 
 
 def _sums(words: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    """Sums of `words`, after the pieces that lie elsewhere have been put there."""
     sums = torch.empty(-(-words.numel() // ROW) + ROW, dtype=torch.int64)
-    fields = (ctypes.c_int64 * (2 * len(pieces)))(*(field for piece in pieces for field in piece))
-    weights, threads = row_weights(words.device), torch.get_num_threads()
-    library().write_sums(fields, len(pieces), words.data_ptr(), weights.data_ptr(), sums.data_ptr(), threads)
+    request = Request(
+        pieces=(Piece * len(pieces))(*[Piece(*piece) for piece in pieces]),
+        count=len(pieces),
+        words=words.data_ptr(),
+        weights=row_weights(words.device).data_ptr(),
+        sums=sums.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    library().write_sums(request)
     return sums

@@ -12,6 +12,20 @@ from spectrumkv_kernels.wire import tier_map
 from spectrumkv_kernels.wire.tier_map import CODES
 
 
+class Request(ctypes.Structure):
+    """As in tier_map.cpp."""
+
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * CODES),
+        ("out", ctypes.c_void_p * CODES),
+        ("counts", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled function, built at the first call.
@@ -19,11 +33,8 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it can't be built here.
     """
-    loaded = build_cpp.load(Path(__file__).with_name("tier_map.cpp"), ("tier_positions",))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    loaded.tier_positions.argtypes = (pointer, integer, integer, integer, pointer, pointer, pointer)
-    loaded.tier_positions.restype = None
-    return loaded
+    loaded = build_cpp.load(Path(__file__).with_name("tier_map.cpp"), ("tier_positions",), (Request,))
+    return build_cpp.takes(loaded, {"tier_positions": None}, Request)
 
 
 def tier_positions(
@@ -36,8 +47,14 @@ def tier_positions(
     rows = packed.shape[:2]
     found = [torch.empty(*rows, size, dtype=torch.int32) for size in sizes]
     counts = torch.empty(*rows, CODES, dtype=torch.int64)
-    none = [0] * (CODES - len(found))
-    places = (ctypes.c_int64 * CODES)(*sizes, *none)
-    out = (ctypes.c_void_p * CODES)(*(t.data_ptr() for t in found), *none)
-    library().tier_positions(packed.data_ptr(), rows.numel(), tokens, start, places, out, counts.data_ptr())
+    request = Request(
+        packed=packed.data_ptr(),
+        rows=rows.numel(),
+        tokens=tokens,
+        start=start,
+        sizes=tuple(sizes),  # of codes that are not asked for: 0
+        out=tuple([t.data_ptr() for t in found]),
+        counts=counts.data_ptr(),
+    )
+    library().tier_positions(request)
     return found, counts

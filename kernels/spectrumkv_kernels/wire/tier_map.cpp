@@ -16,6 +16,15 @@ constexpr Int PER_WORD = 32;  // and in a word
 constexpr Int STEP = 8;       // tokens whose positions are written together
 constexpr Word LOW = 0x5555555555555555;  // the lower bit of each code
 
+struct Request {
+    const uint8_t *packed;  // [rows, bytes]
+    Int rows, tokens;
+    Int start;            // position of the first token
+    Int sizes[CODES];     // places in a row for the tokens of each code
+    int32_t *out[CODES];  // [rows, size] of each code
+    Int *counts;          // [rows, CODES]
+};
+
 // Which bits of a byte are set, from the lowest on.
 using Places = std::array<uint8_t, STEP>;
 
@@ -84,13 +93,17 @@ Int find(const uint8_t *packed, Int tokens, int32_t start, Int code, Int size, i
 
 extern "C" {
 
-// Positions of the tokens of each code in each row, to `out[code]`, `[rows, sizes[code]]`; counts: `[rows, CODES]`.
-void tier_positions(const uint8_t *packed, Int rows, Int tokens, Int start, const Int *sizes, int32_t *const *out, Int *counts) {
-    const Int width = (tokens + PER_BYTE - 1) / PER_BYTE;
-    for (Int r = 0; r < rows; ++r) {
+Int size_of_Request() { return sizeof(Request); }
+
+// Positions of the tokens of each code in each row.
+void tier_positions(const Request *request) {
+    const Request &q = *request;
+    const Int width = (q.tokens + PER_BYTE - 1) / PER_BYTE;
+    for (Int r = 0; r < q.rows; ++r) {
         for (Int code = 0; code < CODES; ++code) {
-            int32_t *to = sizes[code] ? out[code] + r * sizes[code] : nullptr;
-            counts[r * CODES + code] = find(packed + r * width, tokens, int32_t(start), code, sizes[code], to);
+            const Int size = q.sizes[code];
+            int32_t *to = size ? q.out[code] + r * size : nullptr;
+            q.counts[r * CODES + code] = find(q.packed + r * width, q.tokens, int32_t(q.start), code, size, to);
         }
     }
 }

@@ -1,10 +1,11 @@
 """Tier maps, 2 bits a token: which tier holds it. See docs/wire-format.md."""
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from spectrumkv_kernels.backend.tensor_cache import keep
 
 CODES = 4
 """What 2 bits tell apart."""
@@ -24,7 +25,7 @@ def unpack_map(packed: torch.Tensor) -> torch.Tensor:
     return _codes_of_bytes(packed.device)[packed.int()].view(torch.uint8)
 
 
-@functools.lru_cache(maxsize=8)
+@keep(8)
 def _codes_of_bytes(device: torch.device) -> torch.Tensor:
     """The four codes of each byte, as the bytes of an int32 `[256]`."""
     byte = torch.arange(256, dtype=torch.int32)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.backend.launch_triton import launch, on_device
+from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, trait
 from spectrumkv_kernels.wire.checksum import ROW, row_weights, write
 
 ROWS, COLUMNS = 8, 256
@@ -27,14 +27,19 @@ def digest_kernel(words, weights, sums, count, rows, ROW: tl.constexpr, ROWS: tl
     tl.store(sums + row, total, mask=row < rows)
 
 
+_digest = Launcher(digest_kernel, {"ROW": ROW, "ROWS": ROWS, "COLUMNS": COLUMNS})
+
+
 def digest_sums(words: torch.Tensor) -> torch.Tensor:
     """As `checksum.digest_sums`."""
     rows = -(-words.numel() // ROW)
     sums = words.new_zeros(rows + ROW)
     if rows:
         with on_device(words):
-            tensors, numbers = (words, row_weights(words.device), sums), (words.numel(), rows)
-            launch(digest_kernel, (triton.cdiv(rows, ROWS), 1, 1), tensors, numbers, (ROW, ROWS, COLUMNS))
+            tensors = {"words": words, "weights": row_weights(words.device), "sums": sums}
+            numbers = {"count": words.numel(), "rows": rows}
+            known = trait((*tensors.values(), *numbers.values()))
+            _digest((triton.cdiv(rows, ROWS), 1, 1), tensors, numbers, known)
     return sums
 
 

@@ -212,11 +212,12 @@ def test_workspace_is_as_large_as_is_written(cpp, monkeypatch):
         workspace_floats = staticmethod(lambda problem: library.workspace_floats(problem) + 2 * guard)
 
         @staticmethod
-        def tiered_attention(problem, workspace, *rest):
+        def tiered_attention(problem):
             count = library.workspace_floats(problem) + 2 * guard
-            words = (ctypes.c_uint32 * count).from_address(workspace)
+            words = (ctypes.c_uint32 * count).from_address(problem.workspace)
             before = [words[:guard], words[-guard:]]
-            library.tiered_attention(problem, workspace + 4 * guard, *rest)
+            problem.workspace += 4 * guard
+            library.tiered_attention(problem)
             held.append([words[:guard], words[-guard:]] == before)
 
     monkeypatch.setattr(attention_cpp, "library", lambda: Guarded)

@@ -10,7 +10,7 @@ from packaging.version import Version
 triton = pytest.importorskip("triton")
 
 from spectrumkv_kernels.backend import launch_triton  # noqa: E402
-from spectrumkv_kernels.backend.launch_triton import Held, launch  # noqa: E402
+from spectrumkv_kernels.backend.launch_triton import Held, Launcher  # noqa: E402
 from spectrumkv_kernels.wire import checksum  # noqa: E402
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
 
@@ -20,7 +20,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class Kernel:
     """Stands in for a function of `triton.jit`: notes how it is called, `(way, tensors, numbers and constants)`."""
 
-    fn = "kernel"
+    fn = SimpleNamespace(__name__="kernel")
+    arg_names = ["tensor", "held", "count", "scale", "KIND"]
 
     def __init__(self):
         self.calls = []
@@ -41,7 +42,6 @@ class Kernel:
 @pytest.fixture
 def version(monkeypatch):
     """Sets the version of Triton that is seen."""
-    monkeypatch.setattr(launch_triton, "_compiled", {})
     fresh = functools.cache(launch_triton.direct.__wrapped__)
     monkeypatch.setattr(launch_triton, "direct", fresh)
 
@@ -70,11 +70,50 @@ def test_the_private_launcher_only_where_it_was_tested(text, ways, version, monk
     )
     kernel, a, b = Kernel(), torch.zeros(4), torch.ones(4)
     held = Held((b,), (b.data_ptr(),))
+    launcher = Launcher(kernel, {"KIND": "constant"})
     for _ in range(3):
-        launch(kernel, (2, 1, 1), (a, held), (3, 0.5), ("constant",), "known")
+        launcher((2, 1, 1), {"tensor": a, "held": held}, {"count": 3, "scale": 0.5}, "known")
     assert [call[0] for call in kernel.calls] == ways
     arguments = ((2, 1, 1), (a.data_ptr(), (b.data_ptr(),)), (3, 0.5, "constant"), {})
     assert all(call[1:] == arguments for call in kernel.calls)
+
+
+def test_without_what_is_known_of_the_arguments_it_is_the_public_way(version, monkeypatch):
+    """A kernel may specialise on numbers then."""
+    version(min(launch_triton.DIRECT))
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    kernel, a = Kernel(), torch.zeros(4)
+    launcher = Launcher(kernel, {"KIND": "constant"}, num_warps=2)
+    for _ in range(3):
+        launcher((2,), {"tensor": a, "held": (a,)}, {"count": 3, "scale": 0.5})
+    assert [call[0] for call in kernel.calls] == ["public"] * 3
+    assert all(call[4] == {"num_warps": 2} for call in kernel.calls)
+
+
+@pytest.mark.parametrize("known", [None, "known"])
+@pytest.mark.parametrize("text", [min(launch_triton.DIRECT), "99.0"])
+@pytest.mark.parametrize(
+    ("numbers", "constants"),
+    [
+        ({"scale": 0.5, "count": 3}, {"KIND": 1}),
+        ({"count": 3}, {"KIND": 1}),
+        ({"count": 3, "scale": 0.5, "other": 1}, {"KIND": 1}),
+        ({"count": 3, "scale": 0.5}, {"SORT": 1}),
+    ],
+    ids=["order", "missing", "more", "name"],
+)
+def test_arguments_in_another_order_or_of_other_names_are_refused(
+    numbers, constants, text, known, version, monkeypatch
+):
+    version(text)
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    kernel, a = Kernel(), torch.zeros(4)
+    sentence = (
+        f"^kernel takes tensor, held, count, scale, KIND; given were tensor, held, {', '.join(numbers | constants)}$"
+    )
+    with pytest.raises(TypeError, match=sentence):
+        Launcher(kernel, constants)((2, 1, 1), {"tensor": a, "held": (a,)}, numbers, known)
+    assert not kernel.calls
 
 
 def test_what_is_tested_is_in_the_versions_named():

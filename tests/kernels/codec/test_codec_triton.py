@@ -8,6 +8,7 @@ from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, take, unpack
 from spectrumkv_kernels.codec import reference as codec
 
 codec_triton = pytest.importorskip("spectrumkv_kernels.codec.triton_codec")
+triton_rotary = pytest.importorskip("spectrumkv_kernels.rotation.triton_rotary")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [  # keys' and values' head_dim, pairs, interleaved, bits, codec, dtype
@@ -251,14 +252,15 @@ def test_errors_are_the_twins(bits, device):
         inputs.encode(codec_triton)
 
 
-def test_factors_cover_four_million_positions():
+def test_turns_cover_four_million_positions():
     frequency = torch.tensor(frequencies(16), dtype=torch.float64)
-    factors = Rotary(frequencies(16)).factors(torch.device("cpu")).double()
-    rows = factors.shape[-2]
-    positions = torch.tensor([0, 1, rows - 1, rows, 123_456, 1_048_575, rows**2 - 1])
-    fine, coarse = (torch.complex(*table) for table in factors)
+    step = triton_rotary.FINE.value
+    table = triton_rotary.turns(Rotary(frequencies(16)), torch.device("cpu")).double()
+    assert table.shape == (2 * step, 32)
+    positions = torch.tensor([0, 1, step - 1, step, 123_456, 1_048_575, step**2 - 1])
+    turns = torch.complex(*table.chunk(2, dim=-1))
     exact = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * frequency)
-    assert bool(((fine[positions % rows] * coarse[positions // rows] - exact).abs() < 2e-7).all())
+    assert bool(((turns[positions % step] * turns[step + positions // step] - exact).abs() < 2e-7).all())
 
 
 def test_key_mean_of_many_tokens(device):
@@ -267,6 +269,15 @@ def test_key_mean_of_many_tokens(device):
     mean = codec_triton.key_mean(keys.to(device), torch.arange(140_000, device=device), Rotary(), weights.to(device))
     expected = (keys * weights[:, None, :, None].double()).sum(-2) / weights.double().sum()
     assert error(mean.cpu(), expected) < 2e-6
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 4, 5])
+def test_key_mean_of_tiny_heads(head_dim, device):
+    """Fewer channels than lets a block of them have as many tokens as a program sums up."""
+    keys, positions = 2 + randn(1, 2, 700, head_dim), torch.arange(700)
+    rotary = Rotary(frequencies(head_dim // 2))
+    mean = codec_triton.key_mean(keys.to(device), positions.to(device), rotary)
+    assert error(mean.cpu(), codec.key_mean(keys, positions, rotary)) < 2e-6
 
 
 def test_key_mean_with_weights_that_rows_share(device):

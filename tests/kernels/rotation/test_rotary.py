@@ -3,7 +3,9 @@ import torch
 from reference import error, frequencies, rotated, rotations
 
 from spectrumkv_kernels import Rotary
-from spectrumkv_kernels.rotation.rotary import LARGEST_TABLE, _table
+from spectrumkv_kernels.backend.tensor_cache import keep_longest
+from spectrumkv_kernels.rotation import rotary as rotary_module
+from spectrumkv_kernels.rotation.rotary import LARGEST_TABLE
 
 PAIRING = pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
 CHANNELS = pytest.mark.parametrize(
@@ -41,22 +43,23 @@ def test_inverse_undoes(channels, pairs, interleaved):
 
 
 @PAIRING
-def test_few_positions_far_ahead(interleaved):
+def test_few_positions_far_ahead(interleaved, monkeypatch):
     """No table is made for them, and the bits are those of the table."""
+    made, table = [], rotary_module._table.__wrapped__
+    monkeypatch.setattr(rotary_module, "_table", keep_longest(2048)(lambda *args: made.append(args[0]) or table(*args)))
     rotary = Rotary(frequencies(64, theta=1e4 + interleaved), interleaved)
     positions = torch.arange(LARGEST_TABLE - 100, LARGEST_TABLE + 300)
     x, query, mean = randn(400, 128), randn(2, 3, 128, seed=1), randn(2, 128, seed=2)
     length, start = int(positions[-1]) + 1, int(positions[0])
-    made = _table.cache_info().misses
     turned, scores = rotary.rotate(x, positions), rotary.scores(query, mean, length, start)
-    assert _table.cache_info().misses == made
+    assert not made
     everywhere = rotary.rotate(x[-1:], torch.arange(length))  # as many positions as a table has
-    assert _table.cache_info().misses == made + 1
+    assert made == [2 * LARGEST_TABLE]
     assert torch.equal(turned[-1], everywhere[-1])
     assert torch.equal(rotary.rotate(x[-1:], positions), everywhere[start:])
     assert error(scores, rotary.scores(query, mean, length)[..., start:]) < 1e-6
     rotary.rotate(x, torch.full((400,), (1 << 24) - 1))
-    assert _table.cache_info().misses == made + 1
+    assert made == [2 * LARGEST_TABLE]
 
 
 @PAIRING
@@ -138,3 +141,19 @@ def test_scores_agree_with_rotate(interleaved):
     query, mean = randn(2, 3, 4, 14), randn(2, 3, 14, seed=1)
     turned = rotary.rotate(mean.unsqueeze(-2), torch.arange(100))
     assert error(rotary.scores(query, mean, 100), query.double() @ turned.double().transpose(-1, -2)) < 1e-6
+
+
+@PAIRING
+@pytest.mark.parametrize("step", [128, 256])
+def test_steps_make_every_turn(step, interleaved):
+    """A coarse angle and a fine one add up to that of the position; both are exact to float32."""
+    rotary, length, device = Rotary(frequencies(8), interleaved), 70_000, torch.device("cpu")
+    steps = rotary.steps(step, length, device)
+    assert steps.dtype == torch.float32 and len(steps) >= step + -(-length // step)
+    cos, sin = steps.double().chunk(2, dim=-1)
+    turns = torch.complex(cos, sin)
+    positions = torch.arange(length)
+    angles = positions.double()[:, None] * torch.tensor(frequencies(8), dtype=torch.float64)
+    found = turns[positions % step] * turns[step + positions // step]
+    assert bool(((found - torch.polar(torch.ones(1, dtype=torch.float64), angles)).abs() < 2e-7).all())
+    assert torch.equal(rotary.table(length, device)[: step + 1], torch.cat((steps[:step], steps[step + 1][None])))
