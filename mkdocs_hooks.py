@@ -12,6 +12,10 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    **{
+        path.relative_to(ROOT).as_posix(): f"kernels-{path.parent.name}.md"
+        for path in sorted(ROOT.glob("kernels/spectrumkv_kernels/*/README.md"))
+    },
 }
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 
@@ -33,7 +37,9 @@ def moved(text: str, folder: str) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    texts = {page: moved((ROOT / name).read_text(encoding="utf-8"), ".") for name, page in PAGES.items()}
+    texts = {
+        page: moved((ROOT / name).read_text(encoding="utf-8"), str(Path(name).parent)) for name, page in PAGES.items()
+    }
     for page, text in texts.items():
         files.append(File.generated(config, page, content=text))
     own = (moved(path.read_text(encoding="utf-8"), "docs") for path in (ROOT / "docs").glob("*.md"))

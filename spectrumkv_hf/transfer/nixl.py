@@ -173,7 +173,8 @@ class NixlSender(End):
     """The sending end; a `spectrumkv_hf.transfer.transport.SendingTransport`.
 
     Args:
-        host, port: The receiver's, of `NixlListener.address`.
+        host: The receiver's, the first of `NixlListener.address`.
+        port: The second of it.
         timeout: Seconds to wait for the connection and for what the receiver says first.
 
     Raises:

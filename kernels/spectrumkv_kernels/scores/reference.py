@@ -73,7 +73,11 @@ def attention_scores(
     Args:
         query: `[batch, heads, queries, head_dim]`, after RoPE; the last `queries` of the keys' positions.
         keys: `[batch, kv_heads, tokens, head_dim]`, exact, in order of position.
-        scale, mask, window, softcap, sinks: As in `tiered_attention`; `mask` has a column for each key.
+        scale: Factor on query times key.
+        mask: Which keys a query sees, `[batch or 1, heads or 1, queries, tokens]`, bool or additive; None for causal.
+        window: How many keys a query sees, its own included; None: all.
+        softcap: Scores become `softcap * tanh(score / softcap)`; None: they stay.
+        sinks: Logits of a further, invisible key, `[heads]`; None: there is none.
         recent: How many of the last queries probe.
         strided: How many more probe, spread over the prompt.
 
