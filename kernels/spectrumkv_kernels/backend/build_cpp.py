@@ -137,7 +137,7 @@ def _linked(folder: Folder, file: str, functions: Sequence[str]) -> ctypes.CDLL:
 def _check_sizes(library: ctypes.CDLL, source: Path, structures: Structures) -> None:
     """Compare structures with the library's: of other sizes, addresses would be taken for numbers."""
     for structure in structures:
-        function = library[f"size_of_{structure.__name__}"]
+        function = getattr(library, f"size_of_{structure.__name__}")
         function.restype = ctypes.c_int64
         if (theirs := function()) != (ours := ctypes.sizeof(structure)):
             raise OSError(f"{source.name} takes the structure {structure.__name__} in {theirs} bytes, not in {ours}")
