@@ -126,6 +126,7 @@ class TieredCache(Cache):
         ranking = SharedRanking() if self.policy.scope == "token" else None
         configs = layer_configs(config)
         rotary = functools.cache(lambda layer, kind: rotary_of(configs[layer], kind))
+        expected = functools.cache(lambda layer: fit.Expected.of(configs[layer]))
         first = {id(own): index for index, own in reversed(list(enumerate(configs)))}  # layers alike share a rotation
         layers: list[Any] = []
         self._stock: dict[int, functools.partial[Any]] = {}
@@ -147,7 +148,7 @@ class TieredCache(Cache):
                 continue
             if kind in ("hybrid", "hybrid_sliding"):
                 self._hybrid[index] = stock
-            self._unchecked[index] = fit.Expected.of(own)
+            self._unchecked[index] = expected(first[id(own)])
             layers.append(
                 TIERED[kind](
                     policy=self.policy,

@@ -89,9 +89,9 @@ class SpectrumLayer(CacheLayerMixin):
         self.policy, self.codec, self.rotary = policy, codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
-        self.on_update = Listeners[[int, torch.Tensor, torch.Tensor]]()
-        self.on_attention = Listeners[[Attention]]()
-        self.on_final = Listeners[[int]]()
+        self.on_update: Listeners[[int, torch.Tensor, torch.Tensor]] = Listeners()
+        self.on_attention: Listeners[[Attention]] = Listeners()
+        self.on_final: Listeners[[int]] = Listeners()
         self.reset()
 
     def reset(self) -> None:

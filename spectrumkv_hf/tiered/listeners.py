@@ -30,6 +30,8 @@ class Listeners(Generic[Told]):
         return remove
 
     def __call__(self, *args: Told.args, **kwargs: Told.kwargs) -> None:
+        if not self._all:
+            return
         for listener in tuple(self._all.values()):
             listener(*args, **kwargs)
 
