@@ -37,7 +37,7 @@ def main():
     version = metadata.version("spectrumkv-hf")
     check("one version everywhere", version == spectrumkv_hf.__version__)
     check("spectrumkv --version names it", command("--version").startswith(f"spectrumkv-hf {version} "))
-    for arguments in ([], ["probe"], ["eval"], ["eval", "paper"], ["lm-eval"]):
+    for arguments in ([], ["probe"], ["eval"], ["eval", "all"], ["lm-eval"]):
         words = " ".join(["spectrumkv", *arguments, "--help"])
         check(words, "usage:" in command(*arguments, "--help"))
 
