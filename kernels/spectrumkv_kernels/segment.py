@@ -6,6 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 
+def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 class _Fields(NamedTuple):
     bits: int
     keys: Any

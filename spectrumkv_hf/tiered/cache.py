@@ -359,7 +359,7 @@ class TieredCache(Cache):
                 tensors.append(tensor)
             keys, values = store.tail
             per_token = store.batch_size * layer.kv_heads * (keys.shape[3] + values.shape[3])
-            visible = store.length - (layer._first_needed() if isinstance(layer, SlidingSpectrumLayer) else 0)
+            visible, _ = layer.get_mask_sizes(0)
             elements += visible * per_token
             exact += visible * per_token * keys.element_size()
             cost += store.tail_length * per_token

@@ -29,7 +29,7 @@ class SlidingSpectrumLayer(SpectrumLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return for `query_length` new tokens."""
-        offset = max(self.get_seq_length() - self.sliding_window + 1, 0)
+        offset = self._first_needed()
         return self.get_seq_length() - offset + query_length, offset
 
     def get_max_length(self) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -165,10 +165,8 @@ class TieredStore:
                 f"a tail of {keys.shape[2]} tokens does not end at {length} where it starts at {tail_start}, or tokens "
                 f"before {first_kept} are missing from it"
             )
-        by_tier = {arena.tier: arena for arena in arenas}
-        ordered = {tier: by_tier[tier] for tier in TIERS if tier in by_tier}
         store._now = Contents(
-            keys, values, ordered, length, tail_start, first_kept, mean, pads, ragged, drops, borrowed=True
+            keys, values, _by_tier(arenas), length, tail_start, first_kept, mean, pads, ragged, drops, borrowed=True
         )
         return store
 
@@ -325,7 +323,7 @@ class TieredStore:
         left = self.tail_length - tokens
         now = _with_capacity(self._now, left, self.length, skip=tokens)
         self._now = now._replace(
-            arenas={tier: grown[tier] for tier in TIERS if tier in grown},
+            arenas=_by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
             mean=mean,
             drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
@@ -351,7 +349,7 @@ class TieredStore:
     def _inexpressible(self, tokens: int, bits: int, mean: torch.Tensor | None) -> torch.Tensor:
         """Which of the tail's first `tokens` no code of `bits` stands for, bool `[batch, kv_heads, tokens]`."""
         keys, values = (t[:, :, :tokens] for t in self.tail)
-        positions = torch.arange(self.tail_start, self.tail_start + tokens, dtype=torch.int32, device=self.device)
+        positions = _counting(self.tail_start, self.tail_start + tokens, self.device)
         positions = positions.expand(*keys.shape[:3]).contiguous()
         coded = encode(keys, values, positions, bits, self.codec, mean, self.rotary)
         lost = saturated(coded[0]) | saturated(coded[1])
@@ -505,14 +503,13 @@ class TieredStore:
         order = torch.argsort(joined.positions, dim=-1, stable=True)
         joined = joined.map(lambda t: take(t, order))
         arenas[arena.tier] = joined.kept(joined.positions >= 0)
-        arenas = {tier: arenas[tier] for tier in TIERS if tier in arenas and len(arenas[tier])}
+        arenas = _by_tier(arena for arena in arenas.values() if len(arena))
         self._now = self._now._replace(arenas=arenas, ragged=_ragged(arenas))
 
     def with_arenas(self, arenas: Sequence[Arena]) -> Self:
         """A store that shares all with this one but its arenas, which have to hold the same tokens."""
         other = copy.copy(self)
-        by_tier = {arena.tier: arena for arena in arenas}
-        other._now = self._now._replace(arenas={tier: by_tier[tier] for tier in TIERS if tier in by_tier})
+        other._now = self._now._replace(arenas=_by_tier(arenas))
         return other
 
     def replace_tail(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
@@ -592,6 +589,11 @@ def _with_capacity(now: Contents, held: int, length: int, skip: int = 0) -> Cont
         return new
 
     return now._replace(keys=resized(now.keys), values=resized(now.values), borrowed=False)
+
+
+def _by_tier(arenas: Iterable[Arena]) -> dict[Tier, Arena]:
+    """Arenas by their tiers, the most precise first."""
+    return {arena.tier: arena for arena in sorted(arenas, key=lambda arena: TIERS.index(arena.tier))}
 
 
 def _filtered(arenas: Mapping[Tier, Arena], keep: TensorMap) -> tuple[dict[Tier, Arena], bool]:

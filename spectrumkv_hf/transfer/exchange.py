@@ -1,6 +1,6 @@
 """Caches from a prefill to a decode process, whole or layer by layer while prefill runs.
 
-They go between ranks of `torch.distributed`, or over another `Transport`: see `spectrumkv_hf.engines`. The sender
+They go between ranks of `torch.distributed`, or over another transport (docs/engines.md). The sender
 sends the frames of `spectrumkv_hf.wire`. The receiver checks a frame's header before it makes room for the payload, and
 acknowledges or refuses every frame; the sender never has more than `in_flight` frames unacknowledged.
 """

@@ -13,7 +13,7 @@ import torch
 from spectrumkv_hf import wire
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.transfer.transport import SendingTransport, TransportError
-from spectrumkv_hf.wire import Kind, WireError
+from spectrumkv_hf.wire import WireError
 from spectrumkv_hf.wire.frame import Place
 
 REASON_BYTES = 501
@@ -130,10 +130,9 @@ class FrameSender:
                 began = time.monotonic()
                 frame = next(frames)
                 self.report.packing += time.monotonic() - began
-                place = Place(Kind.HEADER) if not index else Place(Kind.LAYER, index - 1)
                 self._settle(self._in_flight - 1)
                 self.report.started = self.report.started or time.monotonic()
-                self._push(frame, Place(Kind.END) if index > layers else place)
+                self._push(frame, Place.of(index, layers))
             self._settle(0)
 
     @contextmanager

@@ -68,6 +68,13 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"layer {self.layer}" if self.kind == Kind.LAYER else f"the {self.kind.name.lower()} frame"
 
+    @classmethod
+    def of(cls, index: int, layers: int) -> "Place":
+        """That of frame `index` in the stream of a cache of `layers` layers."""
+        if not index:
+            return cls(Kind.HEADER)
+        return cls(Kind.LAYER, index - 1) if index <= layers else cls(Kind.END)
+
 
 @dataclass(frozen=True)
 class FrameHeader:

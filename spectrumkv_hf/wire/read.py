@@ -96,10 +96,7 @@ class Assembler(Generic[C]):
         """The frame that comes next; None where none is accepted any more."""
         if self._state != "open":
             return None
-        if self._stream is None:
-            return Place(Kind.HEADER)
-        layer = len(self._digests) - 1
-        return Place(Kind.LAYER, layer) if layer < len(self._stream.cache.layers) else Place(Kind.END)
+        return Place.of(len(self._digests), 0 if self._stream is None else len(self._stream.cache.layers))
 
     def feed(self, frame: Buffer) -> C | None:
         """Take a whole frame, as `frames` yields them.
@@ -187,9 +184,10 @@ class _Located:
         if error is None:
             return
         header, assembler = self.header, self.assembler
-        where = f"frame {header.index}" if header is not None and header.kind != Kind.LAYER else assembler.expected
-        if header is not None and header.kind == Kind.LAYER:
-            where = header.place
+        if header is None:
+            where = str(assembler.expected)
+        else:
+            where = str(header.place) if header.kind == Kind.LAYER else f"frame {header.index}"
         offset = assembler._offset
         assembler._fail()
         if isinstance(error, WireError):

@@ -1,4 +1,4 @@
-"""Float64 references that the tests of the kernels share."""
+"""References in float64, and in Python's integers, that tests share."""
 
 import torch
 
@@ -51,3 +51,20 @@ def rounding_bound(x, bits, symmetric):
         scale, zero_error = (x.amax(-1) - x.amin(-1)) / steps, half * x.amin(-1).abs() + tiny
     scale_error = half * scale + tiny
     return (scale + scale_error) / 2 + steps * scale_error + zero_error + 1e-6 * x.abs().amax(-1)
+
+
+def digest_sums(words):
+    """Of unsigned 64-bit words, the sums of rows and of columns, as docs/wire-format.md words them."""
+    mask, state, weights = 2**64 - 1, 0, []
+    for _ in range(1024):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        weights.append((z ^ z >> 31) | 1)
+    rows = [words[i : i + 1024] for i in range(0, len(words), 1024)]
+    sums = [sum(w * a for w, a in zip(row, weights, strict=False)) & mask for row in rows]
+    columns = [0] * 1024
+    for row in rows:
+        for c, word in enumerate(row):
+            columns[c] += word
+    return [*sums, *(c & mask for c in columns)]

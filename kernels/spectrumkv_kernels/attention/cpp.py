@@ -15,7 +15,7 @@ from spectrumkv_kernels.backend import build_cpp
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec, dims
 from spectrumkv_kernels.rotation.rotary import Rotary
-from spectrumkv_kernels.segment import Segment
+from spectrumkv_kernels.segment import Segment, contiguous_rows
 
 FINE = 256
 """Positions that share a coarse rotation: `exp(i t f) = exp(i 256 (t // 256) f) exp(i (t % 256) f)`; as in the C++."""
@@ -112,7 +112,7 @@ def tiered_attention(
     kv_heads, value_dim = held[0].positions.shape[1], dims(held[0])[1]
     pairs = len(rotary.inv_freq) if mean is not None else 0
     # Named, since only their addresses are handed over.
-    query = _rows(query)
+    query = contiguous_rows(query)
     held = [_whole(s) for s in held]
     mean = None if mean is None else mean.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
@@ -171,16 +171,13 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied where its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _whole(segment: Segment) -> Segment:
-    bits, keys, values, positions = segment
-    if isinstance(keys, Quantized):
-        return Segment(bits, Quantized(*map(_rows, keys)), Quantized(*map(_rows, values)), _rows(positions))
-    return Segment(bits, _rows(keys), _rows(values), _rows(positions))
+    bits, *stored, positions = segment
+    keys, values = (
+        Quantized(*map(contiguous_rows, side)) if isinstance(side, Quantized) else contiguous_rows(side)
+        for side in stored
+    )
+    return Segment(bits, keys, values, contiguous_rows(positions))
 
 
 def _tokens(segment: Segment) -> Tokens:

@@ -50,9 +50,7 @@ class Operation(Generic[Parameters, Result]):
         return f"Operation({self.__name__}: {', '.join(('torch', *self._loaders))})"
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        first = args[0]
-        kind = first.device.type if isinstance(first, torch.Tensor) else _device_type(args)
-        return self.on(kind)(*args, **kwargs)
+        return self.on(_device_type(args))(*args, **kwargs)
 
     def on(self, device_type: str) -> Callable[Parameters, Result]:
         """The implementation for a type of device, such as `"cuda"`.

@@ -15,7 +15,7 @@ from spectrumkv_kernels.codec.triton_quantize import load_codes, store_codes
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard, join_quarters
 from spectrumkv_kernels.rotation.triton_rotary import rotated_mean, turns
-from spectrumkv_kernels.segment import Segment
+from spectrumkv_kernels.segment import Segment, contiguous_rows
 
 ELEMENTS = 4096
 """Of a block of tokens and channels, for 4 warps."""
@@ -205,10 +205,6 @@ def _fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
     return whole and all(t.dtype in DTYPES for t in tensors) and 2 * len(rotary.inv_freq) <= tensors[0].shape[-1]
 
 
-def _dense_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def key_mean(
     keys: torch.Tensor, positions: torch.Tensor, rotary: Rotary, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -216,7 +212,7 @@ def key_mean(
     batch, heads, tokens, dim = keys.shape
     if not _fits(rotary, 8, keys) or not keys.numel():
         return twin.key_mean(keys, positions, rotary, weights)
-    keys, positions = _dense_last(keys), positions.contiguous()
+    keys, positions = contiguous_rows(keys), positions.contiguous()
     table, rotation = _rotation(rotary, True, keys.device)
     width, splits = triton.next_power_of_2(dim), triton.cdiv(tokens, SPLIT)
     if weights is None:
@@ -253,8 +249,8 @@ def encode(
     if not _fits(rotary, bits, keys, values):
         return twin.encode(keys, values, positions, bits, codec, mean, rotary, index)
     batch, heads, n = positions.shape
-    keys, values = _dense_last(keys), _dense_last(values)
-    index = None if index is None else _dense_last(index)
+    keys, values = contiguous_rows(keys), contiguous_rows(values)
+    index = None if index is None else contiguous_rows(index)
     table, rotation = _rotation(rotary, mean is not None, keys.device)
 
     def allocate(dim: int) -> Quantized:
@@ -383,7 +379,7 @@ def _flat(segment: Segment) -> tuple[tuple[torch.Tensor | None, ...], tuple[int,
             tensors += _parts(Quantized(side.codes.contiguous(), side.affine.contiguous()))
             strides += (0, 0, 0)
         else:
-            plain = _dense_last(side)
+            plain = contiguous_rows(side)
             tensors += (plain, None, None)
             strides += plain.stride()[:3]
     positions = segment.positions

@@ -12,6 +12,7 @@ from spectrumkv_kernels.attention.triton_dot import LOG2E
 from spectrumkv_kernels.backend.launch_triton import Launcher, on_device
 from spectrumkv_kernels.scores import reference as twin
 from spectrumkv_kernels.scores.reference import probe_rows, real_tokens
+from spectrumkv_kernels.segment import contiguous_rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -229,7 +230,7 @@ def attention_scores(
     probes, group = rows.shape[1], heads // kv_heads
     index = rows.clamp(min=0)[:, :, None, None].expand(-1, -1, heads, head_dim)
     probing = query.transpose(1, 2).gather(1, index)  # [batch, probes, heads, head_dim]
-    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+    keys = contiguous_rows(keys)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     hidden, mask_heads = 0.0, 1
     if mask is not None:

@@ -1,6 +1,7 @@
 """The digest's sums: all twins, bit for bit, against Python's integers."""
 
 import pytest
+import reference
 import torch
 
 from spectrumkv_kernels import digest_sums, write_sums
@@ -43,21 +44,9 @@ def words(count, seed=0):
 
 
 def expected(given):
-    """As docs/wire-format.md words it, with Python's integers."""
-    mask, state, weights = 2**64 - 1, 0, []
-    for _ in range(1024):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        weights.append((z ^ z >> 31) | 1)
-    plain = [n & mask for n in given.tolist()]
-    rows = [plain[i : i + 1024] for i in range(0, len(plain), 1024)]
-    sums = [sum(w * a for w, a in zip(row, weights, strict=False)) & mask for row in rows]
-    columns = [0] * 1024
-    for row in rows:
-        for c, word in enumerate(row):
-            columns[c] += word
-    return [n - 2**64 if n >> 63 else n for n in (*sums, *(c & mask for c in columns))]
+    """The sums as the signed words of a tensor."""
+    plain = [n & (2**64 - 1) for n in given.tolist()]
+    return [n - 2**64 if n >> 63 else n for n in reference.digest_sums(plain)]
 
 
 @pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
