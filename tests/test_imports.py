@@ -10,7 +10,9 @@ import spectrumkv_kernels
 
 PACKAGES = {package.__name__: Path(package.__file__).parent for package in (spectrumkv_kernels, spectrumkv_hf)}
 FLOORS = {
-    "spectrumkv_kernels": ("backend", "segment", "rotation", "codec", "attention", "scores", "wire", "operations", ""),
+    "spectrumkv_kernels": (
+        "backend", "segment", "rotation", "codec", "attention", "scores", "wire", "operations", "static", "",
+    ),
     "spectrumkv_hf": (
         "version", "support", "policy", "attention", "tiered", "wire", "probe", "spectrum_cache", "transfer", "engines",
         "evaluation", "commands", "",

@@ -1,0 +1,23 @@
+"""The operations on layers of fixed capacity with their implementations."""
+
+from collections.abc import Callable
+from typing import Any
+
+from spectrumkv_kernels.backend.dispatch import Operation
+from spectrumkv_kernels.static import reference
+
+
+def _triton_append() -> Callable[..., Any]:
+    from spectrumkv_kernels.static import triton_append
+
+    return triton_append.append
+
+
+def _triton_attend() -> Callable[..., Any]:
+    from spectrumkv_kernels.static import triton_attend
+
+    return triton_attend.attend
+
+
+append = Operation(reference.append, triton=_triton_append)
+attend = Operation(reference.attend, triton=_triton_attend)
