@@ -38,6 +38,44 @@ class Readable(Protocol):
 
     def check_complete(self) -> None: ...
 
+    def note_route(self, direct: bool) -> None: ...
+
+
+class Static(Protocol):
+    """A layer that a decode step changes and reads without the host; `SpectrumLayer` has the meaning of each."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def attend_step(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+    def handles(self) -> "tuple[SpectrumHandle, SpectrumHandle]": ...
+
+
+class StaticHandle:
+    """Keys or values of a layer of fixed capacity after a decode step, on their way to its attention.
+
+    No tensor: a compiler can't follow a subclass of it, and the layer's first attention has shown that models hand
+    this on as it is.
+    """
+
+    def __init__(self, layer: Static, side: int) -> None:
+        self.layer, self.side = layer, side
+
+    def to(self, *args: torch.dtype | torch.device) -> "StaticHandle":
+        """Itself, where it is that already."""
+        for arg in args:
+            if arg not in (self.layer.dtype, self.layer.device):
+                raise TypeError(f"keys and values in tiers can't be moved or cast on their way to attention, to {arg}")
+        return self
+
 
 _PROPERTIES = ("shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout")
 _METHODS = ("size", "dim", "numel", "ndimension", "element_size", "is_floating_point", "is_complex", "__len__")

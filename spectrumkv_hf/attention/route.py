@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spectrumkv_hf.attention.handle import SpectrumHandle
+from spectrumkv_hf.attention.handle import SpectrumHandle, StaticHandle
 from spectrumkv_hf.attention.masks import causal_mask
 
 NAME = "spectrumkv"
@@ -83,6 +83,8 @@ def _route(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    if isinstance(key, StaticHandle):
+        return _on_static(stock, name, module, query, key, value, *args, **kwargs)
     if not isinstance(key, SpectrumHandle):
         if isinstance(kwargs.get("cache"), Cache):  # before 5.24 models pass on what they don't know, unused
             raise TypeError(
@@ -95,6 +97,45 @@ def _route(
 
 def _unset(argument: Any) -> bool:
     return argument is None or argument is False
+
+
+def _readable(name: str, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether reading the store directly means the same as what this attention would do."""
+    return (
+        name in FUSED
+        and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4))
+        and not kwargs.get("dropout")
+        and kwargs.get("is_causal") is not False
+        and all(_unset(kwargs.get(argument)) for argument in UNKNOWN)
+    )
+
+
+def _arguments(name: str, query: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an attention does with the scores, by the names that layers take."""
+    return {
+        "scale": query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
+        # Transformers 5.17 lets sdpa drop the softcap of Gemma-2; what reads the store must agree with the prefill.
+        "softcap": None if name == "sdpa" else kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+
+
+def _on_static(
+    stock: Callable[..., Any],
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: StaticHandle,
+    value: Any,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A decode step, of which all can be traced: nothing is read from the device, and all shapes are fixed."""
+    tracked = query.requires_grad and torch.is_grad_enabled()  # only the stock attention has gradients
+    if query.shape[2] == 1 and not tracked and _readable(name, attention_mask, kwargs):
+        out = key.layer.attend_step(query, attention_mask, **_arguments(name, query, kwargs))
+        return out.transpose(1, 2).contiguous(), None
+    return _on_handles(stock, name, module, query, *key.layer.handles(), attention_mask, **kwargs)
 
 
 @torch.compiler.disable
@@ -112,6 +153,7 @@ def _on_handles(
     whole = isinstance(value, SpectrumHandle) and value.layer is layer and key.stage == value.stage == "heads"
     plain_mask = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
     if not whole or key.repeats != 1 or not plain_mask or query.shape[2] != layer.new_tokens:
+        layer.note_route(False)
         plain = [t.dense() if isinstance(t, SpectrumHandle) else t for t in (key, value)]
         return stock(module, query, *plain, attention_mask, **kwargs)
 
@@ -122,18 +164,9 @@ def _on_handles(
         out, weights = stock(module, query, k, v, mask, **kwargs)
         return out.transpose(1, 2)
 
+    readable = _readable(name, attention_mask, kwargs)
+    layer.note_route(readable)
     out = layer.attend(
-        key.generation,
-        on_dense,
-        query,
-        attention_mask,
-        scale=query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
-        # Transformers 5.17 lets sdpa drop the softcap of Gemma-2; what reads the store must agree with the prefill.
-        softcap=None if name == "sdpa" else kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        fused=name in FUSED
-        and not kwargs.get("dropout")
-        and kwargs.get("is_causal") is not False
-        and (kwargs.keys().isdisjoint(UNKNOWN) or all(_unset(kwargs.get(argument)) for argument in UNKNOWN)),
+        key.generation, on_dense, query, attention_mask, fused=readable, **_arguments(name, query, kwargs)
     )
     return out.transpose(1, 2).contiguous(), weights

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,10 +10,15 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    get_layer_types_and_kwargs,
+)
 
-from spectrumkv_hf.attention.route import install
-from spectrumkv_hf.policy import Policy, get_policy
+from spectrumkv_hf.attention.route import FUSED, install
+from spectrumkv_hf.policy import Lossless, Policy, get_policy
 from spectrumkv_hf.tiered import fit
 from spectrumkv_hf.tiered.identity import FIELDS, layer_configs, model_identity, weights_fingerprint
 from spectrumkv_hf.tiered.layer import Indices, SpectrumLayer
@@ -61,6 +67,7 @@ class TieredCache(Cache):
         budget: float | None = None,
         codec: str = "spectrum",
         model: torch.nn.Module | None = None,
+        max_cache_len: int | None = None,
         **policy_options: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -72,8 +79,13 @@ class TieredCache(Cache):
             )
         if codec not in CODECS:
             raise ValueError(f"unknown codec {codec!r}: choose from {', '.join(CODECS)}")
+        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
+            raise ValueError(f"max_cache_len is a number of tokens, 1 or more, or None, got {max_cache_len!r}")
         self.policy = get_policy(policy, budget, **policy_options)
         self.codec = CODECS[codec]
+        self._capacity = max_cache_len
+        self._unread = 0  # steps at most since the length was last known
+        self._known = 0
         self._notes: dict[int, str] = {}
         self._broken = ""  # why the cache can't be used until it is reset
         text_config = config.get_text_config(decoder=True)
@@ -90,7 +102,11 @@ class TieredCache(Cache):
                 f"behind {tokens} tokens, where the factors of {text_config.model_type}'s RoPE change, generate() "
                 "drops the cache it was given and goes on with a DynamicCache, uncompressed"
             )
+        self._config = text_config
         super().__init__(layers=self._build_layers(text_config))
+        self._eager_because = self._uncompileable()
+        if self._capacity is not None and self._eager_because:
+            _warn_once(f"SpectrumCache(max_cache_len={max_cache_len}) decodes without compiling: {self._eager_because}")
         install()
 
     def _take_weights(self, model: Any) -> None:
@@ -137,6 +153,9 @@ class TieredCache(Cache):
                 raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
             options = {name: value for name, value in options.items() if kind in _TAKES.get(name, (kind,))}
             stock: functools.partial[Any] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+            if self._capacity is not None and kind in STATIC_LAYER_TYPE_MAPPING:
+                static = {"max_cache_len": self._capacity, **options}
+                stock = functools.partial(STATIC_LAYER_TYPE_MAPPING[kind], **static)
             own = configs[index]
             note = self._stock_because(own, kind, options.get("sliding_window"))
             if index in crossing:
@@ -148,19 +167,23 @@ class TieredCache(Cache):
                 continue
             if kind in ("hybrid", "hybrid_sliding"):
                 self._hybrid[index] = stock
+            static_window = self._capacity is not None and kind == "sliding_attention"
+            if static_window and not self.policy.lossless:
+                self._notes[index] = "sliding window: exact in a cache of fixed capacity"
             self._unchecked[index] = expected(first[id(own)])
             layers.append(
                 TIERED[kind](
-                    policy=self.policy,
+                    policy=Lossless() if static_window else self.policy,
                     codec=self.codec,
                     rotary=rotary(first[id(own)], kind),
                     layer_idx=index,
                     defer=bool(shares),
-                    shared=ranking,
+                    shared=None if static_window else ranking,
+                    capacity=self._capacity,
                     **options,
                 )
             )
-            if ranking is not None:
+            if ranking is not None and not static_window:
                 ranking.join()
         if self._notes and not self.policy.lossless:
             what = f"of {type(config).__name__} uncompressed:\n{self.summary(layers)}"
@@ -176,6 +199,8 @@ class TieredCache(Cache):
             return f"{kind}: not tiered"
         if getattr(config, "kv_lora_rank", None):
             return "MLA latents: not tiered"
+        if kind == "sliding_attention" and self._capacity is not None:
+            return None
         if window is not None and self.policy.lossless:
             return "sliding window: exact anyway"
         least = self.policy.recent_window + 2 * TAIL_STEP
@@ -194,7 +219,7 @@ class TieredCache(Cache):
     def __repr__(self) -> str:
         """One line: policy, layers by class, tokens and bytes."""
         kinds = Counter(type(layer).__name__ for layer in self.layers)
-        lengths = sorted({layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length")})
+        lengths = sorted({int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")})
         tokens = " or ".join(map(str, lengths or [0]))  # more than one after an interrupted forward
         about = [
             f"{self.policy.name} b={self.policy.budget:g}",
@@ -215,30 +240,111 @@ class TieredCache(Cache):
         self._notes[index] = "hybrid: not tiered where the cache was written"
         self.layers[index] = self._stock[index]()
 
-    @torch.compiler.disable  # of what is behind it nothing can be traced: C++, kernels, decisions on the host
+    # -- compiled decoding --------------------------------------------------------------------------------------------
+
+    def _uncompileable(self) -> str:
+        """Why decoding can't be compiled, as far as the config and the policy say, or an empty string."""
+        if self._capacity is None:
+            return "it has no max_cache_len"
+        name = type(self._config).__module__.replace("configuration_", "modeling_")
+        try:
+            known = hasattr(importlib.import_module(name), "ALL_ATTENTION_FUNCTIONS")
+        except ImportError:
+            known = False
+        if not known:
+            return f"the attention of {type(self._config).__name__}'s model is its own"
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LinearStates):
+                return f"layer {index} has linear attention beside its own"
+            if isinstance(layer, SpectrumLayer) and layer.undecodable:
+                return layer.undecodable
+            if not isinstance(layer, SpectrumLayer) and not layer.is_compileable:
+                return f"layer {index} is a {type(layer).__name__}"
+        return ""
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the decode step: the cache has a fixed capacity, and attention reads tiers."""
+        if self._eager_because or getattr(self._config, "_attn_implementation", None) not in (*FUSED, None):
+            return False
+        return all(layer.is_compileable for layer in self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of what attention will see with `query_length` new tokens.
+
+        Raises:
+            ValueError: a step that may be compiled is asked for, and the cache is full.
+        """
+        if self._capacity is None or query_length != 1 or not self.is_compileable:
+            return super().get_mask_sizes(query_length, layer_idx)
+        self._check_room()
+        return self._capacity, 0
+
+    def _check_room(self) -> None:
+        """Refuse a step behind the capacity, before any layer takes part in it.
+
+        The length is on the device. Each step asks here at least once, so it is read only where it may be the last.
+        """
+        assert self._capacity is not None
+        self._unread += 1
+        if self._known + self._unread >= self._capacity:
+            self._known, self._unread = int(self.get_seq_length()), 1
+            if self._known >= self._capacity:
+                raise ValueError(
+                    f"the cache is full: it takes {self._capacity} tokens (max_cache_len). Nothing was added"
+                )
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values, `[batch, kv_heads, tokens, dim]`, of a layer; see `SpectrumLayer.update`.
+    ) -> Any:
+        """Add keys and values, `[batch, kv_heads, tokens, dim]`, of a layer; see `SpectrumLayer.update` and `step`.
 
         Raises:
             ValueError: the cache was made for another model: one with fewer layers, with other heads, or without a
                 decoder. The cache is as it was.
             RuntimeError: an earlier forward or operation ended before it had reached all layers.
         """
+        if self._capacity is not None and key_states.shape[-2] == 1 and layer_idx < len(self.layers):
+            layer = self.layers[layer_idx]
+            if isinstance(layer, SpectrumLayer):
+                if layer.steps_alone:
+                    if not torch.compiler.is_compiling():
+                        self._check_step(layer)
+                    return layer.step(key_states, value_states)
+            elif layer.is_compileable and layer.is_initialized:
+                return layer.update(key_states, value_states, *args, **kwargs)
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_step(self, layer: SpectrumLayer) -> None:
+        """What `_update` checks, for a step that asks the device nothing."""
+        self.check_whole()
+        before = next((b for b in reversed(self.layers[: layer.layer_idx]) if isinstance(b, SpectrumLayer)), None)
+        if before is not None and before.steps != layer.steps + 1:
+            raise RuntimeError(
+                f"layer {before.layer_idx} has taken {before.steps} steps, layer {layer.layer_idx} would have taken "
+                f"{layer.steps + 1}: a forward was interrupted. Call reset(), and give the whole prompt again"
+            )
+
+    @torch.compiler.disable  # of what is behind it nothing can be traced: C++, kernels, decisions on the host
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.check_whole()
         self._check_model(layer_idx, key_states)
         layer = self.layers[layer_idx]
         if isinstance(layer, SpectrumLayer):
             earlier = (b for b in reversed(self.layers[:layer_idx]) if isinstance(b, SpectrumLayer))
             before = next((b for b in earlier if b.is_initialized), None)
-            if before is not None and before.get_seq_length() != layer.get_seq_length() + key_states.shape[-2]:
+            if before is not None and before.length != layer.length + key_states.shape[-2]:
                 raise RuntimeError(
-                    f"layer {before.layer_idx} holds {before.get_seq_length()} tokens, layer {layer_idx} would hold "
-                    f"{layer.get_seq_length() + key_states.shape[-2]}: a forward was interrupted. Call reset(), and "
+                    f"layer {before.layer_idx} holds {before.length} tokens, layer {layer_idx} would hold "
+                    f"{layer.length + key_states.shape[-2]}: a forward was interrupted. Call reset(), and "
                     "give the whole prompt again"
                 )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        shown = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(layer, SpectrumLayer):
+            self._known, self._unread = layer.length, 0
+        return shown
 
     def _check_model(self, layer_idx: int, key_states: torch.Tensor) -> None:
         """Refuse keys of a model that the cache was not made for; each layer's first ones are compared with it."""
@@ -354,9 +460,9 @@ class TieredCache(Cache):
         elements = cost = exact = 0.0
         for layer in self._tiered():
             store = layer.store
-            for name, tensor in store.tensors():
-                parts[name] += storage_bytes([tensor])
-                tensors.append(tensor)
+            for name, size in store.parts():
+                parts[name] += size
+            tensors.extend(store.storages())
             keys, values = store.tail
             per_token = store.batch_size * layer.kv_heads * (keys.shape[3] + values.shape[3])
             visible, _ = layer.get_mask_sizes(0)

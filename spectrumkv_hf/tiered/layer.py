@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from spectrumkv_hf.attention.handle import SpectrumHandle
+from spectrumkv_hf.attention.handle import SpectrumHandle, StaticHandle
 from spectrumkv_hf.attention.masks import causal_mask
 from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.listeners import Listeners
 from spectrumkv_hf.tiered.schedule import OpenUpdate, SharedRanking, Stage
+from spectrumkv_hf.tiered.static_store import Plan, StaticStore, undecodable
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore
 from spectrumkv_kernels import Codec, Rotary, attention_scores, real_tokens, tiered_attention
+from spectrumkv_kernels.static import library  # noqa: F401  # registers the operations that compiled graphs call
+from spectrumkv_kernels.static.layout import LENGTH
+from spectrumkv_kernels.static.operations import append as append_step
+from spectrumkv_kernels.static.operations import attend as attend_step
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +74,10 @@ class SpectrumLayer(CacheLayerMixin):
         layer_idx: Index in the model.
         defer: Tier at the next update only, because other layers read this one's keys and values in the same forward.
         shared: The ranking that all layers share, for scope `token`.
+        capacity: Tokens that the layer takes in all, for which it then keeps room from the first on, so that decoding
+            can be compiled; None: it grows.
     """
 
-    is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = True
@@ -84,11 +90,15 @@ class SpectrumLayer(CacheLayerMixin):
         layer_idx: int = 0,
         defer: bool = False,
         shared: SharedRanking | None = None,
+        capacity: int | None = None,
     ) -> None:
         # Not super().__init__(), which would assign `keys` and `values`, properties here.
         self.policy, self.codec, self.rotary = policy, codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
+        self.capacity = capacity
+        self.undecodable = undecodable(policy)
+        self._direct = False  # the last attention of an update took its handles as they are, and could read the store
         self.on_update: Listeners[[int, torch.Tensor, torch.Tensor]] = Listeners()
         self.on_attention: Listeners[[Attention]] = Listeners()
         self.on_final: Listeners[[int]] = Listeners()
@@ -97,22 +107,53 @@ class SpectrumLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.is_initialized = False
-        self._store: TieredStore | None = None
+        before = getattr(self, "_held", None)
+        self._buffer_of = before if isinstance(before, StaticStore) else getattr(self, "_buffer_of", None)
+        self._held: TieredStore | None = None
+        self._moved = False  # decoding has changed the store on the device
+        self.steps = 0
+        """Decode steps outside compiled graphs, for comparing layers."""
         self.generation = getattr(self, "generation", 0) + 1
         self._open = OpenUpdate()
         if self.shared is not None:
             self.shared.clear()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.policy.name}, tokens={self.get_seq_length()})"
+        return f"{type(self).__name__}({self.policy.name}, tokens={self.length})"
 
     # -- what the model calls -------------------------------------------------------------------------------------
 
     @property
+    def _store(self) -> TieredStore | None:
+        if self._moved:
+            self._catch_up()
+        return self._held
+
+    def _catch_up(self) -> None:
+        """Learn what decode steps on the device have done.
+
+        Raises:
+            RuntimeError: there were more of them than the layer had room for.
+        """
+        store = self._held
+        assert isinstance(store, StaticStore)
+        self._moved = False
+        refused = store.pull()
+        store.publish()
+        self._open = OpenUpdate(1, 0, Stage.DEFERRED)
+        self.generation += 1
+        if refused:
+            raise RuntimeError(
+                f"layer {self.layer_idx} was full at {self.capacity} tokens: {refused} more came in compiled steps, "
+                "and were not taken. Give SpectrumCache a larger max_cache_len"
+            )
+
+    @property
     def store(self) -> TieredStore:
         """The layer's tensors; there are some from the first update on."""
-        assert self._store is not None
-        return self._store
+        store = self._store
+        assert store is not None
+        return store
 
     @property
     def tail_start(self) -> int:
@@ -138,7 +179,13 @@ class SpectrumLayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_heads = key_states.shape[1]
-        self._store = TieredStore(key_states, value_states, self.codec, self.rotary)
+        if self.capacity is None:
+            self._held = TieredStore(key_states, value_states, self.codec, self.rotary)
+        else:
+            plan = Plan(self.capacity, self.policy, self.policy.floor(self.layer_idx), self.window)
+            self._held = StaticStore(key_states, value_states, self.codec, self.rotary, plan)
+            self._held.succeed(self._buffer_of)
+        self._buffer_of = None
         self.is_initialized = True
 
     def adopt(self, store: TieredStore) -> None:
@@ -146,7 +193,12 @@ class SpectrumLayer(CacheLayerMixin):
         keys, values = store.tail
         self.reset()
         self.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-        self._store = store
+        if isinstance(self._held, StaticStore):
+            self._check_room(store.length)
+            self._held.take(store)
+            self._held.publish()
+        else:
+            self._held = store
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -156,7 +208,7 @@ class SpectrumLayer(CacheLayerMixin):
         Gradients are not kept: keys and values are detached, with a warning.
 
         Returns:
-            `SpectrumHandle`s of the layer, or plain tensors where the policy is lossless.
+            `SpectrumHandle`s of the layer, or plain tensors where the policy is lossless and the layer grows.
 
         Raises:
             ValueError: the shape does not fit the tokens held.
@@ -187,32 +239,142 @@ class SpectrumLayer(CacheLayerMixin):
                 "SpectrumCache.deserialize and load take a device"
             )
         self.settle()
+        self._check_room(store.length + given[2])
         kv_length, _ = self.get_mask_sizes(given[2])
         self.generation += 1
         store.append(key_states, value_states)
         self._open = OpenUpdate(given[2], store.length - kv_length, Stage.UNSEEN)
         self.on_update(self.layer_idx, key_states, value_states)
-        if self.policy.lossless:
+        if self.policy.lossless and self.capacity is None:
             self._open.stage = Stage.SETTLED
             self.announce()
             return store.dense(self._open.read_from)
-        shape = (*given[:2], kv_length)
+        return self._shown(kv_length)
+
+    def _shown(self, length: int) -> tuple[SpectrumHandle, SpectrumHandle]:
+        """Handles of keys and values of the last `length` tokens."""
+        keys, values = self.store.buffers
         return (
-            SpectrumHandle(self, "keys", (*shape, key_states.shape[3]), key_states.dtype),
-            SpectrumHandle(self, "values", (*shape, value_states.shape[3]), value_states.dtype),
+            SpectrumHandle(self, "keys", (*keys.shape[:2], length, keys.shape[3]), keys.dtype),
+            SpectrumHandle(self, "values", (*values.shape[:2], length, values.shape[3]), values.dtype),
         )
+
+    def _check_room(self, length: int) -> None:
+        """Refuse more tokens than a layer of fixed capacity takes.
+
+        Raises:
+            ValueError: `length` are more.
+        """
+        if self.capacity is not None and length > self.capacity:
+            raise ValueError(
+                f"the cache takes {self.capacity} tokens (max_cache_len), layer {self.layer_idx} would hold {length}: "
+                "nothing was added"
+            )
+
+    # -- a decode step, on the device alone ---------------------------------------------------------------------------
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether a decode step needs no host: capacity and policy allow it, and nobody listens."""
+        return (
+            self.capacity is not None
+            and not self.undecodable
+            and not getattr(self, "record_past", False)
+            and not (self.on_update or self.on_attention or self.on_final)
+        )
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether the next token can be added by `step`."""
+        held = self._held
+        return self._direct and isinstance(held, StaticStore) and held.published and self.is_compileable
+
+    def note_route(self, direct: bool) -> None:
+        """Learn whether an attention took the handles as they are, and may read the store."""
+        self._direct = direct
+
+    def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[StaticHandle, StaticHandle]:
+        """Add one token, `[batch, kv_heads, 1, dim]`, where `steps_alone` says so; traceable, and without the host.
+
+        What is due to be tiered from earlier steps is tiered before.
+
+        Raises:
+            ValueError: the shape does not fit the tokens held.
+            TypeError: another dtype than theirs.
+        """
+        buffer, state, layout, number = self._held.step  # type: ignore[union-attr]
+        shape = (layout.batch, layout.kv_heads, 1)
+        if key_states.shape != (*shape, layout.key_dim) or value_states.shape != (*shape, layout.value_dim):
+            raise ValueError(
+                f"layer {self.layer_idx} holds tokens of batch {layout.batch}, {layout.kv_heads} KV heads, head_dim "
+                f"{layout.key_dim}; got keys {tuple(key_states.shape)}. Call reset(), or take a new cache for another "
+                "batch."
+            )
+        if key_states.dtype != layout.dtype or value_states.dtype != layout.dtype:
+            raise TypeError(
+                f"layer {self.layer_idx} holds keys and values of {layout.dtype}, got {key_states.dtype} and "
+                f"{value_states.dtype}"
+            )
+        if torch.compiler.is_compiling():
+            torch.ops.spectrumkv.append(buffer, state, key_states, value_states, number)
+        else:
+            with torch.no_grad():
+                append_step(buffer, state, key_states, value_states, layout)
+            self.steps += 1
+        self._moved = True
+        return StaticHandle(self, 0), StaticHandle(self, 1)
+
+    def attend_step(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention after `step`; arguments and result as in `spectrumkv_kernels.static.reference.attend`."""
+        buffer, state, layout, number = self._held.step  # type: ignore[union-attr]
+        window = self.window if mask is None else None
+        if torch.compiler.is_compiling():
+            return torch.ops.spectrumkv.attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
+        with _own_precision(query.device):
+            return attend_step(
+                query, buffer, state, layout, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks
+            )
+
+    @torch.compiler.disable
+    def handles(self) -> tuple[SpectrumHandle, SpectrumHandle]:
+        """Handles of keys and values after `step`, for an attention that can't read the store directly."""
+        length = self.store.length
+        start = length - self.get_mask_sizes(0)[0]
+        self._open = OpenUpdate(1, start, Stage.DEFERRED)
+        return self._shown(length - start)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return for `query_length` new tokens."""
-        return self.get_seq_length() + query_length, 0
+        return self.length + query_length, 0
+
+    @property
+    def length(self) -> int:
+        """`get_seq_length` as a number, for which the host may have to wait."""
+        store = self._store
+        return 0 if store is None else store.length
 
     def get_seq_length(self) -> int:
-        """Tokens seen, those included that a policy has dropped."""
-        return self._store.length if self._store is not None else 0
+        """Tokens seen, those included that a policy has dropped.
+
+        After decode steps on the device, and in a compiled graph, an integer tensor there, as in Transformers' static
+        layers.
+        """
+        held = self._held
+        alone = isinstance(held, StaticStore) and held.published and held.step is not None
+        if alone and (self._moved or torch.compiler.is_compiling()):
+            return held.step.state[LENGTH].long()  # type: ignore[union-attr, return-value]
+        return 0 if held is None else held.length
 
     def get_max_length(self) -> int:
-        """-1: no bound."""
-        return -1
+        """Tokens that the layer takes; -1: no bound."""
+        return -1 if self.capacity is None else self.capacity
 
     def get_max_cache_shape(self) -> int:
         """Name of `get_max_length` up to Transformers 5.17."""
@@ -279,7 +441,9 @@ class SpectrumLayer(CacheLayerMixin):
             ValueError: the mask has another number of columns than there are tokens.
         """
         self.check(generation)
-        length = self.store.length - self._open.read_from
+        length, start = self.store.length - self._open.read_from, self._open.read_from
+        if mask is not None and length < mask.shape[-1] == self.capacity:  # of a step that could have been compiled
+            mask = mask[..., start : start + length]
         if mask is not None and mask.shape[-1] != length:
             raise ValueError(
                 f"layer {self.layer_idx} has {length} tokens to attend to, the attention mask is for {mask.shape[-1]}"
@@ -389,6 +553,11 @@ class SpectrumLayer(CacheLayerMixin):
         with torch.no_grad():
             self._tier(self._open.scores)
         self._open.stage, self._open.scores = Stage.SETTLED, None
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let decode steps on the device find what is held."""
+        self.store.publish()
 
     def _tier(self, scores: torch.Tensor | None) -> None:
         """Tier what is due, by attention scores of the tail or without."""
@@ -420,6 +589,7 @@ class SpectrumLayer(CacheLayerMixin):
     def lift(self, tokens: torch.Tensor, arena: Arena) -> None:
         """Move tokens to the tier in which an arena holds them; see `TieredStore.lift`."""
         self.store.lift(tokens, arena)
+        self._publish()
         self.generation += 1
 
     def announce(self) -> None:
@@ -462,6 +632,7 @@ class SpectrumLayer(CacheLayerMixin):
                 f"{'before the first update' if self.policy.lossless else f'in tiers of policy {self.policy.name!r}'}"
             )
         self.store.replace_tail(**side)
+        self._publish()
         self.generation += 1
 
     def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -496,12 +667,14 @@ class SpectrumLayer(CacheLayerMixin):
             return
         self.settle()
         self.store.crop(max(self.store.length + tokens_to_remove, 0))
+        self._publish()
         self.generation += 1
 
     def _map(self, function: Any) -> None:
         if self._store is not None:
             self.settle()
             self._store.map(function)
+            self._publish()
             self.generation += 1
 
     def reorder_cache(self, beam_idx: Indices) -> None:
@@ -527,3 +700,4 @@ class SpectrumLayer(CacheLayerMixin):
         """Move the tensors back to the layer's device."""
         if self._store is not None and self._store.device != self.device:
             self._store.map(lambda t: t.to(self.device, non_blocking=True))
+            self._publish()

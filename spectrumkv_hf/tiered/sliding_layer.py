@@ -25,23 +25,29 @@ class SlidingSpectrumLayer(SpectrumLayer):
 
     def activate_past_recording(self) -> None:
         """Keep what leaves the window until the next `crop`, so that it can be rolled back."""
+        if self.is_initialized:
+            self.settle()
         self.record_past = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return for `query_length` new tokens."""
         offset = self._first_needed()
-        return self.get_seq_length() - offset + query_length, offset
+        return self.length - offset + query_length, offset
 
     def get_max_length(self) -> int:
         """The sliding window."""
         return self.sliding_window
+
+    def _publish(self) -> None:
+        if not self.record_past:  # else tokens that left the window may be asked for once more
+            super()._publish()
 
     def _visible(self, start: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return super()._visible(max(start, self._first_needed()))
 
     def _first_needed(self) -> int:
         """Position of the oldest token that the next query will see."""
-        return max(self.get_seq_length() - self.sliding_window + 1, 0)
+        return max(self.length - self.sliding_window + 1, 0)
 
     def _tier(self, scores: torch.Tensor | None) -> None:
         if not self.record_past and self._due():
@@ -59,7 +65,7 @@ class SlidingSpectrumLayer(SpectrumLayer):
         """
         if self._store is None:
             return
-        length = max(self.get_seq_length() - abs(int(tokens_to_remove)), 0)
+        length = max(self.length - abs(int(tokens_to_remove)), 0)
         if max(length - self.sliding_window + 1, 0) < self.store.first_kept:
             raise RuntimeError(
                 f"can't remove {abs(tokens_to_remove)} tokens: the sliding window of {self.sliding_window} has moved "

@@ -1,6 +1,5 @@
 """The tensors of one layer: an arena per tier, and a tail of recent tokens that are exact."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -171,6 +170,11 @@ class TieredStore:
         return store
 
     @property
+    def contents(self) -> Contents:
+        """All that is held."""
+        return self._now
+
+    @property
     def length(self) -> int:
         """Tokens seen, `tail_start` and the tail's together."""
         return self._now.length
@@ -233,6 +237,9 @@ class TieredStore:
         """Exact keys and values from `tail_start` on, views `[batch, kv_heads, tail_length, dim]`."""
         tokens = self.tail_length
         return self._now.keys.narrow(2, 0, tokens), self._now.values.narrow(2, 0, tokens)
+
+    def publish(self) -> None:
+        """Say that what is held stays until the next update; see `StaticStore`."""
 
     # -- adding and tiering tokens ------------------------------------------------------------------------------------
 
@@ -319,7 +326,7 @@ class TieredStore:
             arenas = self._encoded(tokens, chosen, mean)
         grown = dict(self.arenas)
         for arena in arenas:
-            grown[arena.tier] = grown[arena.tier].extended(arena) if arena.tier in grown else arena
+            grown[arena.tier] = self._joined(grown.get(arena.tier), arena)
         left = self.tail_length - tokens
         now = _with_capacity(self._now, left, self.length, skip=tokens)
         self._now = now._replace(
@@ -328,6 +335,10 @@ class TieredStore:
             mean=mean,
             drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
         )
+
+    def _joined(self, old: Arena | None, new: Arena) -> Arena:
+        """What a tier holds once more tokens have come."""
+        return new if old is None else old.extended(new)
 
     def _encoded(self, tokens: int, chosen: Sequence[torch.Tensor], mean: torch.Tensor | None) -> list[Arena]:
         """Arenas of the tokens `chosen` for each of `TIERS` among the tail's first `tokens`."""
@@ -462,6 +473,15 @@ class TieredStore:
         if self.pads is not None:
             yield "pads", self.pads
 
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """Every tensor's name and the bytes that it keeps alive."""
+        for name, tensor in self.tensors():
+            yield name, tensor.untyped_storage().nbytes()
+
+    def storages(self) -> Iterator[torch.Tensor]:
+        """Tensors whose storages are all that the store keeps alive."""
+        yield from (tensor for _, tensor in self.tensors())
+
     # -- removing, moving and exchanging tokens -----------------------------------------------------------------------
 
     def crop(self, length: int) -> None:
@@ -506,9 +526,10 @@ class TieredStore:
         arenas = _by_tier(arena for arena in arenas.values() if len(arena))
         self._now = self._now._replace(arenas=arenas, ragged=_ragged(arenas))
 
-    def with_arenas(self, arenas: Sequence[Arena]) -> Self:
+    def with_arenas(self, arenas: Sequence[Arena]) -> "TieredStore":
         """A store that shares all with this one but its arenas, which have to hold the same tokens."""
-        other = copy.copy(self)
+        keys, values = self.tail
+        other = TieredStore(keys, values, self.codec, self.rotary)
         other._now = self._now._replace(arenas=_by_tier(arenas))
         return other
 

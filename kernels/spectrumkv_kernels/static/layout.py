@@ -48,7 +48,8 @@ class Views(NamedTuple):
     """The tensors in a buffer.
 
     Attributes:
-        keys, values: The tail, exact: `[batch, kv_heads, ring, dim]`. The token at position `p` lies at `p % ring`.
+        keys, values: The tail, exact: `[batch, kv_heads, ring, dim]`. The token at position `p` lies at
+            `(p - base) % ring`.
         arenas: One for each of `Layout.rooms`.
         totals: int32 `[blocks + 1, rooms]`: tokens in each arena once decoding has tiered that many blocks.
         own: int32 `[blocks, batch or 1, rooms]`: tokens of each row that go into each arena with each block. The
@@ -82,6 +83,7 @@ class Layout:
         recent_window: Tokens that decoding leaves in the tail.
         sinks: Tokens at the start of each row that rank first.
         padded: Rows have padding at their start.
+        ragged: Some positions in the arenas are -1: places that no token has.
         score: What ranks tokens: `kv_norm`, the norm of the value over that of the key, or `recency`.
         decay: Per token, on the score.
         codec, rotary: How codes are made.
@@ -98,6 +100,7 @@ class Layout:
     recent_window: int
     sinks: int
     padded: bool
+    ragged: bool
     score: str
     decay: float
     codec: Codec
@@ -194,8 +197,8 @@ def layout_of(number: int) -> Layout:
     return _layouts[number]
 
 
-def slots(layout: Layout, start: int, stop: int) -> Sequence[tuple[int, int]]:
+def slots(layout: Layout, base: int, start: int, stop: int) -> Sequence[tuple[int, int]]:
     """Stretches of the ring, first place and number of places, that hold the positions from `start` to `stop`."""
-    first, count = start % layout.ring, stop - start
+    first, count = (start - base) % layout.ring, stop - start
     before = min(count, layout.ring - first)
     return [(first, before), (0, count - before)] if count > before else [(first, count)]

@@ -32,8 +32,8 @@ def append(
     views = layout.views(buffer)
     done = layout.done(length, base)
     if layout.due(length, base) > done:
-        _tier(views, layout, done, base + BLOCK * done, length)
-    slot = length % layout.ring
+        _tier(views, layout, done, base, length)
+    slot = (length - base) % layout.ring
     views.keys[:, :, slot] = keys[:, :, 0]
     views.values[:, :, slot] = values[:, :, 0]
     state[LENGTH] += 1
@@ -75,7 +75,7 @@ def attend(
             segments.append(Segment(arena.bits, _first(arena.keys, count), _first(arena.values, count),
                                     arena.positions[:, :, :count]))  # fmt: skip
     at = start
-    for place, count in slots(layout, start, length):
+    for place, count in slots(layout, base, start, length):
         positions = torch.arange(at, at + count, dtype=torch.int32, device=query.device)
         positions = positions.expand(layout.batch, layout.kv_heads, -1)
         keys, values = (t[:, :, place : place + count] for t in (views.keys, views.values))
@@ -95,7 +95,7 @@ def attend(
         window=window,
         softcap=softcap,
         sinks=sinks,
-        ragged=False,
+        ragged=layout.ragged,
     )
 
 
@@ -106,10 +106,11 @@ def _first(stored: torch.Tensor | Quantized, count: int) -> torch.Tensor | Quant
     return stored[:, :, :count]
 
 
-def _tier(views: Views, layout: Layout, block: int, start: int, length: int) -> None:
-    """Move the `BLOCK` tokens from position `start` on into the arenas: the block of that number."""
+def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> None:
+    """Move a block, by its number, from the tail of a layer of `length` tokens into the arenas."""
+    start = base + BLOCK * block
     positions = torch.arange(start, length, device=views.keys.device)
-    place = positions % layout.ring
+    place = (positions - base) % layout.ring
     keys, values = views.keys[:, :, place], views.values[:, :, place]
     index = positions - views.pads[:, None]  # of each token in its row; below 0 for padding
     if layout.codec.center:

@@ -1,0 +1,380 @@
+"""A store of fixed capacity, which decoding can change without the host: inside a compiled graph, or a captured one."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from spectrumkv_hf.policy import DROPPED, TIERS, Counts, Policy, Tier, increments, lifted
+from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore
+from spectrumkv_kernels import Codec, Rotary
+from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, number_of
+
+assert BLOCK == TAIL_STEP, "eager and compiled decoding tier alike"
+
+RANKED = {"attention": "kv_norm", "attention_value": "kv_norm", "kv_norm": "kv_norm", "recency": "recency"}
+"""What ranks the tokens that decoding tiers, by the policy's importance: no attention scores are at hand then."""
+SPARE = 8
+"""Tokens that an arena has room for beyond what the policy says for a full layer."""
+
+
+def undecodable(policy: Policy) -> str:
+    """Why tokens can't be tiered without the host by this policy, or an empty string."""
+    if policy.lossless:
+        return ""
+    if policy.importance not in RANKED:
+        return f"importance {policy.importance!r} ranks on the host"
+    if policy.scope != "head":
+        return f"scope {policy.scope!r} ranks across heads"
+    return ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a store of fixed capacity is told once.
+
+    Attributes:
+        capacity: Tokens that it takes in all.
+        policy: By which tokens are tiered.
+        floor: The policy's for this layer.
+        window: Only the last ones are kept, as many as this, in a layer with a sliding window.
+    """
+
+    capacity: int
+    policy: Policy
+    floor: Tier | None = None
+    window: int | None = None
+
+    @property
+    def ring(self) -> int:
+        """Places of the tail: decoding has at most `TAIL_STEP + 1` tokens more there than stay, and adds one."""
+        if self.policy.lossless:
+            return min(self.window or self.capacity, self.capacity)
+        return min(self.policy.recent_window + TAIL_STEP + 2, self.capacity)
+
+
+class Step(NamedTuple):
+    """What a decode step needs to know of a layer.
+
+    Attributes:
+        buffer: uint8, all tensors of the layer.
+        state: int32, how full they are.
+        layout: Of the buffer.
+        number: Of the layout.
+    """
+
+    buffer: torch.Tensor
+    state: torch.Tensor
+    layout: Layout
+    number: int
+
+
+class StaticStore(TieredStore):
+    """A store whose tensors lie in one buffer that never moves, with their counts beside them on the device.
+
+    The host changes it as any store, and then calls `publish`. Decoding changes it on the device, by the operations of
+    `spectrumkv_kernels.static`; the host sees that after `pull`.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec, rotary: Rotary, plan: Plan) -> None:
+        """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
+        self.plan = plan
+        self.step: Step | None = None
+        self._views: Views | None = None
+        self._tables: tuple[Any, ...] = ()
+        super().__init__(keys, values, codec, rotary)
+
+    @property
+    def _now(self) -> Contents:
+        return self._contents
+
+    @_now.setter
+    def _now(self, contents: Contents) -> None:
+        self._contents, self._published = contents, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the buffer: a copy holds tensors of its own until it is published."""
+        state = self.__dict__ | {"step": None, "_views": None, "_tables": (), "_published": False}
+        now = self._contents
+        tail = (t[:, :, : self.tail_length].clone() for t in (now.keys, now.values))
+        arenas = {tier: arena.map(torch.clone) for tier, arena in now.arenas.items()}
+        mean = None if now.mean is None else now.mean.clone()
+        keys, values = tail
+        return state | {"_contents": now._replace(keys=keys, values=values, arenas=arenas, mean=mean)}
+
+    @property
+    def published(self) -> bool:
+        """Whether a decode step would find what is held."""
+        return self._published
+
+    def take(self, other: TieredStore) -> None:
+        """Hold what another store holds, whose tensors are copied when this one is published."""
+        self._now = other.contents
+
+    def succeed(self, before: "StaticStore | None") -> None:
+        """Use the buffer of a store that is no longer used, where it fits: graphs that were captured read it there."""
+        if before is not None and before.step is not None:
+            self.step, self._views = before.step, before._views
+
+    # -- in the buffer ------------------------------------------------------------------------------------------------
+
+    def _wanted(self, least: dict[Tier, int]) -> Layout:
+        """The layout for tensors like those held, with room in each arena for as many tokens as `least` says."""
+        now, plan = self._contents, self.plan
+        old = {} if self.step is None else {room.bits: room.tokens for room in self.step.layout.rooms}
+        rooms = []
+        for tier, tokens in _rooms(plan):
+            tokens = max(tokens, old.get(tier.bits, 0))
+            needed = least.get(tier, 0)
+            if needed > tokens:
+                tokens = needed + SPARE
+            if tokens:
+                rooms.append(Room(tier.bits, tokens))
+        batch, heads, _, dim = now.keys.shape
+        return Layout(
+            batch=batch,
+            kv_heads=heads,
+            key_dim=dim,
+            value_dim=now.values.shape[3],
+            dtype=now.keys.dtype,
+            capacity=plan.capacity,
+            ring=plan.ring,
+            rooms=tuple(rooms),
+            recent_window=plan.policy.recent_window,
+            sinks=plan.policy.sinks,
+            padded=now.pads is not None and bool(rooms),
+            ragged=now.ragged,
+            score=RANKED.get(plan.policy.importance, "kv_norm"),
+            decay=plan.policy.decay,
+            codec=self.codec,
+            rotary=self.rotary,
+        )
+
+    def _lay_out(self, least: dict[Tier, int]) -> Views:
+        """The tensors in the buffer, which is made, or made anew where they don't fit it."""
+        layout = self._wanted(least)
+        step, device = self.step, self._contents.keys.device
+        if step is None or step.layout != layout or step.buffer.device != device or self._views is None:
+            with torch.inference_mode(False):  # tensors that are made there can't be changed outside
+                buffer = torch.empty(layout.size, dtype=torch.uint8, device=device)
+                state = torch.zeros(STATE, dtype=torch.int32, device=device)
+            for tensor in (buffer, state):
+                # Captured graphs find them at their address; for another cache one is captured, not compiled, anew.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+                torch._dynamo.mark_static(tensor)
+            self.step = Step(buffer, state, layout, number_of(layout))
+            self._views, self._tables = layout.views(buffer), ()
+        return self._views
+
+    def _joined(self, old: Arena | None, new: Arena) -> Arena:
+        had = 0 if old is None else len(old)
+        views = self._lay_out({new.tier: had + len(new)})
+        room = next(room for room in views.arenas if room.bits == new.tier.bits)
+        whole = Arena(new.tier, *room[1:])
+        if old is not None and old.positions.data_ptr() != whole.positions.data_ptr():
+            return super()._joined(old, new)
+        _copy(new, whole, had)
+        return _narrowed(whole, had + len(new))
+
+    def publish(self) -> None:
+        """Put what is held where a decode step finds it."""
+        if self._published:
+            return
+        now, plan = self._contents, self.plan
+        ring = plan.ring
+        if now.length - now.tail_start > ring:
+            if plan.window is None:
+                return  # an update is not finished: what has come is still to be tiered
+            skip = now.length - now.tail_start - ring
+            now = now._replace(
+                keys=now.keys[:, :, skip:], values=now.values[:, :, skip:], tail_start=now.tail_start + skip,
+                first_kept=now.tail_start + skip,
+            )  # fmt: skip
+        pads = None if now.pads is None else tuple(now.pads.tolist())
+        tables = None
+        if not plan.policy.lossless:
+            had = tuple((tier, len(now.arenas.get(tier, ()))) for tier, _ in _rooms(plan))
+            more = max(plan.capacity - now.tail_start - plan.policy.recent_window, 0) // BLOCK + 1
+            tables = _decoded(plan.policy, plan.floor, had, now.tail_start, pads, more)
+        views = self._lay_out({} if tables is None else tables.most)
+        assert self.step is not None
+        layout, arenas = self.step.layout, {}
+        for tier in TIERS:
+            arena, room = now.arenas.get(tier), next((r for r in views.arenas if r.bits == tier.bits), None)
+            if arena is None or room is None:
+                continue
+            whole = Arena(tier, *room[1:])
+            if arena.positions.data_ptr() != whole.positions.data_ptr():
+                _copy(arena, whole, 0)
+            arenas[tier] = _narrowed(whole, len(arena))
+        tail = now.length - now.tail_start
+        for own, given in ((views.keys, now.keys), (views.values, now.values)):
+            if own.data_ptr() != given.data_ptr():
+                own[:, :, :tail].copy_(given[:, :, :tail])
+        if now.mean is not None and now.mean.data_ptr() != views.mean.data_ptr():
+            views.mean.copy_(now.mean)
+        known = (layout, tables, pads)
+        if known != self._tables:
+            views.pads.copy_(torch.tensor(pads or (0,) * layout.batch, dtype=torch.int32))
+            if tables is not None:
+                kept = [i for i, (tier, _) in enumerate(_rooms(plan)) if any(r.bits == tier.bits for r in layout.rooms)]
+                totals, own_counts = tables.totals[:, kept], tables.own[:, :, kept]
+                views.totals[: len(totals)].copy_(totals[: len(views.totals)])
+                views.own[: len(own_counts)].copy_(own_counts[: len(views.own)])
+            self._tables = known
+        state = torch.zeros(STATE, dtype=torch.int32)
+        state[LENGTH], state[BASE] = now.length, now.tail_start
+        self.step.state.copy_(state)
+        self._contents = now._replace(
+            keys=views.keys,
+            values=views.values,
+            arenas=arenas,
+            mean=None if now.mean is None else views.mean,
+            borrowed=False,
+        )
+        self._published = True
+
+    def pull(self) -> int:
+        """Learn what decoding has changed since `publish`.
+
+        Returns:
+            How many tokens it refused because the layer was full.
+        """
+        assert self.step is not None and self._views is not None and self._published
+        (length, _, base, refused), layout, now, views = self.step.state[:4].tolist(), *self._parts()
+        done = layout.done(length, base)
+        start = max(base + BLOCK * done, length - layout.ring) if not layout.rooms else base + BLOCK * done
+        tail = length - start
+        contents = now._replace(length=length)
+        if start != base:  # the tail no longer begins at the front of the ring
+            order = torch.arange(start - base, length - base, device=views.keys.device) % layout.ring
+            for side in (views.keys, views.values):
+                side[:, :, :tail] = side[:, :, order]
+            contents = contents._replace(tail_start=start)
+            if not layout.rooms:
+                contents = contents._replace(first_kept=start)
+        if done:
+            _, tables, _ = self._tables
+            counts = dict(zip((tier for tier, _ in _rooms(self.plan)), tables.totals[done].tolist(), strict=True))
+            arenas = {}
+            for room in views.arenas:
+                tier = next(tier for tier in TIERS if tier.bits == room.bits)
+                if counts[tier]:
+                    arenas[tier] = _narrowed(Arena(tier, *room[1:]), counts[tier])
+            drops = now.drops or int(tables.dropped[:done].sum()) > 0
+            mean = views.mean if self.codec.center and any(tier.bits < 16 for tier in arenas) else now.mean
+            contents = contents._replace(arenas=arenas, drops=drops, mean=mean)
+        self._contents = contents
+        if start != base:
+            self._published = False
+        if refused:
+            self._published = False
+        return refused
+
+    def _parts(self) -> tuple[Layout, Contents, Views]:
+        assert self.step is not None and self._views is not None
+        return self.step.layout, self._contents, self._views
+
+    # -- as every store -----------------------------------------------------------------------------------------------
+
+    def map(self, function: TensorMap) -> None:
+        super().map(function)
+        if self.step is not None and self.step.buffer.device != self._contents.keys.device:
+            self.step, self._views = None, None
+
+    def parts(self) -> Iterator[tuple[str, int]]:
+        if self.step is None or not self._published:
+            yield from super().parts()
+            return
+        used = 0
+        for name, tensor in self.tensors():
+            if name.startswith("tail."):
+                tensor = tensor[:, :, : self.tail_length]
+            if name != "pads":
+                used += tensor.nbytes
+                yield name, tensor.nbytes
+        yield "free", self.step.buffer.nbytes + self.step.state.nbytes - used
+
+    def storages(self) -> Iterator[torch.Tensor]:
+        yield from super().storages()
+        if self.step is not None:
+            yield from (self.step.buffer, self.step.state)
+
+
+def _narrowed(arena: Arena, tokens: int) -> Arena:
+    """The first tokens of an arena."""
+    return arena.map(lambda t: t[:, :, :tokens])
+
+
+def _copy(source: Arena, target: Arena, start: int) -> None:
+    """Copy tokens into an arena that has room for them from place `start` on."""
+    for (_, new), (_, room) in zip(source.tensors(), target.tensors(), strict=True):
+        room[:, :, start : start + len(source)].copy_(new)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What decoding does with each block of tokens.
+
+    Attributes:
+        totals: int32 `[blocks + 1, rooms]`: tokens in each arena.
+        own: int32 `[blocks, batch or 1, rooms]`: of each row.
+        dropped: int64 `[blocks]`: tokens that go nowhere.
+        most: Tokens in each arena in the end.
+    """
+
+    totals: torch.Tensor
+    own: torch.Tensor
+    dropped: torch.Tensor
+    most: dict[Tier, int]
+
+
+@functools.lru_cache(maxsize=64)
+def _decoded(
+    policy: Policy,
+    floor: Tier | None,
+    had: tuple[tuple[Tier, int], ...],
+    start: int,
+    pads: tuple[int, ...] | None,
+    blocks: int,
+) -> _Tables:
+    """What decoding will do with `blocks` blocks from position `start` on, in a layer that has tokens in its arenas.
+
+    The numbers are those by which the host tiers: `TieredStore._assign` and `_assign_padded`.
+    """
+    tiers = [tier for tier, _ in had]
+    totals, rows, dropped = [[tokens for _, tokens in had]], [], []
+    for block in range(blocks):
+        own = [_row(policy, floor, start + block * BLOCK, pad) for pad in pads or (0,)]
+        sizes = {tier: max(row.get(tier, 0) for row in own) for tier in TIERS}
+        last = next((tier for tier in reversed(TIERS) if sizes[tier]), TIERS[-1])
+        sizes[last] += BLOCK - sum(sizes.values())
+        totals.append([count + sizes[tier] for count, tier in zip(totals[-1], tiers, strict=True)])
+        rows.append([[row.get(tier, 0) for tier in tiers] for row in own])
+        dropped.append(sizes[DROPPED])
+    return _Tables(
+        torch.tensor(totals, dtype=torch.int32),
+        torch.tensor(rows, dtype=torch.int32).view(blocks, -1, len(tiers)),
+        torch.tensor(dropped),
+        dict(zip(tiers, totals[-1], strict=True)),
+    )
+
+
+def _row(policy: Policy, floor: Tier | None, start: int, pad: int) -> Counts:
+    """Counts for the real tokens of one row in the block that begins at `start`."""
+    before = max(start - pad, 0)
+    return lifted(increments(policy, before, min(max(start + BLOCK - pad, 0), BLOCK)), floor)
+
+
+@functools.lru_cache(maxsize=256)
+def _rooms(plan: Plan) -> tuple[tuple[Tier, int], ...]:
+    """Tokens that each stored tier has room for; 0 for one that the policy does not use."""
+    if plan.policy.lossless:
+        return ()
+    tiered = max(plan.capacity - plan.policy.recent_window, 0)
+    counts = [lifted(plan.policy.counts(n), plan.floor) for n in range(max(tiered - BLOCK, 0), tiered + 1)]
+    most = {tier: max(count.get(tier, 0) for count in counts) for tier in TIERS if tier != DROPPED}
+    return tuple((tier, tokens + SPARE if tokens else 0) for tier, tokens in most.items())
+
