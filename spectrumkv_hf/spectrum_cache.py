@@ -33,6 +33,8 @@ class SpectrumCache(TieredCache):
         codec: `"spectrum"`, or `"absmax"` for the paper's.
         model: The model that will use the cache. Its config is compared with `config`, RoPE included, and files of the
             cache tell its weights from others'.
+        max_cache_len: Tokens that the cache takes in all, for which it then keeps room from the first on; None: it
+            grows. With it `generate` on a GPU compiles the decode step. Layers with a sliding window keep it exact.
         policy_options: Further fields of a policy given by name, such as `recent_window`, `scope`, `decay`.
 
     Raises:
@@ -57,6 +59,7 @@ class SpectrumCache(TieredCache):
         policy: str | Policy | None = None,
         codec: str = "spectrum",
         probe: "str | Probe | None" = "calibration",
+        max_cache_len: int | None = None,
         **policy_options: Any,
     ) -> Self:
         """A cache for `model` by the policy that a probe names at `budget`.
@@ -75,6 +78,7 @@ class SpectrumCache(TieredCache):
             codec: `"spectrum"`, or `"absmax"` for the paper's.
             probe: `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `CalibrationProbe` or
                 `PaperProbe` of the cache's codec; None for no probe.
+            max_cache_len: As in the class.
             policy_options: Further fields of the policy.
 
         Raises:
@@ -87,7 +91,8 @@ class SpectrumCache(TieredCache):
             if probe is not None and "floors" in policy_options:
                 raise TypeError("floors come from the probe: give a policy too, or probe=None")
             least = "two_tier" if getattr(probe, "kind", probe) == "paper" else "sink_protect"
-            cls(model.config, least, budget, codec, **policy_options)  # complains before anything is measured
+            # Complains before anything is measured.
+            cls(model.config, least, budget, codec, max_cache_len=max_cache_len, **policy_options)
             if probe is None:
                 policy = "sink_protect"
             else:
@@ -95,7 +100,7 @@ class SpectrumCache(TieredCache):
 
                 policy, policy_options = probed_policy(model, tokenizer, probe, codec, budget, policy_options), {}
                 budget = None
-        return cls(model.config, policy, budget, codec, model=model, **policy_options)
+        return cls(model.config, policy, budget, codec, model=model, max_cache_len=max_cache_len, **policy_options)
 
     def serialize(self) -> torch.Tensor:
         """The cache as bytes, a contiguous uint8 tensor on its device; docs/wire-format.md describes them.

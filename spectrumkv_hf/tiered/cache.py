@@ -152,12 +152,20 @@ class TieredCache(Cache):
             if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
                 raise ValueError(f"layer {index} is of type {kind!r}, for which Transformers has no dynamic layer")
             options = {name: value for name, value in options.items() if kind in _TAKES.get(name, (kind,))}
-            stock: functools.partial[Any] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+            dynamic: functools.partial[Any] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+            stock = dynamic
             if self._capacity is not None and kind in STATIC_LAYER_TYPE_MAPPING:
                 static = {"max_cache_len": self._capacity, **options}
                 stock = functools.partial(STATIC_LAYER_TYPE_MAPPING[kind], **static)
             own = configs[index]
-            note = self._stock_because(own, kind, options.get("sliding_window"))
+            window = options.get("sliding_window")
+            note = self._stock_because(own, kind, window)
+            static_window = self._capacity is not None and kind == "sliding_attention"
+            if static_window:  # a ring of exact tokens, whatever the window
+                if note or not self.policy.lossless:
+                    self._notes[index] = "sliding window: exact in a cache of fixed capacity"
+                options["growing"] = dynamic if note else None
+                note = None
             if index in crossing:
                 stock, note = functools.partial(CrossAttentionLayer), "cross-attention: exact, not tiered"
             if note:
@@ -167,9 +175,6 @@ class TieredCache(Cache):
                 continue
             if kind in ("hybrid", "hybrid_sliding"):
                 self._hybrid[index] = stock
-            static_window = self._capacity is not None and kind == "sliding_attention"
-            if static_window and not self.policy.lossless:
-                self._notes[index] = "sliding window: exact in a cache of fixed capacity"
             self._unchecked[index] = expected(first[id(own)])
             layers.append(
                 TIERED[kind](
@@ -199,14 +204,46 @@ class TieredCache(Cache):
             return f"{kind}: not tiered"
         if getattr(config, "kv_lora_rank", None):
             return "MLA latents: not tiered"
-        if kind == "sliding_attention" and self._capacity is not None:
-            return None
         if window is not None and self.policy.lossless:
             return "sliding window: exact anyway"
         least = self.policy.recent_window + 2 * TAIL_STEP
         if window is not None and window < least:
             return f"sliding window of {window}: below {least} tokens nothing would leave the exact tail"
         return None
+
+    def reserve(self, max_cache_len: int) -> None:
+        """Give the cache a fixed capacity, so that decoding can be compiled; what it holds is copied there.
+
+        Args:
+            max_cache_len: Tokens that it takes in all.
+
+        Raises:
+            ValueError: it holds more already, or has a fixed capacity.
+        """
+        self.check_whole()
+        length = int(self.get_seq_length())
+        if self._capacity is not None or type(max_cache_len) is not int or max_cache_len < max(length, 1):
+            raise ValueError(
+                f"a cache of {length} tokens can be given a capacity of as many or more once, got {max_cache_len!r}"
+                + (f" for one of {self._capacity}" if self._capacity is not None else "")
+            )
+        other = copy.copy(self)
+        other._capacity = max_cache_len
+        other.layers = other._build_layers(self._config)
+        for old, new in zip(self.layers, other.layers, strict=True):
+            if isinstance(old, SpectrumLayer):
+                old.settle()
+                if isinstance(old, LinearStates):
+                    raise ValueError("a cache with linear attention can't be given a capacity once it is made")
+                if old.is_initialized and isinstance(new, SpectrumLayer):
+                    new.adopt(old.store)
+            elif isinstance(new, SlidingSpectrumLayer):
+                new.take_growing(old)
+            elif getattr(old, "is_initialized", False):
+                new.update(old.keys, old.values)
+        other._eager_because = other._uncompileable()
+        other._known, other._unread = length, 0
+        self.__dict__.update(other.__dict__)
 
     def summary(self, layers: list[Any] | None = None) -> str:
         """Which layers are tiered, and why the others are not; a line for each kind."""

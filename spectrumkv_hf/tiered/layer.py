@@ -302,7 +302,7 @@ class SpectrumLayer(CacheLayerMixin):
             ValueError: the shape does not fit the tokens held.
             TypeError: another dtype than theirs.
         """
-        buffer, state, layout, number = self._held.step  # type: ignore[union-attr]
+        buffer, state, layout, number = self._held.step
         shape = (layout.batch, layout.kv_heads, 1)
         if key_states.shape != (*shape, layout.key_dim) or value_states.shape != (*shape, layout.value_dim):
             raise ValueError(
@@ -333,7 +333,7 @@ class SpectrumLayer(CacheLayerMixin):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention after `step`; arguments and result as in `spectrumkv_kernels.static.reference.attend`."""
-        buffer, state, layout, number = self._held.step  # type: ignore[union-attr]
+        buffer, state, layout, number = self._held.step
         window = self.window if mask is None else None
         if torch.compiler.is_compiling():
             return torch.ops.spectrumkv.attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
@@ -369,7 +369,7 @@ class SpectrumLayer(CacheLayerMixin):
         held = self._held
         alone = isinstance(held, StaticStore) and held.published and held.step is not None
         if alone and (self._moved or torch.compiler.is_compiling()):
-            return held.step.state[LENGTH].long()  # type: ignore[union-attr, return-value]
+            return held.step.state[LENGTH].long()  # type: ignore[union-attr]
         return 0 if held is None else held.length
 
     def get_max_length(self) -> int:
@@ -646,7 +646,7 @@ class SpectrumLayer(CacheLayerMixin):
             ]
             keys, values = (SpectrumHandle(self, side, shape, like.dtype) for side, shape, like in shapes)
             return keys, values
-        return self._store.sides if self.policy.lossless else self._store.dense(start)
+        return self._store.sides if self.policy.lossless and not start else self._store.dense(start)
 
     def tier_map(self) -> torch.Tensor:
         """Bits of every token, int64 `[batch, kv_heads, length]`; 0 for one that was dropped or left the window."""

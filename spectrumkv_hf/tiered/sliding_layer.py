@@ -1,11 +1,12 @@
 """Tiered layers with sliding-window attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spectrumkv_hf.tiered.layer import SpectrumLayer
-from spectrumkv_hf.tiered.store import TAIL_STEP
+from spectrumkv_hf.tiered.store import TAIL_STEP, TieredStore
 
 
 class SlidingSpectrumLayer(SpectrumLayer):
@@ -13,13 +14,15 @@ class SlidingSpectrumLayer(SpectrumLayer):
 
     Args:
         sliding_window: Tokens that a query sees, itself included.
+        growing: Makes the layer of Transformers that does the same in a cache that grows, where that one is not tiered.
         kwargs: As in `SpectrumLayer`.
     """
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, **kwargs: Any) -> None:
+    def __init__(self, sliding_window: int, growing: Callable[[], Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.growing = growing
         self.sliding_window = self.window = sliding_window
         self.record_past = False
 
@@ -37,6 +40,29 @@ class SlidingSpectrumLayer(SpectrumLayer):
     def get_max_length(self) -> int:
         """The sliding window."""
         return self.sliding_window
+
+    def as_growing(self) -> Any:
+        """The layer that stands for this one in a cache that grows, of the same tokens; the tensors are views."""
+        if self.growing is None:
+            return self
+        layer = self.growing()
+        if self.is_initialized:
+            self.settle()
+            keys, values = self._visible()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, self.length
+        if hasattr(layer, "record_past"):
+            layer.record_past = self.record_past
+        return layer
+
+    def take_growing(self, layer: Any) -> None:
+        """Hold the tokens of such a layer."""
+        if not layer.is_initialized:
+            return
+        self.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
+        length, start = int(layer.cumulative_length), int(layer.cumulative_length) - layer.keys.shape[2]
+        held = {"length": length, "tail_start": start, "first_kept": start}
+        self.adopt(TieredStore.assemble(layer.keys, layer.values, self.codec, self.rotary, **held))
 
     def _publish(self) -> None:
         if not self.record_past:  # else tokens that left the window may be asked for once more

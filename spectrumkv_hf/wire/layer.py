@@ -7,6 +7,7 @@ import torch
 from spectrumkv_hf.policy import DROPPED, TIERS, Tier
 from spectrumkv_hf.tiered.layer import DTYPES, SpectrumLayer
 from spectrumkv_hf.tiered.mixed_layers import CrossAttentionLayer
+from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 from spectrumkv_hf.tiered.store import Arena, TieredStore
 from spectrumkv_hf.wire.frame import WireError, shown
 from spectrumkv_hf.wire.payload import Checks, Fields, Parts, Tensors, check_expansion
@@ -24,7 +25,7 @@ def kind_of(layer: Any) -> str:
     Raises:
         WireError: it is of a class that doesn't.
     """
-    name = type(layer).__name__
+    name = type(_plain(layer)).__name__
     if isinstance(layer, SpectrumLayer) or name in STOCK:
         return name
     raise WireError(
@@ -33,13 +34,18 @@ def kind_of(layer: Any) -> str:
     )
 
 
+def _plain(layer: Any) -> Any:
+    """A layer as it is in a cache that grows, which is how it travels."""
+    return layer.as_growing() if isinstance(layer, SlidingSpectrumLayer) else layer
+
+
 def encode_layer(layer: Any, index: int) -> Parts:
     """Metadata and tensors of a layer, whose open tiering is finished first.
 
     Raises:
         WireError: the layer can't be serialised.
     """
-    kind = kind_of(layer)
+    kind, layer = kind_of(layer), _plain(layer)
     try:
         metadata, tensors = _encode_tiered(layer) if isinstance(layer, SpectrumLayer) else encode_stock(layer)
         if isinstance(layer, SpectrumLayer) and is_linear(layer):
