@@ -1,9 +1,11 @@
 """Time of a decode step over a long context: SpectrumCache against DynamicCache and Transformers' QuantizedCache.
 
 python examples/bench_decode.py --context 2048 --caches dynamic 0.5 0.3 quanto:4
+python examples/bench_decode.py --context 2048 --compile --caches dynamic static-flex 0.5 0.3
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -11,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache, StoppingCriteria
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
@@ -27,28 +30,40 @@ from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.whole_file import write_whole
 
 BASELINE = "dynamic"
+STATIC = {"static": "sdpa", "static-flex": "flex_attention"}
+"""Names of `StaticCache`, and the attention that reads it."""
+WARM = 4
+"""Steps of `generate` that are not counted: prefill, compilation, and the recording of a CUDA graph."""
 FILL_TOKENS = 4096
 """Tokens of a chunk where caches are filled with random keys and values."""
 
 
-def cache_maker(name: str, model: PreTrainedModel) -> Callable[[], Cache]:
+def cache_maker(name: str, model: PreTrainedModel, capacity: int | None = None) -> Callable[[], Cache]:
     """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, or `BACKEND:BITS` of `QuantizedCache`.
+
+    Args:
+        name: With `capacity` also `static` and `static-flex`, for `StaticCache` under sdpa and flex_attention.
+        model: Whose config they take.
+        capacity: Tokens that a cache takes which has to know.
 
     Raises:
         ValueError: none of those.
     """
     if name == BASELINE:
         return lambda: DynamicCache(config=model.config)
+    if name in STATIC and capacity is not None:
+        return lambda: StaticCache(config=model.config, max_cache_len=capacity)
     if name == "fp16":
-        return lambda: SpectrumCache(config=model.config, policy="fp16")
+        return lambda: SpectrumCache(config=model.config, policy="fp16", max_cache_len=capacity)
     backend, colon, bits = name.partition(":")
     if colon and bits.isdigit():
         return lambda: QuantizedCache(backend=backend, config=model.config, nbits=int(bits))
     try:
         budget = float(name)
     except ValueError:
-        raise ValueError(f"cache {name!r}: choose {BASELINE}, fp16, a budget such as 0.3, or quanto:4") from None
-    return lambda: SpectrumCache(config=model.config, budget=budget)
+        known = f"{BASELINE}, fp16, a budget such as 0.3, or quanto:4; with --compile also {' or '.join(STATIC)}"
+        raise ValueError(f"cache {name!r}: choose {known}") from None
+    return lambda: SpectrumCache(config=model.config, budget=budget, max_cache_len=capacity)
 
 
 @torch.inference_mode()
@@ -87,6 +102,44 @@ def decode_times(
     return times[1:]
 
 
+class Clock(StoppingCriteria):
+    """When each step of `generate` was done; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode(False)
+def generate_times(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, steps: int, random: bool = False, everywhere: bool = False
+) -> tuple[list[float], float]:
+    """Seconds of each of `steps` steps of `generate`, and of the first `WARM` together.
+
+    Args:
+        model, ids, cache, steps, random: As in `decode_times`.
+        everywhere: Compile on a CPU, too, where `generate` does so for tests only.
+    """
+    if random:
+        fill(model, cache, len(ids), ids.shape[1] - 1)
+    settings: dict[str, Any] = {"max_new_tokens": WARM + steps, "do_sample": False, "eos_token_id": None}
+    if everywhere:
+        settings["compile_config"] = CompileConfig()
+        settings["compile_config"]._compile_all_devices = True
+    clock = Clock()
+    mask = torch.ones_like(ids)
+    model.generate(
+        ids, attention_mask=mask, stopping_criteria=[clock], pad_token_id=0, **settings, **cache_argument(cache, model)
+    )
+    times = [end - start for start, end in itertools.pairwise(clock.times)]
+    return times[WARM:], sum(times[:WARM])
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
@@ -97,6 +150,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--caches", nargs="+", default=[BASELINE, "fp16", "0.5", "0.3", "quanto:4"])
     parser.add_argument(
         "--fill", action="store_true", help="random keys and values in the place of a prefill, for very long contexts"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="steps of generate(), which compiles them for caches of fixed capacity; not for dynamic",
     )
     parser.add_argument(
         "--no-cudnn",
@@ -114,9 +172,9 @@ def main() -> None:
         check_folders(args.json)
         model, tokenizer = load_from(args)
         names = [BASELINE, *(name for name in args.caches if name != BASELINE)]
-        makers = {name: cache_maker(name, model) for name in names}
-        for make in makers.values():
-            make()
+        capacity = args.context + WARM + args.steps + 1 if args.compile else None
+        makers = {name: cache_maker(name, model, capacity) for name in names}
+        caches = {name: make() for name, make in makers.items()}
     except (ImportError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -127,7 +185,9 @@ def main() -> None:
         once = tokenizer(passage(), return_tensors="pt", verbose=False).input_ids
         ids = once.repeat(args.batch, -(-args.context // once.shape[1]))[:, : args.context]
     ids = ids.to(model.device)
+    own_attention = model.config._attn_implementation
     medians: dict[str, list[float]] = {name: [] for name in makers}
+    warm: dict[str, list[float]] = {name: [] for name in makers}
     stored: dict[str, int] = {}
     peaks: dict[str, int] = {}
     with tqdm(total=args.rounds * len(makers), desc="decode", disable=None) as bar:
@@ -135,13 +195,24 @@ def main() -> None:
             for name, make in makers.items():
                 if ids.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
-                cache = make()
+                cache = caches.pop(name, None) or make()
                 try:
-                    medians[name].append(statistics.median(decode_times(model, ids, cache, args.steps, args.fill)))
+                    if args.compile:
+                        attention = STATIC.get(name, own_attention)
+                        if model.config._attn_implementation != attention:
+                            model.set_attn_implementation(attention)
+                        times, first = generate_times(model, ids, cache, args.steps, args.fill, not ids.is_cuda)
+                        warm[name].append(first)
+                    else:
+                        times = decode_times(model, ids, cache, args.steps, args.fill)
+                    medians[name].append(statistics.median(times))
                 except torch.OutOfMemoryError:
                     medians[name].append(math.inf)
-                stored[name] = 0 if ":" in name else cache_memory(cache).stored
+                stored[name] = 0 if ":" in name or name in STATIC else cache_memory(cache).stored
                 peaks[name] = torch.cuda.max_memory_allocated() if ids.is_cuda else 0
+                if args.compile and name != BASELINE:  # the same object again: StaticCache compiles anew for another
+                    cache.reset()
+                    caches[name] = cache
                 del cache
                 bar.update()
 
@@ -164,18 +235,20 @@ def main() -> None:
             "highest": max(ratios) if compared else None,
             "stored_bytes": stored[name] or None,
             "peak_bytes": peaks[name] or None,
+            "first_steps_seconds": warm[name] or None,
         }
 
     def shown(value: float | None, form: str, unit: float = 1) -> str:
         return "-" if value is None else format(value / unit, form)
 
     print_table(
-        ["cache", "ms/step", "tokens/s", f"x {BASELINE}", "lowest", "highest", "cache GiB", "peak GiB"],
+        ["cache", "ms/step", "tokens/s", f"x {BASELINE}", "lowest", "highest", "cache GiB", "peak GiB", "first s"],
         [
             [name]
             + [shown(row[key], ".1f") for key in ("milliseconds", "tokens_per_second")]
             + [shown(row[key], ".2f") for key in ("speed_over_dynamic", "lowest", "highest")]
             + [shown(row[key], ".2f", 2**30) for key in ("stored_bytes", "peak_bytes")]
+            + [" ".join(f"{seconds:.1f}" for seconds in row["first_steps_seconds"] or ()) or "-"]
             for name, row in rows.items()
         ],
     )

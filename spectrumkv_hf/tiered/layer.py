@@ -15,7 +15,7 @@ from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.listeners import Listeners
 from spectrumkv_hf.tiered.schedule import OpenUpdate, SharedRanking, Stage
-from spectrumkv_hf.tiered.static_store import Plan, StaticStore, undecodable
+from spectrumkv_hf.tiered.static_store import Plan, StaticStore, Step, undecodable
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore
 from spectrumkv_kernels import Codec, Rotary, attention_scores, real_tokens, tiered_attention
 from spectrumkv_kernels.static import library  # noqa: F401  # registers the operations that compiled graphs call
@@ -274,7 +274,7 @@ class SpectrumLayer(CacheLayerMixin):
     # -- a decode step, on the device alone ---------------------------------------------------------------------------
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:
         """Whether a decode step needs no host: capacity and policy allow it, and nobody listens."""
         return (
             self.capacity is not None
@@ -282,6 +282,11 @@ class SpectrumLayer(CacheLayerMixin):
             and not getattr(self, "record_past", False)
             and not (self.on_update or self.on_attention or self.on_final)
         )
+
+    @property
+    def _static(self) -> Step:
+        """Where a decode step finds the layer, which is published."""
+        return self._held.step
 
     @property
     def steps_alone(self) -> bool:
@@ -302,7 +307,7 @@ class SpectrumLayer(CacheLayerMixin):
             ValueError: the shape does not fit the tokens held.
             TypeError: another dtype than theirs.
         """
-        buffer, state, layout, number = self._held.step
+        buffer, state, layout, number = self._static
         shape = (layout.batch, layout.kv_heads, 1)
         if key_states.shape != (*shape, layout.key_dim) or value_states.shape != (*shape, layout.value_dim):
             raise ValueError(
@@ -333,7 +338,7 @@ class SpectrumLayer(CacheLayerMixin):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention after `step`; arguments and result as in `spectrumkv_kernels.static.reference.attend`."""
-        buffer, state, layout, number = self._held.step
+        buffer, state, layout, number = self._static
         window = self.window if mask is None else None
         if torch.compiler.is_compiling():
             return torch.ops.spectrumkv.attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
@@ -369,7 +374,7 @@ class SpectrumLayer(CacheLayerMixin):
         held = self._held
         alone = isinstance(held, StaticStore) and held.published and held.step is not None
         if alone and (self._moved or torch.compiler.is_compiling()):
-            return held.step.state[LENGTH].long()  # type: ignore[union-attr]
+            return self._static.state[LENGTH].long()  # type: ignore[return-value]
         return 0 if held is None else held.length
 
     def get_max_length(self) -> int:

@@ -377,4 +377,3 @@ def _rooms(plan: Plan) -> tuple[tuple[Tier, int], ...]:
     counts = [lifted(plan.policy.counts(n), plan.floor) for n in range(max(tiered - BLOCK, 0), tiered + 1)]
     most = {tier: max(count.get(tier, 0) for count in counts) for tier in TIERS if tier != DROPPED}
     return tuple((tier, tokens + SPARE if tokens else 0) for tier, tokens in most.items())
-

@@ -10,9 +10,7 @@ from spectrumkv_kernels.static.layout import layout_of
 
 
 @torch.library.custom_op("spectrumkv::append", mutates_args=("buffer", "state"))
-def append(
-    buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: int
-) -> None:
+def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: int) -> None:
     operations.append(buffer, state, keys, values, layout_of(layout))
 
 

@@ -9,9 +9,7 @@ from spectrumkv_kernels.segment import Segment
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 
 
-def append(
-    buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout
-) -> None:
+def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:
     """Tier the block that is due, if one is, and add a token.
 
     Tokens of a block rank by `layout.score`, sinks first and padding last, and fill the arenas from the most precise on
