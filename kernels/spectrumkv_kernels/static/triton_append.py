@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, trait
+from spectrumkv_kernels.backend.tensor_cache import keep
 from spectrumkv_kernels.codec.triton_codec import DTYPES, ELEMENTS, encode_rows
 from spectrumkv_kernels.codec.triton_quantize import FLOAT16_MAX
 from spectrumkv_kernels.rotation.triton_rotary import partner, turn, turns
@@ -323,14 +324,14 @@ class _Plan(NamedTuple):
         grid: Of a launch.
         numbers: Those arguments that are the same at every launch.
         trait: What of them decides which code is compiled.
-        pairs: Of channels that the kernel rotates.
+        table: Of the rotation; None where there is none.
     """
 
     launcher: Launcher
     grid: tuple[int, int, int]
     numbers: dict[str, Any]
     trait: Any
-    pairs: int
+    table: torch.Tensor | None
 
 
 def _fits(layout: Layout) -> bool:
@@ -352,8 +353,8 @@ def _launcher(**constants: Any) -> Launcher:
     return Launcher(append_kernel, constants, **OPTIONS)
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(layout: Layout) -> _Plan | None:
+@keep(1024)
+def _plan(layout: Layout, device: torch.device) -> _Plan | None:
     """None where the kernel can't do it."""
     if not _fits(layout):
         return None
@@ -394,21 +395,38 @@ def _plan(layout: Layout) -> _Plan | None:
         PAIRS=pairs,
         INTERLEAVED=layout.rotary.interleaved,
     )
-    return _Plan(launcher, (layout.batch * layout.kv_heads, 1, 1), numbers, trait(tuple(numbers.values())), pairs)
+    table = turns(layout.rotary, device) if pairs else None
+    return _Plan(launcher, (layout.batch * layout.kv_heads, 1, 1), numbers, trait(tuple(numbers.values())), table)
 
 
 def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:
     """As `reference.append`. The host reads nothing and waits for nothing, so a CUDA graph can be captured."""
-    plan = _plan(layout)
+    plan = _plan(layout, buffer.device)
     if plan is None:
         twin.append(buffer, state, keys, values, layout)
         return
-    keys, values = contiguous_rows(keys), contiguous_rows(values)
-    key_batch, key_head = keys.stride()[:2]
-    value_batch, value_head = values.stride()[:2]
-    table = turns(layout.rotary, buffer.device) if plan.pairs else buffer
-    tensors = {"buffer": buffer, "state": state, "keys": keys, "values": values, "table": table}
+    keys, values, table = contiguous_rows(keys), contiguous_rows(values), plan.table
+    if table is None:
+        table = buffer  # which is not read as such
+    elif table.is_cuda and torch.cuda.is_current_stream_capturing():
+        turns(layout.rotary, buffer.device)  # so that it is kept for the graph
+    key_batch, key_head, *_ = keys.stride()
+    value_batch, value_head, *_ = values.stride()
     strides = {"key_batch": key_batch, "key_head": key_head, "value_batch": value_batch, "value_head": value_head}
-    known = (plan.trait, trait((*tensors.values(), *strides.values())))
+    known = (
+        plan.trait,
+        keys.dtype,
+        values.dtype,
+        buffer.data_ptr() % 16,
+        state.data_ptr() % 16,
+        keys.data_ptr() % 16,
+        values.data_ptr() % 16,
+        max(key_batch, key_head, value_batch, value_head) < 1 << 31 or trait((*strides.values(),)),
+    )
     with on_device(buffer):
-        plan.launcher(plan.grid, tensors, {**strides, **plan.numbers}, known)
+        plan.launcher(
+            plan.grid,
+            {"buffer": buffer, "state": state, "keys": keys, "values": values, "table": table},
+            {**strides, **plan.numbers},
+            known,
+        )
