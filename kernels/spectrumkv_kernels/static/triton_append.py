@@ -316,7 +316,7 @@ def _odd(number: int) -> int:
     return 2 * number + 3
 
 
-class _Plan(NamedTuple):
+class _Prepared(NamedTuple):
     """How tokens are added to buffers of one layout.
 
     Attributes:
@@ -354,7 +354,7 @@ def _launcher(**constants: Any) -> Launcher:
 
 
 @keep(1024)
-def _plan(layout: Layout, device: torch.device) -> _Plan | None:
+def _prepared(layout: Layout, device: torch.device) -> _Prepared | None:
     """None where the kernel can't do it."""
     if not _fits(layout):
         return None
@@ -396,16 +396,16 @@ def _plan(layout: Layout, device: torch.device) -> _Plan | None:
         INTERLEAVED=layout.rotary.interleaved,
     )
     table = turns(layout.rotary, device) if pairs else None
-    return _Plan(launcher, (layout.batch * layout.kv_heads, 1, 1), numbers, trait(tuple(numbers.values())), table)
+    return _Prepared(launcher, (layout.batch * layout.kv_heads, 1, 1), numbers, trait(tuple(numbers.values())), table)
 
 
 def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:
     """As `reference.append`. The host reads nothing and waits for nothing, so a CUDA graph can be captured."""
-    plan = _plan(layout, buffer.device)
-    if plan is None:
+    prepared = _prepared(layout, buffer.device)
+    if prepared is None:
         twin.append(buffer, state, keys, values, layout)
         return
-    keys, values, table = contiguous_rows(keys), contiguous_rows(values), plan.table
+    keys, values, table = contiguous_rows(keys), contiguous_rows(values), prepared.table
     if table is None:
         table = buffer  # which is not read as such
     elif table.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -414,7 +414,7 @@ def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values
     value_batch, value_head, *_ = values.stride()
     strides = {"key_batch": key_batch, "key_head": key_head, "value_batch": value_batch, "value_head": value_head}
     known = (
-        plan.trait,
+        prepared.trait,
         keys.dtype,
         values.dtype,
         buffer.data_ptr() % 16,
@@ -424,9 +424,9 @@ def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values
         max(key_batch, key_head, value_batch, value_head) < 1 << 31 or trait((*strides.values(),)),
     )
     with on_device(buffer):
-        plan.launcher(
-            plan.grid,
+        prepared.launcher(
+            prepared.grid,
             {"buffer": buffer, "state": state, "keys": keys, "values": values, "table": table},
-            {**strides, **plan.numbers},
+            {**strides, **prepared.numbers},
             known,
         )

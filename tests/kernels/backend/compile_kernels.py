@@ -74,12 +74,12 @@ attention_triton.tiered_attention(
 )
 # Layers of fixed capacity.
 state = torch.zeros(STATE, dtype=torch.int32)
-tiers = (Room(16, 20), Room(8, 100), Room(4, 200), Room(2, 9))
+tiers = (Room(16, 20), Room(8, 100), Room(4, 200))
 for codec, head_dim, dtype, rooms in (
     ("spectrum", 64, torch.bfloat16, tiers),
     ("spectrum", 128, torch.bfloat16, tiers),
     ("spectrum", 256, torch.bfloat16, tiers),
-    ("spectrum", 80, torch.float32, tiers),
+    ("spectrum", 80, torch.float32, (Room(2, 9),)),
     ("absmax", 64, torch.bfloat16, tiers),
     ("absmax", 128, torch.bfloat16, tiers),
     ("absmax", 256, torch.bfloat16, tiers),
