@@ -38,6 +38,26 @@ def _load_residual(
 
 
 @triton.jit
+def encode_rows(
+    x, inside, positions, mean, table, codes, scales, zeros, places,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Quantise the keys or values that begin at `x`, `[tokens, 1]`, and store them in `places`, where `inside`."""
+    if WIDTH == DIM and WIDTH >= 32:
+        channels = tl.arange(0, WIDTH // 4)
+        y0 = _load_residual(x, inside, positions, mean, table, channels, DIM, PAIRS, INTERLEAVED)
+        y1 = _load_residual(x, inside, positions, mean, table, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y2 = _load_residual(x, inside, positions, mean, table, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
+        y3 = _load_residual(x, inside, positions, mean, table, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        y = join_quarters(y0, y1, y2, y3)
+    else:
+        y = _load_residual(x, inside, positions, mean, table, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
+    BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
+    store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
+
+
+@triton.jit
 def _encode_tokens(
     x, stride, index, positions, mean, table, codes, scales, zeros, first, block, n,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
@@ -48,18 +68,10 @@ def _encode_tokens(
     inside = token < n
     at = tl.load(positions + first + token, mask=inside, other=0) if mean is not None else token
     source = token if index is None else tl.load(index + token, mask=inside, other=0)
-    x += source.to(tl.int64)[:, None] * stride
-    if WIDTH == DIM and WIDTH >= 32:
-        channels = tl.arange(0, WIDTH // 4)
-        y0 = _load_residual(x, inside, at, mean, table, channels, DIM, PAIRS, INTERLEAVED)
-        y1 = _load_residual(x, inside, at, mean, table, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
-        y2 = _load_residual(x, inside, at, mean, table, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
-        y3 = _load_residual(x, inside, at, mean, table, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
-        y = join_quarters(y0, y1, y2, y3)
-    else:
-        y = _load_residual(x, inside, at, mean, table, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
-    BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
-    store_codes(hadamard(y, BLOCK), codes, scales, zeros, first + token, inside, BLOCK**-0.5, DIM, BITS)
+    encode_rows(
+        x + source.to(tl.int64)[:, None] * stride, inside, at, mean, table, codes, scales, zeros, first + token,
+        DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["index", "n", "index_batch", "index_head"])

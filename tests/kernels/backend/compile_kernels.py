@@ -36,9 +36,12 @@ JITFunction.run = compile_only
 import torch  # noqa: E402
 from test_attention import build, randn  # noqa: E402
 
+from spectrumkv_kernels import CODECS  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
 from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
+from spectrumkv_kernels.static import triton_append as append_triton  # noqa: E402
+from spectrumkv_kernels.static.layout import STATE, Layout, Room  # noqa: E402
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
 
 attention_triton._overlaps = lambda device: True
@@ -69,5 +72,24 @@ fields = {"codec": case.codec, "mean": case.mean, "rotary": case.rotary}
 attention_triton.tiered_attention(
     randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
 )
+# Layers of fixed capacity.
+state = torch.zeros(STATE, dtype=torch.int32)
+tiers = (Room(16, 20), Room(8, 100), Room(4, 200))
+for codec, head_dim, dtype, rooms in (
+    ("spectrum", 64, torch.bfloat16, tiers),
+    ("spectrum", 128, torch.bfloat16, tiers),
+    ("spectrum", 256, torch.bfloat16, tiers),
+    ("spectrum", 80, torch.float32, (Room(2, 9),)),
+    ("absmax", 64, torch.bfloat16, tiers),
+    ("absmax", 128, torch.bfloat16, tiers),
+    ("absmax", 256, torch.bfloat16, tiers),
+    ("spectrum", 128, torch.bfloat16, ()),
+):
+    keys = randn(1, 2, 1, head_dim).to(dtype)
+    rotary = build(((16, 5),), head_dim=head_dim).rotary
+    layout = Layout(
+        1, 2, head_dim, head_dim, dtype, 400, 250, rooms, 128, 4, False, "kv_norm", 0.1, CODECS[codec], rotary
+    )
+    append_triton.append(torch.empty(layout.size, dtype=torch.uint8), state, keys, keys, layout)
 checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
 print(*sorted(compiled))

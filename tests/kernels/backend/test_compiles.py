@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = "attend_kernel prepare_kernel merge_kernel _encode_kernel _dense_kernel sums_kernel mean_kernel digest_kernel"
+KERNELS = """
+    attend_kernel prepare_kernel merge_kernel _encode_kernel _dense_kernel sums_kernel mean_kernel digest_kernel
+    append_kernel
+"""
 
 
 def test_kernels_compile_for_an_h100(tmp_path):

@@ -1,0 +1,432 @@
+"""Triton twin of `static.reference.append`: one launch, which a CUDA graph can hold, with a program for each row and
+KV head.
+
+Each program reads how many tokens there are, tiers a block of its own if one is due, and writes its part of the new
+token. The one that ends last counts the token.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, trait
+from spectrumkv_kernels.backend.tensor_cache import keep
+from spectrumkv_kernels.codec.triton_codec import DTYPES, ELEMENTS, encode_rows
+from spectrumkv_kernels.codec.triton_quantize import FLOAT16_MAX
+from spectrumkv_kernels.rotation.triton_rotary import partner, turn, turns
+from spectrumkv_kernels.segment import contiguous_rows
+from spectrumkv_kernels.static import layout as static
+from spectrumkv_kernels.static import reference as twin
+from spectrumkv_kernels.static.layout import ALIGNMENT, Layout
+
+BLOCK = tl.constexpr(static.BLOCK)
+LENGTH, TICKET = tl.constexpr(static.LENGTH), tl.constexpr(static.TICKET)
+BASE, REFUSED = tl.constexpr(static.BASE), tl.constexpr(static.REFUSED)
+HALF = tl.constexpr(ALIGNMENT // 2)
+WIDEST = 1024
+"""Channels of a head at most."""
+OPTIONS = {"num_warps": 4, "num_stages": 1}
+TYPES = dict(zip(DTYPES, (tl.float32, tl.bfloat16, tl.float16), strict=True))
+
+
+@triton.jit
+def _plain(odd):
+    """The number that `_odd` made this of."""
+    return (odd - 3) // 2
+
+
+@triton.jit
+def _tensor(buffer, odd, TYPE: tl.constexpr):
+    """The tensor of a buffer that begins at the place `odd` stands for."""
+    return (buffer + (odd.to(tl.int64) - 3) * HALF).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def _norms(x, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Euclidean norms of the `BLOCK` tokens that begin at `x`."""
+    STEP: tl.constexpr = WIDTH if WIDTH < 64 else 64
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, WIDTH, STEP):
+        channels = first + tl.arange(0, STEP)
+        y = tl.load(x[:, None] + channels[None, :], mask=(channels < DIM)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(y * y, 1)
+    return tl.sqrt(total)
+
+
+@triton.jit
+def _settled_mean(
+    ring_keys, table, row, start, length, pad, heads, ring, sinks,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Mean of `R(-t) k` over a row's tokens from `start` on, but sinks, padding, and those unsound in any head."""
+    channels = tl.arange(0, WIDTH)
+    other, sign = partner(channels, PAIRS, INTERLEAVED) if PAIRS else (channels, channels)
+    least = tl.where(length - start > sinks, sinks, 0)
+    top = row // heads * heads
+    total = tl.zeros([TOKENS, WIDTH], tl.float32)
+    tokens = tl.zeros([TOKENS], tl.float32)
+    for first in range(start, length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        place = at % ring
+        counted = (at < length) & (at - pad >= least)
+        for each in range(heads):
+            x = ring_keys + (((top + each) * ring + place) * DIM)[:, None] + channels[None, :]
+            y = tl.load(x, mask=counted[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
+            flaws = tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) < WIDTH  # not so of NaN
+            counted = counted & (flaws == 0)
+        x = ring_keys + ((row * ring + place) * DIM)[:, None]
+        y = tl.load(x + channels[None, :], mask=counted[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
+        if PAIRS:
+            turned = counted[:, None] & (channels < 2 * PAIRS)[None, :]
+            z = tl.load(x + other[None, :], mask=turned, other=0.0).to(tl.float32)
+            cos, sin = turn(table, at, channels, PAIRS, INTERLEAVED)
+            y = y * cos - sign[None, :] * z * sin
+        total += y
+        tokens += counted.to(tl.float32)
+    weight = tl.sum(tokens, 0)
+    return tl.sum(total, 0) / tl.where(weight > 0, weight, 1.0)
+
+
+@triton.jit
+def _scores(
+    ring_keys, ring_values, row, start, length, pad, ring, sinks, decay,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    RECENCY: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
+    """By which the tokens of a block rank: float32 `[BLOCK]`, sinks highest and padding lowest."""
+    at = start + tl.arange(0, BLOCK)
+    if RECENCY:
+        score = at.to(tl.float32)
+    else:
+        source = row * ring + at % ring
+        norm = _norms(ring_keys + source * KEY_DIM, KEY_DIM, KEY_WIDTH)
+        norm = tl.where(norm < 1e-6, 1e-6, norm)  # NaN stays
+        score = _norms(ring_values + source * VALUE_DIM, VALUE_DIM, VALUE_WIDTH) / norm
+    if DECAYS:
+        score *= tl.exp(-decay * (length - at).to(tl.float32))
+    score = tl.where(score == score, score, 0.0)
+    MOST: tl.constexpr = 3.4028234663852886e38
+    score = tl.minimum(tl.maximum(score, -MOST), MOST)
+    score = tl.where(at - pad < sinks, MOST, score)
+    return tl.where(at < pad, float("-inf"), score)
+
+
+@triton.jit
+def _rank(values, DESCENDING: tl.constexpr):
+    """The rank of each among the values of a block, of those alike by their order."""
+    token = tl.arange(0, BLOCK)
+    mine, others = values[:, None], values[None, :]
+    first = others > mine if DESCENDING else others < mine
+    first = first | ((others == mine) & (token[None, :] < token[:, None]))
+    return tl.sum(first.to(tl.int32), 1)
+
+
+@triton.jit
+def _tiers(score, real, own, totals, ROOMS: tl.constexpr):
+    """The arena of each token of a block, `ROOMS` where it has none.
+
+    Args:
+        own: Where it is said how many of the row's tokens go into each arena.
+        totals: Where it is said how many lie in each before the block; the numbers after it follow.
+    """
+    rank = _rank(score, True)
+    filler = rank - tl.sum(real.to(tl.int32), 0)
+    tier = tl.zeros([BLOCK], tl.int32)
+    edge = 0
+    spare = 0
+    for i in tl.static_range(ROOMS):
+        mine = tl.load(own + i)
+        edge += mine
+        spare += tl.load(totals + ROOMS + i) - tl.load(totals + i) - mine
+        tier += tl.where(real, rank >= edge, filler >= spare).to(tl.int32)
+    rank = _rank(tier, False)  # once more, as in the twin
+    tier = tl.zeros([BLOCK], tl.int32)
+    edge = 0
+    for i in tl.static_range(ROOMS):
+        edge += tl.load(totals + ROOMS + i) - tl.load(totals + i)
+        tier += (rank >= edge).to(tl.int32)
+    return tier
+
+
+@triton.jit
+def _store(
+    buffer, ring, mean, table, stored, affine, source, positions, places, inside,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store keys or values in an arena.
+
+    Args:
+        ring: The tail's.
+        stored, affine: Where the arena's begin in the buffer, as `_odd`.
+        source, places: Tokens' places in the tail and in the arena.
+        inside: Which of them are stored.
+    """
+    x = ring + source[:, None] * DIM
+    if BITS == 16:
+        channels = tl.arange(0, WIDTH)[None, :]
+        there = inside[:, None] & (channels < DIM)
+        out = _tensor(buffer, stored, ring.dtype.element_ty) + places[:, None] * DIM
+        tl.store(out + channels, tl.load(x + channels, mask=there), mask=there)
+    else:
+        scales = _tensor(buffer, affine, tl.float16)
+        encode_rows(
+            x, inside, positions, mean, table, _tensor(buffer, stored, tl.uint8), scales,
+            None if SYMMETRIC else scales + 1, places, DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tier(
+    buffer, table, places, tokens, row, heads, own_rows, block, start, length, ring, sinks, decay,
+    TYPE: tl.constexpr, KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, RECENCY: tl.constexpr, DECAYS: tl.constexpr,
+    CENTER: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Move one head's `BLOCK` tokens from position `start` on into the arenas: the block of that number."""
+    ROOMS: tl.constexpr = len(BITS)
+    ring_keys = _tensor(buffer, places[0], TYPE)
+    ring_values = _tensor(buffer, places[1], TYPE)
+    totals = _tensor(buffer, places[2], tl.int32) + block * ROOMS
+    batch = row // heads
+    own = _tensor(buffer, places[3], tl.int32) + (block.to(tl.int64) * own_rows + batch % own_rows) * ROOMS
+    pad = tl.load(_tensor(buffer, places[4], tl.int32) + batch)
+    mean = _tensor(buffer, places[5], tl.float32) + row * KEY_DIM
+    if CENTER:  # noqa: SIM102  # one condition is for the compiler, the other for the device
+        if pad >= start:  # nothing of this row was tiered yet
+            settled = _settled_mean(
+                ring_keys, table, row, start, length, pad, heads, ring, sinks,
+                KEY_DIM, KEY_WIDTH, PAIRS, INTERLEAVED, TOKENS // 2 if TOKENS > 1 else 1,
+            )  # fmt: skip
+            channels = tl.arange(0, KEY_WIDTH)
+            tl.store(mean + channels, settled, mask=channels < KEY_DIM)
+    score = _scores(
+        ring_keys, ring_values, row, start, length, pad, ring, sinks, decay,
+        KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, RECENCY, DECAYS,
+    )  # fmt: skip
+    token = tl.arange(0, BLOCK)
+    tier = _tiers(score, start + token >= pad, own, totals, ROOMS)
+    alike = (tier[None, :] == tier[:, None]) & (token[None, :] < token[:, None])
+    place = tl.sum(alike.to(tl.int32), 1)  # so that positions ascend
+    for i in tl.static_range(ROOMS):
+        there = row * _plain(tokens[i]) + tl.load(totals + i) + place
+        tl.store(_tensor(buffer, places[10 + 5 * i], tl.int32) + there, start + token, mask=tier == i)
+    tl.debug_barrier()  # other threads read the positions and the mean
+    for i in tl.static_range(ROOMS):
+        begin = tl.load(totals + i)
+        count = tl.load(totals + ROOMS + i) - begin
+        origin = row * _plain(tokens[i]) + begin
+        positions = _tensor(buffer, places[10 + 5 * i], tl.int32)
+        for first in range(0, count, TOKENS):
+            nth = first + tl.arange(0, TOKENS)
+            inside = nth < count
+            at = tl.load(positions + origin + nth, mask=inside, other=0)
+            source = row * ring + at % ring
+            _store(
+                buffer, ring_keys, mean if CENTER else None, table, places[6 + 5 * i], places[7 + 5 * i], source, at,
+                origin + nth, inside, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
+            )  # fmt: skip
+            _store(
+                buffer, ring_values, None, table, places[8 + 5 * i], places[9 + 5 * i], source, at,
+                origin + nth, inside, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
+            )  # fmt: skip
+
+
+INTEGERS = [
+    *("key_batch", "key_head", "value_batch", "value_head", "heads", "own_rows", "capacity", "ring", "recent"),
+    "sinks",
+]
+"""Arguments for whose values nothing is compiled anew."""
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def append_kernel(
+    buffer,
+    state,
+    keys,
+    values,
+    table,
+    key_batch,
+    key_head,
+    value_batch,
+    value_head,
+    places,  # as `_odd`, in units of `ALIGNMENT`: of keys, values, totals, own, pads, mean; of each room five
+    tokens,  # as `_odd`: that each room takes
+    heads,
+    own_rows,
+    capacity,
+    ring,
+    recent,
+    sinks,
+    decay,
+    TYPE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,  # that are coded at a time
+    BITS: tl.constexpr,
+    RECENCY: tl.constexpr,
+    DECAYS: tl.constexpr,
+    CENTER: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Grid: batch x KV heads."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // heads, row % heads
+    length = tl.load(state + LENGTH)
+    key_channels, value_channels = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+    key_there, value_there = key_channels < KEY_DIM, value_channels < VALUE_DIM
+    key = tl.load(keys + batch * key_batch + head * key_head + key_channels, mask=key_there)
+    value = tl.load(values + batch * value_batch + head * value_head + value_channels, mask=value_there)
+    if length < capacity:
+        if len(BITS):
+            base = tl.load(state + BASE)
+            done = tl.maximum(length - base - recent - 2, 0) // BLOCK  # `Layout.done`, and `Layout.due`
+            if tl.maximum(length - base - recent - 1, 0) // BLOCK > done:
+                _tier(
+                    buffer, table, places, tokens, row, heads, own_rows, done, base + BLOCK * done, length, ring,
+                    sinks, decay, TYPE, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, BITS, RECENCY, DECAYS,
+                    CENTER, HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
+                )  # fmt: skip
+        place = row * ring + length % ring
+        tl.store(_tensor(buffer, places[0], TYPE) + place * KEY_DIM + key_channels, key.to(TYPE), mask=key_there)
+        tl.store(
+            _tensor(buffer, places[1], TYPE) + place * VALUE_DIM + value_channels, value.to(TYPE), mask=value_there
+        )
+    # One thread takes the ticket: all others must have read the state by then.
+    tl.debug_barrier()
+    if tl.atomic_add(state + TICKET, 1) == tl.num_programs(0) - 1:
+        tl.store(state + TICKET, 0)
+        if length < capacity:
+            tl.store(state + LENGTH, length + 1)
+        else:
+            tl.store(state + REFUSED, tl.load(state + REFUSED) + 1)
+
+
+def _odd(number: int) -> int:
+    """A number as the kernel takes it in a tuple: never 1 nor divisible by 16, so that nothing is compiled anew."""
+    return 2 * number + 3
+
+
+class _Prepared(NamedTuple):
+    """How tokens are added to buffers of one layout.
+
+    Attributes:
+        launcher: Of the kernel.
+        grid: Of a launch.
+        numbers: Those arguments that are the same at every launch.
+        trait: What of them decides which code is compiled.
+        table: Of the rotation; None where there is none.
+    """
+
+    launcher: Launcher
+    grid: tuple[int, int, int]
+    numbers: dict[str, Any]
+    trait: Any
+    table: torch.Tensor | None
+
+
+def _fits(layout: Layout) -> bool:
+    """Whether the kernel can do it; what it can't is the twin's."""
+    dims = (layout.key_dim, layout.value_dim)
+    if layout.dtype not in TYPES or max(dims) > WIDEST:
+        return False
+    if not layout.tiers:
+        return True
+    whole = all(bits == 16 or (bits in (2, 4, 8) and not any(d * bits % 8 for d in dims)) for bits, _ in layout.rooms)
+    ranked = layout.score in ("kv_norm", "recency")
+    # A new token must not take the place of one that is still to be read by another program.
+    spare = layout.ring > layout.recent_window + static.BLOCK + 1
+    return whole and ranked and spare and 2 * len(layout.rotary.inv_freq) <= layout.key_dim
+
+
+@functools.lru_cache(maxsize=1024)
+def _launcher(**constants: Any) -> Launcher:
+    return Launcher(append_kernel, constants, **OPTIONS)
+
+
+@keep(1024)
+def _prepared(layout: Layout, device: torch.device) -> _Prepared | None:
+    """None where the kernel can't do it."""
+    if not _fits(layout):
+        return None
+    first = {name: _odd(start // ALIGNMENT) for name, _, _, start in layout.places}
+    parts = ("keys{}", "keys.affine", "values{}", "values.affine", "positions")
+    places = [first[name] for name in ("keys", "values", "totals", "own", "pads", "mean")]
+    for bits, _ in layout.rooms:
+        kind = "" if bits == 16 else ".codes"
+        places += [first.get(f"{bits}.{part.format(kind)}", _odd(0)) for part in parts]
+    numbers = {
+        "places": tuple(places),
+        "tokens": tuple(_odd(room.tokens) for room in layout.rooms) or (_odd(0),),
+        "heads": layout.kv_heads,
+        "own_rows": layout.batch if layout.padded else 1,
+        "capacity": layout.capacity,
+        "ring": layout.ring,
+        "recent": layout.recent_window,
+        "sinks": layout.sinks,
+        "decay": float(layout.decay),
+    }
+    codec = layout.codec
+    coded = any(bits < 16 for bits, _ in layout.rooms)
+    pairs = len(layout.rotary.inv_freq) if codec.center and layout.tiers else 0
+    key_width, value_width = triton.next_power_of_2(layout.key_dim), triton.next_power_of_2(layout.value_dim)
+    launcher = _launcher(
+        TYPE=TYPES[layout.dtype],
+        KEY_DIM=layout.key_dim,
+        KEY_WIDTH=key_width,
+        VALUE_DIM=layout.value_dim,
+        VALUE_WIDTH=value_width,
+        TOKENS=min(static.BLOCK, ELEMENTS // max(key_width, value_width)),
+        BITS=tuple(bits for bits, _ in layout.rooms),
+        RECENCY=layout.score == "recency",
+        DECAYS=bool(layout.decay),
+        CENTER=codec.center and layout.tiers,
+        HADAMARD=codec.hadamard and coded,
+        SYMMETRIC=codec.symmetric,
+        PAIRS=pairs,
+        INTERLEAVED=layout.rotary.interleaved,
+    )
+    table = turns(layout.rotary, device) if pairs else None
+    return _Prepared(launcher, (layout.batch * layout.kv_heads, 1, 1), numbers, trait(tuple(numbers.values())), table)
+
+
+def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:
+    """As `reference.append`. The host reads nothing and waits for nothing, so a CUDA graph can be captured."""
+    prepared = _prepared(layout, buffer.device)
+    if prepared is None:
+        twin.append(buffer, state, keys, values, layout)
+        return
+    keys, values, table = contiguous_rows(keys), contiguous_rows(values), prepared.table
+    if table is None:
+        table = buffer  # which is not read as such
+    elif table.is_cuda and torch.cuda.is_current_stream_capturing():
+        turns(layout.rotary, buffer.device)  # so that it is kept for the graph
+    key_batch, key_head, *_ = keys.stride()
+    value_batch, value_head, *_ = values.stride()
+    strides = {"key_batch": key_batch, "key_head": key_head, "value_batch": value_batch, "value_head": value_head}
+    known = (
+        prepared.trait,
+        keys.dtype,
+        values.dtype,
+        buffer.data_ptr() % 16,
+        state.data_ptr() % 16,
+        keys.data_ptr() % 16,
+        values.data_ptr() % 16,
+        max(key_batch, key_head, value_batch, value_head) < 1 << 31 or trait((*strides.values(),)),
+    )
+    with on_device(buffer):
+        prepared.launcher(
+            prepared.grid,
+            {"buffer": buffer, "state": state, "keys": keys, "values": values, "table": table},
+            {**strides, **prepared.numbers},
+            known,
+        )
