@@ -58,7 +58,7 @@ def _norms(x, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _settled_mean(
-    ring_keys, table, row, start, length, pad, heads, ring, sinks,
+    ring_keys, table, row, base, start, length, pad, heads, ring, sinks,
     DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Mean of `R(-t) k` over a row's tokens from `start` on, but sinks, padding, and those unsound in any head."""
@@ -70,7 +70,7 @@ def _settled_mean(
     tokens = tl.zeros([TOKENS], tl.float32)
     for first in range(start, length, TOKENS):
         at = first + tl.arange(0, TOKENS)
-        place = at % ring
+        place = (at - base) % ring
         counted = (at < length) & (at - pad >= least)
         for each in range(heads):
             x = ring_keys + (((top + each) * ring + place) * DIM)[:, None] + channels[None, :]
@@ -92,7 +92,7 @@ def _settled_mean(
 
 @triton.jit
 def _scores(
-    ring_keys, ring_values, row, start, length, pad, ring, sinks, decay,
+    ring_keys, ring_values, row, base, start, length, pad, ring, sinks, decay,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     RECENCY: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def _scores(
     if RECENCY:
         score = at.to(tl.float32)
     else:
-        source = row * ring + at % ring
+        source = row * ring + (at - base) % ring
         norm = _norms(ring_keys + source * KEY_DIM, KEY_DIM, KEY_WIDTH)
         norm = tl.where(norm < 1e-6, 1e-6, norm)  # NaN stays
         score = _norms(ring_values + source * VALUE_DIM, VALUE_DIM, VALUE_WIDTH) / norm
@@ -181,14 +181,15 @@ def _store(
 
 @triton.jit
 def _tier(
-    buffer, table, places, tokens, row, heads, own_rows, block, start, length, ring, sinks, decay,
+    buffer, table, places, tokens, row, heads, own_rows, block, base, length, ring, sinks, decay,
     TYPE: tl.constexpr, KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, RECENCY: tl.constexpr, DECAYS: tl.constexpr,
     CENTER: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Move one head's `BLOCK` tokens from position `start` on into the arenas: the block of that number."""
+    """Move one head's tokens of a block, by its number, into the arenas."""
     ROOMS: tl.constexpr = len(BITS)
+    start = base + BLOCK * block
     ring_keys = _tensor(buffer, places[0], TYPE)
     ring_values = _tensor(buffer, places[1], TYPE)
     totals = _tensor(buffer, places[2], tl.int32) + block * ROOMS
@@ -199,13 +200,13 @@ def _tier(
     if CENTER:  # noqa: SIM102  # one condition is for the compiler, the other for the device
         if pad >= start:  # nothing of this row was tiered yet
             settled = _settled_mean(
-                ring_keys, table, row, start, length, pad, heads, ring, sinks,
+                ring_keys, table, row, base, start, length, pad, heads, ring, sinks,
                 KEY_DIM, KEY_WIDTH, PAIRS, INTERLEAVED, TOKENS // 2 if TOKENS > 1 else 1,
             )  # fmt: skip
             channels = tl.arange(0, KEY_WIDTH)
             tl.store(mean + channels, settled, mask=channels < KEY_DIM)
     score = _scores(
-        ring_keys, ring_values, row, start, length, pad, ring, sinks, decay,
+        ring_keys, ring_values, row, base, start, length, pad, ring, sinks, decay,
         KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, RECENCY, DECAYS,
     )  # fmt: skip
     token = tl.arange(0, BLOCK)
@@ -225,7 +226,7 @@ def _tier(
             nth = first + tl.arange(0, TOKENS)
             inside = nth < count
             at = tl.load(positions + origin + nth, mask=inside, other=0)
-            source = row * ring + at % ring
+            source = row * ring + (at - base) % ring
             _store(
                 buffer, ring_keys, mean if CENTER else None, table, places[6 + 5 * i], places[7 + 5 * i], source, at,
                 origin + nth, inside, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
@@ -287,16 +288,16 @@ def append_kernel(
     key = tl.load(keys + batch * key_batch + head * key_head + key_channels, mask=key_there)
     value = tl.load(values + batch * value_batch + head * value_head + value_channels, mask=value_there)
     if length < capacity:
+        base = tl.load(state + BASE)
         if len(BITS):
-            base = tl.load(state + BASE)
             done = tl.maximum(length - base - recent - 2, 0) // BLOCK  # `Layout.done`, and `Layout.due`
             if tl.maximum(length - base - recent - 1, 0) // BLOCK > done:
                 _tier(
-                    buffer, table, places, tokens, row, heads, own_rows, done, base + BLOCK * done, length, ring,
-                    sinks, decay, TYPE, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, BITS, RECENCY, DECAYS,
+                    buffer, table, places, tokens, row, heads, own_rows, done, base, length, ring, sinks, decay, TYPE,
+                    KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, BITS, RECENCY, DECAYS,
                     CENTER, HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
                 )  # fmt: skip
-        place = row * ring + length % ring
+        place = row * ring + (length - base) % ring
         tl.store(_tensor(buffer, places[0], TYPE) + place * KEY_DIM + key_channels, key.to(TYPE), mask=key_there)
         tl.store(
             _tensor(buffer, places[1], TYPE) + place * VALUE_DIM + value_channels, value.to(TYPE), mask=value_there
