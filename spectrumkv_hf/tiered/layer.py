@@ -111,8 +111,8 @@ class SpectrumLayer(CacheLayerMixin):
         self._buffer_of = before if isinstance(before, StaticStore) else getattr(self, "_buffer_of", None)
         self._held: TieredStore | None = None
         self._moved = False  # decoding has changed the store on the device
-        self.steps = 0
-        """Decode steps outside compiled graphs, for comparing layers."""
+        self.count: int | None = 0
+        """Tokens seen, for comparing layers; None once a compiled step has added to them."""
         self.generation = getattr(self, "generation", 0) + 1
         self._open = OpenUpdate()
         if self.shared is not None:
@@ -139,6 +139,7 @@ class SpectrumLayer(CacheLayerMixin):
         assert isinstance(store, StaticStore)
         self._moved = False
         refused = store.pull()
+        self.count = store.length
         store.publish()
         self._open = OpenUpdate(1, 0, Stage.DEFERRED)
         self.generation += 1
@@ -192,6 +193,7 @@ class SpectrumLayer(CacheLayerMixin):
         """Hold a store that was assembled elsewhere, in the place of what the layer held."""
         keys, values = store.tail
         self.reset()
+        self.count = store.length
         self.lazy_initialization(keys[:, :, :0], values[:, :, :0])
         if isinstance(self._held, StaticStore):
             self._check_room(store.length)
@@ -243,6 +245,7 @@ class SpectrumLayer(CacheLayerMixin):
         kv_length, _ = self.get_mask_sizes(given[2])
         self.generation += 1
         store.append(key_states, value_states)
+        self.count = store.length
         self._open = OpenUpdate(given[2], store.length - kv_length, Stage.UNSEEN)
         self.on_update(self.layer_idx, key_states, value_states)
         if self.policy.lossless and self.capacity is None:
@@ -322,10 +325,11 @@ class SpectrumLayer(CacheLayerMixin):
             )
         if torch.compiler.is_compiling():
             torch.ops.spectrumkv.append(buffer, state, key_states, value_states, number)
+            self.count = None
         else:
             with torch.no_grad():
                 append_step(buffer, state, key_states, value_states, layout)
-            self.steps += 1
+            self.count = None if self.count is None else self.count + 1
         self._moved = True
         return StaticHandle(self, 0), StaticHandle(self, 1)
 
@@ -548,7 +552,7 @@ class SpectrumLayer(CacheLayerMixin):
 
     def settle(self) -> None:
         """Finish what the last update left open: its tiering was deferred, or no attention took note of it."""
-        if self._open.stage is not Stage.SETTLED:
+        if self._store is not None and self._open.stage is not Stage.SETTLED:
             self._finish()
         if self.shared is not None and self.shared.waits(self):
             self.shared.settle()
@@ -672,6 +676,7 @@ class SpectrumLayer(CacheLayerMixin):
             return
         self.settle()
         self.store.crop(max(self.store.length + tokens_to_remove, 0))
+        self.count = self.store.length
         self._publish()
         self.generation += 1
 
