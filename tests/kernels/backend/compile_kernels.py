@@ -34,11 +34,15 @@ def compile_only(self, *args, grid, warmup, **options):
 JITFunction.run = compile_only
 
 import torch  # noqa: E402
+from reference import frequencies  # noqa: E402
 from test_attention import build, randn  # noqa: E402
 
+from spectrumkv_kernels import CODECS, Rotary  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
 from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
+from spectrumkv_kernels.static import triton_attend as attend_triton  # noqa: E402
+from spectrumkv_kernels.static.layout import STATE, Layout, Room  # noqa: E402
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
 
 attention_triton._overlaps = lambda device: True
@@ -70,4 +74,19 @@ attention_triton.tiered_attention(
     randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
 )
 checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
+# Layers of fixed capacity, the counts of which are on the device.
+for head_dim, rooms, options in (
+    (64, (Room(16, 8), Room(8, 80), Room(4, 320)), {"sinks": randn(8)}),
+    (128, (Room(16, 8), Room(8, 80), Room(4, 320)), {}),
+    (256, (Room(8, 80), Room(4, 320)), {"softcap": 30.0}),
+    (128, (), {"window": 90}),
+):
+    layout = Layout(
+        1, 2, head_dim, head_dim, torch.bfloat16, 400, 80, rooms, 8, 4, False, "kv_norm", 0.0, CODECS["spectrum"],
+        Rotary(frequencies(head_dim // 2)),
+    )  # fmt: skip
+    buffer, state = torch.zeros(layout.size, dtype=torch.uint8), torch.zeros(STATE, dtype=torch.int32)
+    query = randn(1, 8, 1, head_dim).bfloat16()
+    for mask in (None, torch.ones(1, 1, 1, 400, dtype=torch.bool), torch.zeros(1, 1, 1, 400).bfloat16()):
+        attend_triton.attend(query, buffer, state, layout, scale=0.1, mask=mask, **options)
 print(*sorted(compiled))
