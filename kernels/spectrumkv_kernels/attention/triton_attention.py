@@ -107,7 +107,7 @@ def _laid(segment: Segment) -> _Laid:
             segment = _contiguous(segment)
             room = segment.positions.shape[-1]
         held = _held(segment)
-        traits = (held.tensors[0].dtype, *[address % 16 for address in held.addresses])
+        traits = (held.made()[0].dtype, *[address % 16 for address in held.addresses])
         found = _Laid(held, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), traits)
         segment.known[__name__] = found
     return found
@@ -609,11 +609,11 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 
 def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], float, int]:
     """The mask for the kernel, its strides, what hides, and how many columns it has."""
-    sizes, strides = mask.shape, mask.stride()
-    strides = (*(0 if n == 1 else s for n, s in zip(sizes[:3], strides[:3], strict=True)), strides[3])
+    (batch, heads, queries, columns), steps = mask.shape, mask.stride()
+    strides = (steps[0] if batch > 1 else 0, steps[1] if heads > 1 else 0, steps[2] if queries > 1 else 0, steps[3])
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), strides, 0.0, sizes[3]
-    return mask, strides, torch.finfo(mask.dtype).min / 2, sizes[3]
+        return mask.view(torch.uint8), strides, 0.0, columns
+    return mask, strides, torch.finfo(mask.dtype).min / 2, columns
 
 
 def _held(segment: Segment) -> Held:

@@ -74,53 +74,53 @@ def prepare_kernel(
         scored = length
         if COUNTED is not None:
             held, done, scored = counted(counts, recent, COUNTED)
-        parts = tl.cdiv(scored, POSITIONS)
-        if COUNTED is not None:
+            parts = tl.cdiv(scored, POSITIONS)
             blocks = tl.cdiv(parts, (tl.num_programs(0) - turning) // row_blocks)
+            flat = tl.where(pid // row_blocks * blocks < parts, flat, 0)  # a program without positions reads no head
+        place = pid % row_blocks * R + tl.arange(0, R)
+        head, row = (place // ROWS_PAD).to(tl.int64), place % ROWS_PAD
+        real = (row < rows) & (head < flat)
+        at = head * rows + row
+        rest = tl.zeros([R], tl.float32)
+        if 2 * PAIRS < D:
+            fixed = ((d >= 2 * PAIRS) & (d < D))[None, :] & real[:, None]
+            q = tl.load(query + at[:, None] * D + d[None, :], mask=fixed, other=0.0).to(tl.float32) * scale
+            rest = tl.sum(q * tl.load(mean + head[:, None] * D + d[None, :], mask=fixed, other=0.0), axis=1)
+        pair = tl.arange(0, pad(PAIRS))
+        live = pair < PAIRS
+        first, second = pair[:, None], pair[:, None] + PAIRS
+        if INTERLEAVED:
+            first, second = pair[:, None] * 2, pair[:, None] * 2 + 1
+        known = live[:, None] & real[None, :]
+        qx = tl.load(query + at[None, :] * D + first, mask=known, other=0.0).to(tl.float32) * scale
+        qy = tl.load(query + at[None, :] * D + second, mask=known, other=0.0).to(tl.float32) * scale
+        mx = tl.load(mean + head[None, :] * D + first, mask=known, other=0.0)
+        my = tl.load(mean + head[None, :] * D + second, mask=known, other=0.0)
+        # q . R(t) m = sum over pairs of cos(t f) (qx mx + qy my) + sin(t f) (qy mx - qx my)
+        along, across = qx * mx + qy * my, qy * mx - qx * my  # [PAIRS, R]
+        # float16 holds them after division by the largest there can be.
+        size = tl.maximum(tl.sqrt(tl.max(along * along + across * across, axis=0)), 1e-30)
+        along, across = along / size[None, :], across / size[None, :]
+        t = tl.arange(0, POSITIONS)
+        cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
+        sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
+        out = halves + head * length * ROWS_PAD + row
         start = pid // row_blocks * blocks
-        stop = tl.minimum(start + blocks, parts)
-        if start < stop:
-            place = pid % row_blocks * R + tl.arange(0, R)
-            head, row = (place // ROWS_PAD).to(tl.int64), place % ROWS_PAD
-            real = (row < rows) & (head < flat)
-            at = head * rows + row
-            rest = tl.zeros([R], tl.float32)
-            if 2 * PAIRS < D:
-                fixed = ((d >= 2 * PAIRS) & (d < D))[None, :] & real[:, None]
-                q = tl.load(query + at[:, None] * D + d[None, :], mask=fixed, other=0.0).to(tl.float32) * scale
-                rest = tl.sum(q * tl.load(mean + head[:, None] * D + d[None, :], mask=fixed, other=0.0), axis=1)
-            pair = tl.arange(0, pad(PAIRS))
-            live = pair < PAIRS
-            first, second = pair[:, None], pair[:, None] + PAIRS
-            if INTERLEAVED:
-                first, second = pair[:, None] * 2, pair[:, None] * 2 + 1
-            known = live[:, None] & real[None, :]
-            qx = tl.load(query + at[None, :] * D + first, mask=known, other=0.0).to(tl.float32) * scale
-            qy = tl.load(query + at[None, :] * D + second, mask=known, other=0.0).to(tl.float32) * scale
-            mx = tl.load(mean + head[None, :] * D + first, mask=known, other=0.0)
-            my = tl.load(mean + head[None, :] * D + second, mask=known, other=0.0)
-            # q . R(t) m = sum over pairs of cos(t f) (qx mx + qy my) + sin(t f) (qy mx - qx my)
-            along, across = qx * mx + qy * my, qy * mx - qx * my  # [PAIRS, R]
-            # float16 holds them after division by the largest there can be.
-            size = tl.maximum(tl.sqrt(tl.max(along * along + across * across, axis=0)), 1e-30)
-            along, across = along / size[None, :], across / size[None, :]
-            t = tl.arange(0, POSITIONS)
-            cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
-            sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
-            out = halves + head * length * ROWS_PAD + row
-            c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=live, other=0.0)
-            s = tl.load(coarse + start * (2 * PAIRS) + PAIRS + pair, mask=live, other=0.0)
-            for block in range(start, stop):
-                # Turned to the block's first position; the angles from there on are those of `fine`.
-                x = (along * c[:, None] + across * s[:, None]).to(tl.float16)
-                y = (across * c[:, None] - along * s[:, None]).to(tl.float16)
-                # A condition on scalars sets how many are read: Triton 3.9's interpreter takes no mask made from one.
-                ahead = (block + 1) * (2 * PAIRS) + pair
-                some = pair < tl.where(block + 1 < stop, PAIRS, 0)
-                c = tl.load(coarse + ahead, mask=some, other=0.0)
-                s = tl.load(coarse + ahead + PAIRS, mask=some, other=0.0)
-                scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
-                scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
-                position = block * POSITIONS + t
-                mask = (position < scored)[:, None] & (head < flat)[None, :]
-                tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)
+        stop = tl.minimum(start + blocks, tl.cdiv(scored, POSITIONS))
+        # Conditions on scalars decide how many pairs are read: Triton 3.9's interpreter takes no mask made from them.
+        some = pair < tl.where(start < stop, PAIRS, 0)
+        c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=some, other=0.0)
+        s = tl.load(coarse + start * (2 * PAIRS) + PAIRS + pair, mask=some, other=0.0)
+        for block in range(start, stop):
+            # Turned to the block's first position; the angles from there on are those of `fine`.
+            x = (along * c[:, None] + across * s[:, None]).to(tl.float16)
+            y = (across * c[:, None] - along * s[:, None]).to(tl.float16)
+            ahead = (block + 1) * (2 * PAIRS) + pair
+            some = pair < tl.where(block + 1 < stop, PAIRS, 0)
+            c = tl.load(coarse + ahead, mask=some, other=0.0)
+            s = tl.load(coarse + ahead + PAIRS, mask=some, other=0.0)
+            scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
+            scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
+            position = block * POSITIONS + t
+            mask = (position < scored)[:, None] & (head < flat)[None, :]
+            tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)

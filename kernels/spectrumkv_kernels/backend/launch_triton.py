@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class Held(NamedTuple):
         addresses: Nested as the tensors are.
     """
 
-    tensors: Any
+    tensors: torch.Tensor | tuple[Any, ...] | Callable[[], Any]
     addresses: Any
 
     def data_ptr(self) -> Any:

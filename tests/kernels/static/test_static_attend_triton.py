@@ -8,7 +8,7 @@ from reference import error, frequencies
 
 from spectrumkv_kernels import CODECS, Codec, Rotary
 from spectrumkv_kernels.backend.dispatch import VARIABLE
-from spectrumkv_kernels.static import operations, reference
+from spectrumkv_kernels.static import reference
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, STATE, Layout, Room
 
 attend_triton = pytest.importorskip("spectrumkv_kernels.static.triton_attend")
@@ -272,7 +272,9 @@ def test_shares(bytes_of_a_share, device, monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [20, 512])
 def test_other_head_dims_go_to_the_reference(head_dim, device):
-    layout = layout_of((Room(8, 80), Room(4, 320)) if head_dim == 512 else (), head_dim=head_dim, ring=300, capacity=300)
+    layout = layout_of(
+        (Room(8, 80), Room(4, 320)) if head_dim == 512 else (), head_dim=head_dim, ring=300, capacity=300
+    )
     buffer, state = empty(layout) if not layout.rooms else (torch.zeros(layout.size, dtype=torch.uint8), None)
     state = torch.zeros(STATE, dtype=torch.int32)
     for length in range(5):
