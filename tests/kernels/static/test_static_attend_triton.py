@@ -296,8 +296,9 @@ def test_tensors_on_another_device(name, device):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_adds_and_attends(device):
+def test_a_captured_graph_adds_and_attends(device, monkeypatch):
     """Over the boundary of a block, and round the ring; bit for bit as without a graph."""
+    monkeypatch.delenv(VARIABLE)
     triton_append = pytest.importorskip("spectrumkv_kernels.static.triton_append")
     layout = layout_of(batch=2, head_dim=64, dtype=torch.bfloat16)
     first, steps = 60, 200
