@@ -118,7 +118,7 @@ def test_the_interpreter_sees_an_overflow(launches):
 @pytest.fixture
 def processors(monkeypatch):
     """Sets how many multiprocessors the attention shares its work out to."""
-    functions = attention_triton._work, attention_triton._shares
+    functions = attention_triton.work_of, attention_triton._shares
 
     def forget():
         for function in functions:

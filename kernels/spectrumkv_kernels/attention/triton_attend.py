@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from spectrumkv_kernels.attention.triton_counts import counted
 from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane
 
 WEIGHT_PEAK = tl.constexpr(14)
@@ -20,12 +21,19 @@ def _capped(s, bias, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _hidden(
-    s, token, live, positions, q_at, row_mask, mask_stride, mask_first, mask_lowest, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr,
+    s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, COUNTED: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[N, R]`, in units of log2, with what a row may not see at -inf."""
+    """Scores `[N, R]`, in units of log2, with what a row may not see at -inf.
+
+    `positions` are those of the tokens; of a ring, where one follows another, the first.
+    """
     if CAUSAL or WINDOW or RAGGED or MASK != "none":
-        position = tl.load(positions + token, mask=live, other=-1)[:, None]
+        position = positions + token
+        if not RING:
+            position = tl.load(position, mask=live, other=-1)
+        position = position[:, None]
         seen = live[:, None]
         if RAGGED:
             seen = seen & (position >= 0)
@@ -34,8 +42,12 @@ def _hidden(
         if WINDOW:
             seen = seen & (position > q_at[None, :] - window)
         if MASK != "none":
-            column = position - mask_first
-            seen = seen & (column >= 0)
+            if COUNTED is None:
+                column = position - (length - mask_columns)
+                seen = seen & (column >= 0)
+            else:
+                column = position
+                seen = seen & (column < mask_columns)
             entry = tl.load(row_mask[None, :] + column.to(tl.int64) * mask_stride, mask=seen, other=0)
             if MASK == "bool":
                 seen = seen & (entry != 0)
@@ -60,7 +72,7 @@ def _affine(stored, token, live, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
 
 INTEGERS = [
     *("rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "length", "splits", "window"),
-    *("mask_batch", "mask_head", "mask_query", "mask_stride", "mask_first"),
+    *("mask_batch", "mask_head", "mask_query", "mask_stride", "mask_columns", "recent"),
 ]
 """Arguments for whose values nothing is compiled anew."""
 
@@ -71,9 +83,11 @@ def attend_kernel(
     halves,  # of `prepare_kernel`
     floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; factor
     segments,  # of each: keys, values, positions; of coded ones scales and zero points of keys, of values
-    mask,
+    mask,  # its columns are the last positions; COUNTED: the first ones
+    counts,  # COUNTED: of `counted`
+    totals,  # COUNTED: tokens of each segment but the tail, [blocks tiered, segments - 1]
     sizes,  # of each: tokens, tokens that fit, as 2n + 3 (never 1 nor divisible by 16, so nothing is recompiled)
-    chunks,  # of each: tokens that a program reads, likewise
+    chunks,  # of each: tokens that a program reads, likewise; COUNTED: its column in `totals`
     rotated_at,
     state_at,
     factor_at,
@@ -86,9 +100,10 @@ def attend_kernel(
     mask_head,
     mask_query,
     mask_stride,
-    mask_first,
+    mask_columns,
     mask_lowest,
     window,
+    recent,  # COUNTED: of `counted`
     scale,
     softcap,
     BITS: tl.constexpr,
@@ -106,11 +121,15 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Attention of the rows of one KV head over a share of every segment.
 
     Tokens are rows of the products and queries, which are few, columns: those come in eights, rows in sixteens.
+
+    Where `COUNTED` is not None, how many tokens there are is read on the device. The last segment is the tail then, a
+    ring in which the token at position `p` lies at `p - origin` modulo its size. `length` is what there is room for.
     """
     if ROWS_PAD <= R:
         bh = tl.program_id(0).to(tl.int64)
@@ -121,25 +140,45 @@ def attend_kernel(
         first = tl.program_id(0) % blocks * R
     row = first + tl.arange(0, R)
     real = row < rows
+    stride = length  # of the mean's scores
+    if COUNTED is not None:
+        length, done, tail, origin = counted(counts, recent, COUNTED)
+        held = ()
+        for i in tl.static_range(len(BITS) - 1):
+            column = (chunks[i] - 3) // 2
+            held = held + (tl.load(totals + done * (len(BITS) - 1) + column),)
+        tail = tl.maximum(tail, length - (sizes[len(BITS) - 1][1] - 3) // 2)
+        held = held + (length - tail,)
     q_at = length - queries + row % queries
     head = (bh % kv_heads) * (rows // queries) + row // queries
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
     row_mask += (row % queries).to(tl.int64) * mask_query
     part = tl.program_id(1)
     for i in tl.static_range(len(BITS)):
-        size = (sizes[i][0] - 3) // 2
         room = (sizes[i][1] - 3) // 2
-        chunk = (chunks[i] - 3) // 2
+        if COUNTED is None:
+            size = (sizes[i][0] - 3) // 2
+            chunk = (chunks[i] - 3) // 2
+        else:
+            size = held[i]
+            chunk = tl.cdiv(size, tl.num_programs(1) * TILES[i]) * TILES[i]
+            part = i * tl.num_programs(1) + tl.program_id(1)
         begin = tl.program_id(1) * chunk
+        at_row = (bh * splits + part) * rows + row
         if begin < size:
             # Tokens are counted from `begin` on: the offsets of a program's own fit 32 bits, those from the start of
             # all rows, heads and tokens need not.
             count = tl.minimum(chunk, size - begin)
-            base = bh * room + begin
-            at_row = (bh * splits + part) * rows + row
-            out = floats + at_row[None, :] * DV
-            positions = segments[i][2] + (begin if SHARED[i] else base)
             N: tl.constexpr = TILES[i]
+            RING: tl.constexpr = COUNTED is not None and i == len(BITS) - 1
+            if RING:
+                positions = tail + begin
+                slot = (positions - origin) % room
+                base = bh * room + slot
+            else:
+                base = bh * room + begin
+                positions = segments[i][2] + (begin if SHARED[i] else base)
+            out = floats + at_row[None, :] * DV
             m = tl.full([R], float("-inf"), tl.float32)
             total = tl.zeros([N, R], tl.float32)
             if BITS[i] == 16:
@@ -154,13 +193,16 @@ def attend_kernel(
                 for start in tl.range(0, count, N, num_stages=STAGES):
                     token = start + tl.arange(0, N)
                     live = token < count
-                    k = tl.load(keys + token[:, None] * D + d[None, :], mask=live[:, None] & (d < D), other=0)
+                    place = token
+                    if RING:
+                        place = tl.where(slot + token < room, token, token - room)
+                    k = tl.load(keys + place[:, None] * D + d[None, :], mask=live[:, None] & (d < D), other=0)
                     bias = tl.where(live, 0.0, float("-inf"))[:, None]
                     s = dot(k, q, tl.zeros([N, R], tl.float32)) * scale + bias
                     s = _capped(s, bias, softcap, SOFTCAP)
                     s = _hidden(
-                        s, token, live, positions, q_at, row_mask, mask_stride, mask_first, mask_lowest, window,
-                        CAUSAL, WINDOW, RAGGED, MASK,
+                        s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
+                        window, CAUSAL, WINDOW, RAGGED, MASK, COUNTED, RING,
                     )  # fmt: skip
                     peak = tl.maximum(m, tl.max(s, axis=0))
                     safe = tl.where(peak == float("-inf"), 0.0, peak)
@@ -169,7 +211,7 @@ def attend_kernel(
                     p = tl.exp2(s - safe[None, :])
                     total = total * alpha + p
                     v = tl.load(
-                        values + token[None, :] * DV + dv[:, None], mask=live[None, :] & (dv < DV)[:, None], other=0
+                        values + place[None, :] * DV + dv[:, None], mask=live[None, :] & (dv < DV)[:, None], other=0
                     )
                     acc = dot(v, p.to(v.dtype), acc * alpha)
                 tl.store(out + dv[:, None], acc, mask=real[None, :] & (dv < DV)[:, None])
@@ -212,13 +254,13 @@ def attend_kernel(
                     s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
                     if MEAN:
                         at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
-                        place = halves + (bh * length + at)[:, None] * ROWS_PAD + term[None, :]
+                        place = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
                         c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
                         s += dot(c, pick, tl.zeros([N, R], tl.float32))
                     s = _capped(s, bias, softcap, SOFTCAP)
                     s = _hidden(
-                        s, token, live, positions, q_at, row_mask, mask_stride, mask_first, mask_lowest, window,
-                        CAUSAL, WINDOW, RAGGED, MASK,
+                        s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
+                        window, CAUSAL, WINDOW, RAGGED, MASK, COUNTED, RING,
                     )  # fmt: skip
                     # The reference exponent is that of p times the value's scale, so that float16 holds the product.
                     t = s + tl.log2(tl.maximum(vs, 2.0**-24))[:, None]
@@ -245,6 +287,10 @@ def attend_kernel(
                     tl.store(out + channel[:, None], acc, mask=real[None, :] & (wv < WV)[:, None])
             tl.store(floats + state_at + at_row * 2, m, mask=real)
             tl.store(floats + state_at + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
-        part += tl.cdiv(size, chunk)
+        elif COUNTED is not None:
+            tl.store(floats + state_at + at_row * 2, tl.full([R], float("-inf"), tl.float32), mask=real)
+            tl.store(floats + state_at + at_row * 2 + 1, tl.zeros([R], tl.float32), mask=real)
+        if COUNTED is None:
+            part += tl.cdiv(size, chunk)
     if OVERLAPS:
         gdc_launch_dependents()

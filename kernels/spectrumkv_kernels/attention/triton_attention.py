@@ -107,7 +107,7 @@ def _laid(segment: Segment) -> _Laid:
             segment = _contiguous(segment)
             room = segment.positions.shape[-1]
         held = _held(segment)
-        traits = (held.tensors[0].dtype, *[address % 16 for address in held.addresses])
+        traits = (held.made()[0].dtype, *[address % 16 for address in held.addresses])
         found = _Laid(held, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), traits)
         segment.known[__name__] = found
     return found
@@ -170,22 +170,19 @@ def tiered_attention(
     kv_heads, value_dim, bits = held[0].positions.shape[1], laid[0].dims[1], tuple([s.bits for s in held])
     flat, rows = batch * kv_heads, heads // kv_heads * queries
     device, query = query.device, query.contiguous()
-    plan = _plan(rows, dim, value_dim, bits, query.dtype, device)
+    plan = plan_of(rows, dim, value_dim, bits, query.dtype, device)
     if plan is None:
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    _check_device("segments", held[0].positions, device)
-    # With a cap the scores must be in natural units first; else exp2 saves a product.
-    units = float(scale) if softcap is not None else scale * LOG2E.value
-    coded = bits[0] < 16
-    centred = mean is not None and coded
-    work = _work(
-        plan, flat, rows, dim, value_dim, length if centred else 0, tuple([s.tokens for s in laid]),
-        tuple([s.room for s in laid]), device,
+    check_device("segments", held[0].positions, device)
+    centred = mean is not None and bits[0] < 16
+    work = work_of(
+        plan, flat, rows, length if centred else 0, tuple([s.tokens for s in laid]), tuple([s.room for s in laid]),
+        device,
     )  # fmt: skip
-    kernels = _kernels(
+    kernels = kernels_of(
         plan,
         codec.symmetric,
         codec.hadamard,
@@ -193,23 +190,84 @@ def tiered_attention(
         len(rotary.inv_freq),
         rotary.interleaved,
         tuple([s.shared for s in laid]),
-        "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive",
+        mask_kind(mask),
         queries > 1 and mask is None,
         window is not None and mask is None,
         ragged,
         softcap is not None,
         sinks is not None,
     )
-    rotated_at, state_at, factor_at = work.rotated_at, work.state_at, work.factor_at
+    return launch(
+        kernels,
+        work,
+        query,
+        Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid])),
+        kv_heads=kv_heads,
+        value_dim=value_dim,
+        length=length,
+        scale=scale,
+        mean=mean,
+        rotary=rotary,
+        mask=mask,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        traits=(work.trait, query.dtype, query.data_ptr() % 16),
+        segment_traits=tuple([s.trait for s in laid]),
+    )
+
+
+def launch(
+    kernels: "Kernels",
+    work: "Work",
+    query: torch.Tensor,
+    segments: Held,
+    *,
+    kv_heads: int,
+    value_dim: int,
+    length: int,
+    scale: float,
+    mean: torch.Tensor | Held | None,
+    rotary: Rotary,
+    mask: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    traits: Any,
+    segment_traits: Any = None,
+    counts: torch.Tensor | None = None,
+    totals: Held | None = None,
+    recent: int = 0,
+) -> torch.Tensor:
+    """Launch the three kernels on what has been worked out for them.
+
+    Args:
+        kernels, work: Of `kernels_of` and `work_of`.
+        query: Contiguous, `[batch, heads, queries, head_dim]`.
+        segments: Tensors of each, those in codes first, as `attend_kernel` takes them.
+        kv_heads, value_dim: Of the segments.
+        length: Tokens seen, or where they are counted on the device, those that there is room for.
+        scale, window, softcap, sinks: As in `tiered_attention`.
+        mean, rotary: As in `tiered_attention`.
+        mask: As in `tiered_attention`; where tokens are counted on the device its columns are the first positions.
+        traits: What of the query, `work`, `counts` and `totals` decides which code is compiled.
+        segment_traits: Likewise of the segments.
+        counts, totals, recent: As `attend_kernel` takes them where tokens are counted on the device.
+    """
+    (batch, heads, queries, _), device = query.shape, query.device
+    rows, rotated_at, state_at, factor_at = work.rows, work.rotated_at, work.state_at, work.factor_at
+    # With a cap the scores must be in natural units first; else exp2 saves a product.
+    units = float(scale) if softcap is not None else scale * LOG2E.value
     halves = torch.empty(work.halves, dtype=torch.float16, device=device)
     floats = torch.empty(work.floats, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
-    traits = (work.trait, query.dtype, query.data_ptr() % 16)
+    counted = query if counts is None else counts
     known: tuple[Any, ...]
     strides: tuple[int, ...]
     with on_device(query):
-        if coded:
-            centre, fine, coarse = query, query, query
+        if work.coded_splits:
+            centre: torch.Tensor | Held = query
+            fine, coarse = query, query
             if mean is not None:
                 centre, (fine, coarse) = mean, _tables(length, rotary, device)
             kernels.prepare(
@@ -221,26 +279,28 @@ def tiered_attention(
                     "coarse": coarse,
                     "halves": halves,
                     "floats": floats,
+                    "counts": counted,
                 },
                 {
                     "rotated_at": rotated_at,
                     "factor_at": factor_at,
                     "rows": rows,
-                    "flat": flat,
+                    "flat": work.flat,
                     "turning": work.turning,
                     "row_blocks": work.row_blocks,
                     "blocks": work.each,
                     "length": length,
+                    "recent": recent,
                     "scale": units,
                 },
                 (traits, centre.data_ptr() % 16),
             )
-        masked, strides, lowest, first = query, (0, 0, 0, 0), 0.0, 0
-        known = (traits, *[s.trait for s in laid])
+        masked, strides, lowest, columns = query, (0, 0, 0, 0), 0.0, 0
+        known = (traits, segment_traits)
         if mask is not None:
-            _check_device("mask", mask, device)
-            masked, strides, lowest, first = _masking(mask, length)
-            known = (*known, trait((masked, *strides, first)))
+            check_device("mask", mask, device)
+            masked, strides, lowest, columns = _masking(mask)
+            known = (*known, trait((masked, *strides, columns)))
         mask_batch, mask_head, mask_query, mask_stride = strides
         kernels.attend(
             work.grid,
@@ -248,8 +308,10 @@ def tiered_attention(
                 "query": query,
                 "halves": halves,
                 "floats": floats,
-                "segments": Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid])),
+                "segments": segments,
                 "mask": masked,
+                "counts": counted,
+                "totals": query if totals is None else totals,
             },
             {
                 "sizes": work.sizes,
@@ -266,9 +328,10 @@ def tiered_attention(
                 "mask_head": mask_head,
                 "mask_query": mask_query,
                 "mask_stride": mask_stride,
-                "mask_first": first,
+                "mask_columns": columns,
                 "mask_lowest": lowest,
                 "window": window or 0,
+                "recent": recent,
                 "scale": units,
                 "softcap": float(softcap or 0),
             },
@@ -276,11 +339,11 @@ def tiered_attention(
         )
         known = traits
         if sinks is not None:
-            _check_device("sinks", sinks, device)
+            check_device("sinks", sinks, device)
             known = (traits, trait(sinks))
         kernels.merge(
-            (flat * rows, 1, 1),
-            {"partial": floats, "sinks": query if sinks is None else sinks, "out": out},
+            (work.flat * rows, 1, 1),
+            {"partial": floats, "sinks": query if sinks is None else sinks, "counts": counted, "out": out},
             {
                 "state_at": state_at,
                 "rows": rows,
@@ -292,6 +355,11 @@ def tiered_attention(
             known,
         )
     return out
+
+
+def mask_kind(mask: torch.Tensor | None) -> str:
+    """What `kernels_of` calls it."""
+    return "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
 
 
 def _is_exact(segment: Segment) -> bool:
@@ -311,7 +379,7 @@ def _overlaps(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Plan:
+class Plan:
     """What does not change while a cache grows.
 
     Attributes:
@@ -341,14 +409,14 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
+def plan_of(
     rows: int,
     dim: int,
     value_dim: int,
     bits: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> _Plan | None:
+) -> Plan | None:
     """None where the kernels don't do this."""
     if not _covers(dtype, dim, value_dim, bits):
         return None
@@ -356,7 +424,7 @@ def _plan(
     columns = min(max(rows_pad, 8), ROWS)
     block = triton.next_power_of_2(value_dim)
     wide = max(triton.next_power_of_2(dim), block, 128)
-    return _Plan(
+    return Plan(
         dim=dim,
         value_dim=value_dim,
         bits=bits,
@@ -371,7 +439,7 @@ def _plan(
     )
 
 
-class _Kernels(NamedTuple):
+class Kernels(NamedTuple):
     """The three, for one kind of call."""
 
     prepare: Launcher
@@ -380,8 +448,8 @@ class _Kernels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _kernels(
-    plan: _Plan,
+def kernels_of(
+    plan: Plan,
     symmetric: bool,
     hadamard: bool,
     centred: bool,
@@ -394,7 +462,9 @@ def _kernels(
     ragged: bool,
     softcap: bool,
     sinks: bool,
-) -> _Kernels:
+    counted: tuple[int, ...] | None = None,
+) -> Kernels:
+    """The kernels for a kind of call; `counted` is what they take as `COUNTED`."""
     prepare = {
         "D": plan.dim,
         "PAIRS": pairs,
@@ -406,6 +476,7 @@ def _kernels(
         "ROWS_PAD": plan.rows_pad,
         "TURNED": TURNED,
         "R": PREPARED,
+        "COUNTED": counted,
     }
     attend = {
         "BITS": plan.bits,
@@ -423,6 +494,7 @@ def _kernels(
         "SOFTCAP": softcap,
         "TILES": plan.tiles,
         "STAGES": STAGES,
+        "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
     }
     merge = {
@@ -431,22 +503,24 @@ def _kernels(
         "HADAMARD": hadamard and plan.coded > 0,
         "SINKS": sinks,
         "S": MERGED,
+        "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
     }
     # The merge may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both
     # at their predecessors' start was slower: programs that wait take the places of others.
     early = {"launch_pdl": True} if plan.overlaps else {}
-    return _Kernels(
+    return Kernels(
         Launcher(prepare_kernel, prepare, **PREPARE_OPTIONS),
         Launcher(attend_kernel, attend, **OPTIONS),
         Launcher(merge_kernel, merge, **early),
     )
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """How a step's work is shared out, the same for all layers with as many tokens in each tier.
 
     Attributes:
+        flat, rows: KV heads of the whole batch, and query rows of each.
         halves, floats: Elements of the workspaces.
         rotated_at, state_at, factor_at: Where their parts begin.
         turning, scoring: Programs of `prepare_kernel` that rotate queries, and that score the mean.
@@ -459,6 +533,8 @@ class _Work(NamedTuple):
         trait: What of these numbers decides which code is compiled.
     """
 
+    flat: int
+    rows: int
     halves: int
     floats: int
     rotated_at: int
@@ -477,31 +553,38 @@ class _Work(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _work(
-    plan: _Plan,
+def work_of(
+    plan: Plan,
     flat: int,
     rows: int,
-    dim: int,
-    value_dim: int,
     scored: int,
     tokens: tuple[int, ...],
     rooms: tuple[int, ...],
     device: torch.device,
-) -> _Work:
-    """Work for `tokens` in each segment and the mean's scores at `scored` positions."""
+    columns: tuple[int, ...] | None = None,
+) -> Work:
+    """Work for `tokens` in each segment and the mean's scores at `scored` positions.
+
+    With `columns`, those of the table of totals, tokens are counted on the device, which shares them out itself; here
+    they are the most there may be. All programs have a part of every segment then.
+    """
     read = sum(cost * size for cost, size in zip(plan.costs, tokens, strict=True))
     shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
     chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(tokens, plan.tiles, strict=True)]
     counts = [-(-size // chunk) for size, chunk in zip(tokens, chunks, strict=True)]
+    if columns is not None:
+        chunks, counts = list(columns), [shares] * len(tokens)
     splits = sum(counts)
     row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-scored // FINE)
     each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device))), 1)
     rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
-    state_at = flat * splits * rows * value_dim
+    state_at = flat * splits * rows * plan.value_dim
     factor_at = state_at + flat * splits * rows * 2
     sizes = tuple((2 * size + 3, 2 * room + 3) for size, room in zip(tokens, rooms, strict=True))
-    return _Work(
-        halves=rotated_at + flat * rows * dim,
+    return Work(
+        flat=flat,
+        rows=rows,
+        halves=rotated_at + flat * rows * plan.dim,
         floats=factor_at + flat * rows * 2,
         rotated_at=rotated_at,
         state_at=state_at,
@@ -519,19 +602,18 @@ def _work(
     )
 
 
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device != device:  # the kernel would read what lies at that address on its own
         raise ValueError(f"{name} must lie on {device}, as the query does, got {tensor.device}")
 
 
-def _masking(mask: torch.Tensor, length: int) -> tuple[torch.Tensor, tuple[int, ...], float, int]:
-    """The mask for the kernel, its strides, what hides, and the position of its first column."""
-    sizes, strides = mask.shape, mask.stride()
-    first = length - sizes[3]
-    strides = (*(0 if n == 1 else s for n, s in zip(sizes[:3], strides[:3], strict=True)), strides[3])
+def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], float, int]:
+    """The mask for the kernel, its strides, what hides, and how many columns it has."""
+    (batch, heads, queries, columns), steps = mask.shape, mask.stride()
+    strides = (steps[0] if batch > 1 else 0, steps[1] if heads > 1 else 0, steps[2] if queries > 1 else 0, steps[3])
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), strides, 0.0, first
-    return mask, strides, torch.finfo(mask.dtype).min / 2, first
+        return mask.view(torch.uint8), strides, 0.0, columns
+    return mask, strides, torch.finfo(mask.dtype).min / 2, columns
 
 
 def _held(segment: Segment) -> Held:

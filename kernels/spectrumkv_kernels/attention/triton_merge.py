@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from spectrumkv_kernels.attention.triton_counts import refused
 from spectrumkv_kernels.attention.triton_dot import LOG2E
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
@@ -12,6 +13,7 @@ from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 def merge_kernel(
     partial,  # of `attend_kernel`
     sinks,  # [heads]
+    counts,  # COUNTED: of `refused`
     out,  # [batch * kv_heads, rows, DV]
     state_at,
     rows,
@@ -24,9 +26,13 @@ def merge_kernel(
     HADAMARD: tl.constexpr,
     SINKS: tl.constexpr,
     S: tl.constexpr,
+    COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Join the parts of one row. Grid: batch x heads x rows."""
+    """Join the parts of one row. Grid: batch x heads x rows.
+
+    Where `COUNTED` is not None, parts that have no tokens hold no sums; their weight is 0.
+    """
     if OVERLAPS:
         gdc_wait()
     state = partial + state_at
@@ -51,8 +57,12 @@ def merge_kernel(
         i = start + tl.arange(0, S)
         at = (bh * splits + i) * rows + row
         weight = tl.exp2(tl.load(state + at * 2, mask=i < splits, other=float("-inf")) - peak)
-        total += weight * tl.load(state + at * 2 + 1, mask=i < splits, other=0.0)
-        x = tl.load(partial + at[:, None] * DV + d[None, :], mask=(i < splits)[:, None] & (d < DV)[None, :], other=0.0)
+        summed = tl.load(state + at * 2 + 1, mask=i < splits, other=0.0)
+        total += weight * summed
+        there = i < splits
+        if COUNTED is not None:
+            there = there & (summed != 0)
+        x = tl.load(partial + at[:, None] * DV + d[None, :], mask=there[:, None] & (d < DV)[None, :], other=0.0)
         x *= weight[:, None]
         if HADAMARD:
             turned += tl.sum(tl.where((i < coded)[:, None], x, 0.0), axis=0)
@@ -66,4 +76,6 @@ def merge_kernel(
     if SINKS:
         norm += tl.exp2(sink - peak)
     plain /= tl.where(norm > 0, norm, 1.0)
+    if COUNTED is not None:
+        plain = tl.where(refused(counts, COUNTED), float("nan"), plain)
     tl.store(out + (bh * rows + row) * DV + d, plain, mask=d < DV)

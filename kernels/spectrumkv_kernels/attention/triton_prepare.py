@@ -3,11 +3,15 @@
 import triton
 import triton.language as tl
 
+from spectrumkv_kernels.attention.triton_counts import counted
 from spectrumkv_kernels.attention.triton_dot import SUBNORMAL, dot, pad
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
+INTEGERS = ["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length", "recent"]
+"""Arguments for whose values nothing is compiled anew."""
 
-@triton.jit(do_not_specialize=["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length"])
+
+@triton.jit(do_not_specialize=INTEGERS)
 def prepare_kernel(
     query,  # [flat, rows, D]
     mean,  # [flat, D] float32
@@ -15,6 +19,7 @@ def prepare_kernel(
     coarse,  # [positions / POSITIONS, 2 * PAIRS] float32: cos and sin of POSITIONS t f
     halves,
     floats,
+    counts,  # COUNTED: of `counted`
     rotated_at,
     factor_at,
     rows,
@@ -23,6 +28,7 @@ def prepare_kernel(
     row_blocks,
     blocks,
     length,
+    recent,  # COUNTED: of `counted`
     scale,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -34,6 +40,7 @@ def prepare_kernel(
     ROWS_PAD: tl.constexpr,
     TURNED: tl.constexpr,
     R: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
 
@@ -42,6 +49,8 @@ def prepare_kernel(
         rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
             `factor_at` on in `floats`.
+
+    Where `COUNTED` is not None, `length` is what there is room for, and scored are the positions before the tail.
     """
     BLOCK_D: tl.constexpr = pad(D)
     d = tl.arange(0, BLOCK_D)
@@ -62,6 +71,12 @@ def prepare_kernel(
         tl.store(factor + line * 2 + 1, tl.sum(x.to(tl.float32), axis=1) / SUBNORMAL, mask=given)
     elif MEAN:
         pid = tl.program_id(0) - turning
+        scored = length
+        if COUNTED is not None:
+            _, _, scored, _ = counted(counts, recent, COUNTED)
+            parts = tl.cdiv(scored, POSITIONS)
+            blocks = tl.cdiv(parts, (tl.num_programs(0) - turning) // row_blocks)
+            flat = tl.where(pid // row_blocks * blocks < parts, flat, 0)  # a program without positions reads no head
         place = pid % row_blocks * R + tl.arange(0, R)
         head, row = (place // ROWS_PAD).to(tl.int64), place % ROWS_PAD
         real = (row < rows) & (head < flat)
@@ -91,7 +106,7 @@ def prepare_kernel(
         sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
         out = halves + head * length * ROWS_PAD + row
         start = pid // row_blocks * blocks
-        stop = tl.minimum(start + blocks, tl.cdiv(length, POSITIONS))
+        stop = tl.minimum(start + blocks, tl.cdiv(scored, POSITIONS))
         # Conditions on scalars decide how many pairs are read: Triton 3.9's interpreter takes no mask made from them.
         some = pair < tl.where(start < stop, PAIRS, 0)
         c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=some, other=0.0)
@@ -107,5 +122,5 @@ def prepare_kernel(
             scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
             scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
             position = block * POSITIONS + t
-            mask = (position < length)[:, None] & (head < flat)[None, :]
+            mask = (position < scored)[:, None] & (head < flat)[None, :]
             tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)

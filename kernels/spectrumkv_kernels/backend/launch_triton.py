@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,18 +27,23 @@ def shared(positions: torch.Tensor) -> bool:
 
 
 class Held(NamedTuple):
-    """Tensors that a kernel takes as tuples, and their addresses in tuples alike.
+    """A tensor or tuples of tensors, as a kernel takes them, and the addresses in tuples alike.
 
     Attributes:
-        tensors, addresses: Alike nested.
+        tensors: Or a function that makes them, where they are not there yet: most launches need only the addresses.
+        addresses: Nested as the tensors are.
     """
 
-    tensors: tuple[torch.Tensor | Any, ...]
-    addresses: tuple[Any, ...]
+    tensors: torch.Tensor | tuple[Any, ...] | Callable[[], Any]
+    addresses: Any
 
-    def data_ptr(self) -> tuple[Any, ...]:
+    def data_ptr(self) -> Any:
         """The addresses, by the name that tensors have for theirs."""
         return self.addresses
+
+    def made(self) -> Any:
+        """The tensors."""
+        return self.tensors() if callable(self.tensors) else self.tensors
 
 
 @functools.cache
@@ -116,5 +121,5 @@ class Launcher:
         if given != kernel.arg_names:
             name = kernel.fn.__name__
             raise TypeError(f"{name} takes {', '.join(kernel.arg_names)}; given were {', '.join(given)}")
-        values = [tensor.tensors if type(tensor) is Held else tensor for tensor in tensors.values()]
+        values = [tensor.made() if type(tensor) is Held else tensor for tensor in tensors.values()]
         return kernel[grid](*values, *numbers.values(), *self._values, **self._options)

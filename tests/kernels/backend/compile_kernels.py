@@ -34,13 +34,15 @@ def compile_only(self, *args, grid, warmup, **options):
 JITFunction.run = compile_only
 
 import torch  # noqa: E402
+from reference import frequencies  # noqa: E402
 from test_attention import build, randn  # noqa: E402
 
-from spectrumkv_kernels import CODECS  # noqa: E402
+from spectrumkv_kernels import CODECS, Rotary  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
 from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
 from spectrumkv_kernels.static import triton_append as append_triton  # noqa: E402
+from spectrumkv_kernels.static import triton_attend as attend_triton  # noqa: E402
 from spectrumkv_kernels.static.layout import STATE, Layout, Room  # noqa: E402
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
 
@@ -88,8 +90,23 @@ for codec, head_dim, dtype, rooms in (
     keys = randn(1, 2, 1, head_dim).to(dtype)
     rotary = build(((16, 5),), head_dim=head_dim).rotary
     layout = Layout(
-        1, 2, head_dim, head_dim, dtype, 400, 250, rooms, 128, 4, False, "kv_norm", 0.1, CODECS[codec], rotary
+        1, 2, head_dim, head_dim, dtype, 400, 250, rooms, 128, 4, False, False, "kv_norm", 0.1, CODECS[codec], rotary
     )
     append_triton.append(torch.empty(layout.size, dtype=torch.uint8), state, keys, keys, layout)
 checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
+# Layers of fixed capacity, the counts of which are on the device.
+for head_dim, rooms, options in (
+    (64, (Room(16, 8), Room(8, 80), Room(4, 320)), {"sinks": randn(8)}),
+    (128, (Room(16, 8), Room(8, 80), Room(4, 320)), {}),
+    (256, (Room(8, 80), Room(4, 320)), {"softcap": 30.0}),
+    (128, (), {"window": 90}),
+):
+    layout = Layout(
+        1, 2, head_dim, head_dim, torch.bfloat16, 400, 80, rooms, 8, 4, False, False, "kv_norm", 0.0, CODECS["spectrum"],
+        Rotary(frequencies(head_dim // 2)),
+    )  # fmt: skip
+    buffer, state = torch.zeros(layout.size, dtype=torch.uint8), torch.zeros(STATE, dtype=torch.int32)
+    query = randn(1, 8, 1, head_dim).bfloat16()
+    for mask in (None, torch.ones(1, 1, 1, 400, dtype=torch.bool), torch.zeros(1, 1, 1, 400).bfloat16()):
+        attend_triton.attend(query, buffer, state, layout, scale=0.1, mask=mask, **options)
 print(*sorted(compiled))

@@ -78,6 +78,22 @@ def test_the_private_launcher_only_where_it_was_tested(text, ways, version, monk
     assert all(call[1:] == arguments for call in kernel.calls)
 
 
+@pytest.mark.parametrize(("text", "made"), [(min(launch_triton.DIRECT), 1), ("99.0", 3)])
+def test_tensors_are_made_where_addresses_do_not_do(text, made, version, monkeypatch):
+    version(text)
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    monkeypatch.setattr(
+        launch_triton, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    )
+    kernel, a, b, calls = Kernel(), torch.zeros(4), torch.ones(4), []
+    held = Held(lambda: calls.append(1) or (b,), (b.data_ptr(),))
+    launcher = Launcher(kernel, {"KIND": "constant"})
+    for _ in range(3):
+        launcher((2, 1, 1), {"tensor": a, "held": held}, {"count": 3, "scale": 0.5}, "known")
+    assert len(calls) == made
+    assert all(call[2] == (a.data_ptr(), (b.data_ptr(),)) for call in kernel.calls)
+
+
 def test_without_what_is_known_of_the_arguments_it_is_the_public_way(version, monkeypatch):
     """A kernel may specialise on numbers then."""
     version(min(launch_triton.DIRECT))
