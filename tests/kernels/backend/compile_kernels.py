@@ -102,8 +102,8 @@ for head_dim, rooms, options in (
     (128, (), {"window": 90}),
 ):
     layout = Layout(
-        1, 2, head_dim, head_dim, torch.bfloat16, 400, 80, rooms, 8, 4, False, False, "kv_norm", 0.0, CODECS["spectrum"],
-        Rotary(frequencies(head_dim // 2)),
+        1, 2, head_dim, head_dim, torch.bfloat16, 400, 80, rooms, 8, 4, False, False, "kv_norm", 0.0,
+        CODECS["spectrum"], Rotary(frequencies(head_dim // 2)),
     )  # fmt: skip
     buffer, state = torch.zeros(layout.size, dtype=torch.uint8), torch.zeros(STATE, dtype=torch.int32)
     query = randn(1, 8, 1, head_dim).bfloat16()

@@ -207,7 +207,7 @@ def test_without_tiers(ring, dtype, device):
 
 @pytest.mark.parametrize("length", LENGTHS[2:])
 def test_a_layer_of_which_the_host_tiered_the_first_blocks(length, device):
-    """The same tokens in the same places, and tables that begin later."""
+    """The same tokens in the same arenas; tables and the ring begin later."""
     layout = layout_of(head_dim=32)
     buffer, state = filled(layout)[length]
     query = randn(1, 4, 1, 32, seed=length)
@@ -217,6 +217,8 @@ def test_a_layer_of_which_the_host_tiered_the_first_blocks(length, device):
         moved, later = buffer.clone(), state.clone()
         views = layout.views(moved)
         views.totals.copy_(layout.views(buffer).totals.roll(-first, 0))
+        for side in (views.keys, views.values):
+            side.copy_(side.roll(-first * BLOCK, 2))
         later[BASE] = first * BLOCK
         assert torch.equal(attend(query, moved, later, layout, device, scale=0.3), expected)
 
