@@ -66,7 +66,7 @@ def cache_maker(name: str, model: PreTrainedModel, capacity: int | None = None) 
     return lambda: SpectrumCache(config=model.config, budget=budget, max_cache_len=capacity)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what a static cache makes in inference mode can't be changed outside
 def fill(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> None:
     """Put `tokens` random keys and values into every layer, in chunks, as a prefill in chunks would."""
     config = model.config

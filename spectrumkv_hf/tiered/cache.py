@@ -356,7 +356,9 @@ class TieredCache(Cache):
         """What `_update` checks, for a step that asks the device nothing."""
         self.check_whole()
         before = next((b for b in reversed(self.layers[: layer.layer_idx]) if isinstance(b, SpectrumLayer)), None)
-        if before is not None and None not in (before.count, layer.count) and before.count != layer.count + 1:
+        if before is None or before.count is None or layer.count is None:
+            return
+        if before.count != layer.count + 1:
             raise RuntimeError(
                 f"layer {before.layer_idx} holds {before.count} tokens, layer {layer.layer_idx} would hold "
                 f"{layer.count + 1}: a forward was interrupted. Call reset(), and give the whole prompt again"

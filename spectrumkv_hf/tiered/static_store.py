@@ -11,6 +11,7 @@ from spectrumkv_hf.policy import DROPPED, TIERS, Counts, Policy, Tier, increment
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore
 from spectrumkv_kernels import Codec, Rotary
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, number_of
+from spectrumkv_kernels.static.operations import prepare
 
 assert BLOCK == TAIL_STEP, "eager and compiled decoding tier alike"
 
@@ -166,6 +167,7 @@ class StaticStore(TieredStore):
                 torch._dynamo.mark_static(tensor)
             self.step = Step(buffer, state, layout, number_of(layout))
             self._views, self._tables = layout.views(buffer), ()
+            prepare(buffer, layout)
         return self._views
 
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
@@ -243,7 +245,8 @@ class StaticStore(TieredStore):
             How many tokens it refused because the layer was full.
         """
         assert self.step is not None and self._views is not None and self._published
-        (length, _, base, refused), layout, now, views = self.step.state[:4].tolist(), *self._parts()
+        length, _, base, refused = self.step.state[:4].tolist()
+        layout, now, views = self.step.layout, self._contents, self._views
         done = layout.done(length, base)
         start = max(base + BLOCK * done, length - layout.ring) if not layout.rooms else base + BLOCK * done
         tail = length - start
@@ -272,10 +275,6 @@ class StaticStore(TieredStore):
         if refused:
             self._published = False
         return refused
-
-    def _parts(self) -> tuple[Layout, Contents, Views]:
-        assert self.step is not None and self._views is not None
-        return self.step.layout, self._contents, self._views
 
     # -- as every store -----------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def _shares(heads: int, most: int, device: torch.device) -> int:
 
 
 @keep_longest(4096)
-def _tables(length: int, rotary: Rotary, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(length: int, rotary: Rotary, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `Rotary.steps`, the fine angles in float16, and the coarse ones."""
     if not rotary.inv_freq:
         return torch.zeros(1, dtype=torch.float16, device=device), torch.zeros(1, device=device)
@@ -269,7 +269,7 @@ def launch(
             centre: torch.Tensor | Held = query
             fine, coarse = query, query
             if mean is not None:
-                centre, (fine, coarse) = mean, _tables(length, rotary, device)
+                centre, (fine, coarse) = mean, tables(length, rotary, device)
             kernels.prepare(
                 (work.turning + work.scoring, 1, 1),
                 {

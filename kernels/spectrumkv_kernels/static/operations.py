@@ -7,6 +7,12 @@ from spectrumkv_kernels.backend.dispatch import Operation
 from spectrumkv_kernels.static import reference
 
 
+def _triton_prepare() -> Callable[..., Any]:
+    from spectrumkv_kernels.static import triton_attend
+
+    return triton_attend.prepare
+
+
 def _triton_append() -> Callable[..., Any]:
     from spectrumkv_kernels.static import triton_append
 
@@ -19,5 +25,6 @@ def _triton_attend() -> Callable[..., Any]:
     return triton_attend.attend
 
 
+prepare = Operation(reference.prepare, triton=_triton_prepare)
 append = Operation(reference.append, triton=_triton_append)
 attend = Operation(reference.attend, triton=_triton_attend)

@@ -9,6 +9,15 @@ from spectrumkv_kernels.segment import Segment
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 
 
+def prepare(buffer: torch.Tensor, layout: Layout) -> None:
+    """Make what the operations keep between calls, which must not first come about while a graph is captured.
+
+    Args:
+        buffer: As in `append`; not read.
+        layout: Of it.
+    """
+
+
 def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:
     """Tier the block that is due, if one is, and add a token.
 

@@ -355,7 +355,7 @@ def _launcher(**constants: Any) -> Launcher:
 
 
 @keep(1024)
-def _prepared(layout: Layout, device: torch.device) -> _Prepared | None:
+def prepared(layout: Layout, device: torch.device) -> _Prepared | None:
     """None where the kernel can't do it."""
     if not _fits(layout):
         return None
@@ -402,11 +402,11 @@ def _prepared(layout: Layout, device: torch.device) -> _Prepared | None:
 
 def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:
     """As `reference.append`. The host reads nothing and waits for nothing, so a CUDA graph can be captured."""
-    prepared = _prepared(layout, buffer.device)
-    if prepared is None:
+    plan = prepared(layout, buffer.device)
+    if plan is None:
         twin.append(buffer, state, keys, values, layout)
         return
-    keys, values, table = contiguous_rows(keys), contiguous_rows(values), prepared.table
+    keys, values, table = contiguous_rows(keys), contiguous_rows(values), plan.table
     if table is None:
         table = buffer  # which is not read as such
     elif table.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -415,7 +415,7 @@ def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values
     value_batch, value_head, *_ = values.stride()
     strides = {"key_batch": key_batch, "key_head": key_head, "value_batch": value_batch, "value_head": value_head}
     known = (
-        prepared.trait,
+        plan.trait,
         keys.dtype,
         values.dtype,
         buffer.data_ptr() % 16,
@@ -425,9 +425,9 @@ def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values
         max(key_batch, key_head, value_batch, value_head) < 1 << 31 or trait((*strides.values(),)),
     )
     with on_device(buffer):
-        prepared.launcher(
-            prepared.grid,
+        plan.launcher(
+            plan.grid,
             {"buffer": buffer, "state": state, "keys": keys, "values": values, "table": table},
-            {**strides, **prepared.numbers},
+            {**strides, **plan.numbers},
             known,
         )

@@ -16,12 +16,14 @@ from spectrumkv_kernels.attention.triton_attention import (
     launch,
     mask_kind,
     plan_of,
+    tables,
     work_of,
 )
 from spectrumkv_kernels.backend.launch_triton import Held
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.static import reference
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, Layout
+from spectrumkv_kernels.static.triton_append import prepared
 
 COUNTED = (LENGTH, BASE, REFUSED, BLOCK)
 """Where the kernels find counts in a layer's state."""
@@ -88,6 +90,13 @@ def _call(
     segments.append((starts["keys"], starts["values"], starts["totals"]))
     recent = layout.recent_window if layout.tiers else layout.capacity
     return _Call(kernels, work, centred, recent, order, tuple(segments), starts["totals"], starts["mean"])
+
+
+def prepare(buffer: torch.Tensor, layout: Layout) -> None:
+    """As `reference.prepare`: the tables of the rotation."""
+    prepared(layout, buffer.device)
+    if layout.codec.center and layout.tiers:
+        tables(layout.capacity, layout.rotary, buffer.device)
 
 
 def attend(

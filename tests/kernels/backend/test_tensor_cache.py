@@ -44,7 +44,7 @@ KEPT = {
     "table": lambda: ROTARY.table(100, CPU),
     "steps": lambda: ROTARY.steps(256, 100, CPU),
     "counting": lambda: store._counting_to(100, CPU),
-    "attention's tables": lambda: triton_attention()._tables(100, ROTARY, CPU)[0],
+    "attention's tables": lambda: triton_attention().tables(100, ROTARY, CPU)[0],
 }
 
 
