@@ -283,7 +283,7 @@ class SpectrumLayer(CacheLayerMixin):
             self.capacity is not None
             and not self.undecodable
             and not getattr(self, "record_past", False)
-            and not (self.on_update or self.on_attention or self.on_final)
+            and not (self.on_update.some or self.on_attention.some or self.on_final.some)
         )
 
     @property

@@ -9,11 +9,15 @@ Told = ParamSpec("Told")
 class Listeners(Generic[Told]):
     """Functions that are called one after another, in the order in which they were added; what one raises comes out.
 
+    Attributes:
+        some: Whether there are any; a plain attribute, which compilers can follow.
+
     A copy, as `deepcopy` and `pickle` make it, has none: who listens to a layer does not listen to its copies.
     """
 
     def __init__(self) -> None:
         self._all: dict[object, Callable[Told, None]] = {}
+        self.some = False
 
     def add(self, listener: Callable[Told, None]) -> Callable[[], None]:
         """Call `listener` from now on.
@@ -23,9 +27,11 @@ class Listeners(Generic[Told]):
         """
         key = object()
         self._all[key] = listener
+        self.some = True
 
         def remove() -> None:
             self._all.pop(key, None)
+            self.some = bool(self._all)
 
         return remove
 
