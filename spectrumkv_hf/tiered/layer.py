@@ -289,7 +289,7 @@ class SpectrumLayer(CacheLayerMixin):
     @property
     def _static(self) -> Step:
         """Where a decode step finds the layer, which is published."""
-        return self._held.step  # type: ignore[union-attr, return-value]
+        return self._held.step  # type: ignore[union-attr]
 
     @property
     def steps_alone(self) -> bool:

@@ -202,7 +202,7 @@ def attend_kernel(
                     s = _capped(s, bias, softcap, SOFTCAP)
                     s = _hidden(
                         s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
-                        window, CAUSAL, WINDOW, RAGGED, MASK, COUNTED, RING,
+                        window, CAUSAL, WINDOW, RAGGED, "bool" if MASK == "folded" else MASK, COUNTED, RING,
                     )  # fmt: skip
                     peak = tl.maximum(m, tl.max(s, axis=0))
                     safe = tl.where(peak == float("-inf"), 0.0, peak)
@@ -257,10 +257,12 @@ def attend_kernel(
                         place = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
                         c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
                         s += dot(c, pick, tl.zeros([N, R], tl.float32))
+                        if MASK == "folded":  # half the least number of float16, with which it is hidden
+                            s = tl.where(s < -32752.0, float("-inf"), s)
                     s = _capped(s, bias, softcap, SOFTCAP)
                     s = _hidden(
                         s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
-                        window, CAUSAL, WINDOW, RAGGED, MASK, COUNTED, RING,
+                        window, CAUSAL, WINDOW, RAGGED, "none" if MASK == "folded" else MASK, COUNTED, RING,
                     )  # fmt: skip
                     # The reference exponent is that of p times the value's scale, so that float16 holds the product.
                     t = s + tl.log2(tl.maximum(vs, 2.0**-24))[:, None]

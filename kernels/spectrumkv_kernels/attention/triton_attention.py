@@ -115,22 +115,18 @@ def _laid(segment: Segment) -> _Laid:
 
 def _room(segment: Segment) -> int | None:
     """Tokens that the buffers behind a segment hold for each row and head; None where they are laid out otherwise."""
-    bits, keys, values, positions = segment
+    _, keys, values, positions = segment
     batch, heads, tokens = positions.shape
-    if bits < 16:
-        tensors = (*keys, *values, positions)
-        return tokens if all(t.is_contiguous() for t in tensors) else None
+    sides = (*keys, *values) if isinstance(keys, Quantized) else (keys, values)
     rooms = set()
-    for t in (keys, values):
+    for t in sides if shared(positions) else (*sides, positions.unsqueeze(-1)):
         strides, dim = t.stride(), t.shape[3]
         room = strides[1] // dim if heads > 1 else strides[0] // dim if batch > 1 else tokens
-        if strides[3] != 1 or (tokens > 1 and strides[2] != dim):
+        if (dim > 1 and strides[3] != 1) or (tokens > 1 and strides[2] != dim):
             return None
         if (heads > 1 and strides[1] != room * dim) or (batch > 1 and strides[0] != heads * room * dim):
             return None
         rooms.add(room)
-    if not shared(positions):
-        rooms.add(tokens if positions.is_contiguous() else -1)
     return rooms.pop() if len(rooms) == 1 else None
 
 
@@ -263,7 +259,13 @@ def launch(
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
     counted = query if counts is None else counts
     known: tuple[Any, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    masked, lowest, columns, mask_trait = query, 0.0, 0, None
+    if mask is not None:
+        check_device("mask", mask, device)
+        masked, strides, lowest, columns = _masking(mask)
+        mask_trait = trait((masked, *strides, columns))
+    mask_batch, mask_head, mask_query, mask_stride = strides
     with on_device(query):
         if work.coded_splits:
             centre: torch.Tensor | Held = query
@@ -280,6 +282,7 @@ def launch(
                     "halves": halves,
                     "floats": floats,
                     "counts": counted,
+                    "mask": masked,
                 },
                 {
                     "rotated_at": rotated_at,
@@ -291,17 +294,15 @@ def launch(
                     "blocks": work.each,
                     "length": length,
                     "recent": recent,
+                    "kv_heads": kv_heads,
+                    "mask_batch": mask_batch,
+                    "mask_stride": mask_stride,
+                    "mask_columns": columns,
                     "scale": units,
                 },
-                (traits, centre.data_ptr() % 16),
+                (traits, centre.data_ptr() % 16, mask_trait),
             )
-        masked, strides, lowest, columns = query, (0, 0, 0, 0), 0.0, 0
-        known = (traits, segment_traits)
-        if mask is not None:
-            check_device("mask", mask, device)
-            masked, strides, lowest, columns = _masking(mask)
-            known = (*known, trait((masked, *strides, columns)))
-        mask_batch, mask_head, mask_query, mask_stride = strides
+        known = (traits, segment_traits, mask_trait)
         kernels.attend(
             work.grid,
             {
@@ -355,6 +356,11 @@ def launch(
             known,
         )
     return out
+
+
+FOLDED = "folded"
+"""A boolean mask that is the same for all heads, and that the scores of the mean take in for coded tokens: read in the
+order of positions, it costs nothing there."""
 
 
 def mask_kind(mask: torch.Tensor | None) -> str:
@@ -464,7 +470,7 @@ def kernels_of(
     sinks: bool,
     counted: tuple[int, ...] | None = None,
 ) -> Kernels:
-    """The kernels for a kind of call; `counted` is what they take as `COUNTED`."""
+    """The kernels for a kind of call; `counted` is what they take as `COUNTED`, and `mask` its kind."""
     prepare = {
         "D": plan.dim,
         "PAIRS": pairs,
@@ -476,6 +482,7 @@ def kernels_of(
         "ROWS_PAD": plan.rows_pad,
         "TURNED": TURNED,
         "R": PREPARED,
+        "FOLDS": mask == FOLDED,
         "COUNTED": counted,
     }
     attend = {

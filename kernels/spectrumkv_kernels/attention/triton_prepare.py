@@ -7,7 +7,10 @@ from spectrumkv_kernels.attention.triton_counts import counted
 from spectrumkv_kernels.attention.triton_dot import SUBNORMAL, dot, pad
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
-INTEGERS = ["rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length", "recent"]
+INTEGERS = [
+    *("rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length", "recent"),
+    *("kv_heads", "mask_batch", "mask_stride", "mask_columns"),
+]
 """Arguments for whose values nothing is compiled anew."""
 
 
@@ -20,6 +23,7 @@ def prepare_kernel(
     halves,
     floats,
     counts,  # COUNTED: of `counted`
+    mask,  # FOLDS: of each row of the batch and position
     rotated_at,
     factor_at,
     rows,
@@ -29,6 +33,10 @@ def prepare_kernel(
     blocks,
     length,
     recent,  # COUNTED: of `counted`
+    kv_heads,
+    mask_batch,
+    mask_stride,
+    mask_columns,
     scale,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -40,6 +48,7 @@ def prepare_kernel(
     ROWS_PAD: tl.constexpr,
     TURNED: tl.constexpr,
     R: tl.constexpr,
+    FOLDS: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
     """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
@@ -49,6 +58,8 @@ def prepare_kernel(
         rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
             `factor_at` on in `floats`.
+
+    Where it folds the mask in, the offset of a position that it hides is the least number of float16.
 
     Where `COUNTED` is not None, `length` is what there is room for, and scored are the positions before the tail.
     """
@@ -122,5 +133,9 @@ def prepare_kernel(
             scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
             scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
             position = block * POSITIONS + t
-            mask = (position < scored)[:, None] & (head < flat)[None, :]
-            tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=mask)
+            there = (position < scored)[:, None] & (head < flat)[None, :]
+            if FOLDS:
+                entry = mask + (head // kv_heads)[None, :] * mask_batch + position.to(tl.int64)[:, None] * mask_stride
+                seen = tl.load(entry, mask=there & (position < mask_columns)[:, None], other=0)
+                scores = tl.where(seen != 0, scores, -65504.0)
+            tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=there)

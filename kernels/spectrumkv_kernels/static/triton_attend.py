@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from spectrumkv_kernels.attention.triton_attention import (
+    FOLDED,
     Kernels,
     Work,
     check_device,
@@ -71,6 +72,8 @@ def _call(
         return None
     codec, rotary = layout.codec, layout.rotary
     centred = codec.center and plan.coded > 0
+    if mask == FOLDED and (not centred or softcap):
+        mask = "bool"
     tokens = (*[rooms[i].tokens for i in order], layout.ring)
     scored = layout.capacity if centred else 0
     work = work_of(plan, flat, rows, scored, tokens, tokens, device, (*order, 0))
@@ -117,7 +120,7 @@ def attend(
     """
     device, query = query.device, query.contiguous()
     call = _call(
-        layout, query.shape[1], query.dtype, device, mask_kind(mask), window is not None and mask is None,
+        layout, query.shape[1], query.dtype, device, _kind(mask), window is not None and mask is None,
         softcap is not None, sinks is not None,
     )  # fmt: skip
     if call is None:
@@ -148,6 +151,11 @@ def attend(
         totals=Held(functools.partial(_view, layout, buffer, "totals"), first + call.totals),
         recent=call.recent,
     )
+
+
+def _kind(mask: torch.Tensor | None) -> str:
+    kind = mask_kind(mask)
+    return FOLDED if mask is not None and kind == "bool" and mask.shape[1] == 1 else kind
 
 
 @functools.lru_cache(maxsize=1024)
