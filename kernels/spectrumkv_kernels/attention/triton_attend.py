@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from spectrumkv_kernels.attention.triton_counts import counted
+from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, tokens_of
 from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane
 
 WEIGHT_PEAK = tl.constexpr(14)
@@ -143,12 +143,7 @@ def attend_kernel(
     stride = length  # of the mean's scores
     if COUNTED is not None:
         length, done, tail, origin = counted(counts, recent, COUNTED)
-        held = ()
-        for i in tl.static_range(len(BITS) - 1):
-            column = (chunks[i] - 3) // 2
-            held = held + (tl.load(totals + done * (len(BITS) - 1) + column),)
-        tail = tl.maximum(tail, length - (sizes[len(BITS) - 1][1] - 3) // 2)
-        held = held + (length - tail,)
+        tail = tl.maximum(tail, length - (sizes[len(BITS) - 1][1] - 3) // 2)  # a ring holds no more
     q_at = length - queries + row % queries
     head = (bh % kv_heads) * (rows // queries) + row // queries
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
@@ -160,9 +155,8 @@ def attend_kernel(
             size = (sizes[i][0] - 3) // 2
             chunk = (chunks[i] - 3) // 2
         else:
-            size = held[i]
-            chunk = tl.cdiv(size, tl.num_programs(1) * TILES[i]) * TILES[i]
-            part = i * tl.num_programs(1) + tl.program_id(1)
+            size = tokens_of(totals, done, length - tail, chunks[i], i, len(BITS))
+            chunk = chunk_of(size, tl.num_programs(1), TILES[i])
         begin = tl.program_id(1) * chunk
         at_row = (bh * splits + part) * rows + row
         if begin < size:
@@ -289,10 +283,6 @@ def attend_kernel(
                     tl.store(out + channel[:, None], acc, mask=real[None, :] & (wv < WV)[:, None])
             tl.store(floats + state_at + at_row * 2, m, mask=real)
             tl.store(floats + state_at + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
-        elif COUNTED is not None:
-            tl.store(floats + state_at + at_row * 2, tl.full([R], float("-inf"), tl.float32), mask=real)
-            tl.store(floats + state_at + at_row * 2 + 1, tl.zeros([R], tl.float32), mask=real)
-        if COUNTED is None:
-            part += tl.cdiv(size, chunk)
+        part += tl.cdiv(size, chunk)
     if OVERLAPS:
         gdc_launch_dependents()

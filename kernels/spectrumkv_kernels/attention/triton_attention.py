@@ -46,8 +46,9 @@ OPTIONS = {"num_warps": 2, "maxnreg": 168}
 RESIDENT = 6
 """Programs of `attend_kernel` with these options that a multiprocessor holds at once."""
 PREPARE_OPTIONS = {"num_warps": 4}
-MERGED = 32
-"""Parts that are joined at a time."""
+MERGED = 128
+"""Parts that are joined at a time: there are few programs, so each has much in flight."""
+MERGE_OPTIONS = {"num_warps": 16}
 PREPARE_RESIDENT = 4
 
 
@@ -344,13 +345,23 @@ def launch(
             known = (traits, trait(sinks))
         kernels.merge(
             (work.flat * rows, 1, 1),
-            {"partial": floats, "sinks": query if sinks is None else sinks, "counts": counted, "out": out},
             {
+                "partial": floats,
+                "sinks": query if sinks is None else sinks,
+                "counts": counted,
+                "totals": query if totals is None else totals,
+                "out": out,
+            },
+            {
+                "sizes": work.sizes,
+                "chunks": work.chunks,
                 "state_at": state_at,
                 "rows": rows,
                 "queries": queries,
                 "kv_heads": kv_heads,
                 "splits": work.splits,
+                "shares": work.grid[1],
+                "recent": recent,
                 "coded": work.coded_splits,
             },
             known,
@@ -469,6 +480,7 @@ def kernels_of(
     softcap: bool,
     sinks: bool,
     counted: tuple[int, ...] | None = None,
+    kv_heads: int = 1,
 ) -> Kernels:
     """The kernels for a kind of call; `counted` is what they take as `COUNTED`, and `mask` its kind."""
     prepare = {
@@ -483,6 +495,7 @@ def kernels_of(
         "TURNED": TURNED,
         "R": PREPARED,
         "FOLDS": mask == FOLDED,
+        "ALIKE": kv_heads * plan.rows_pad % PREPARED == 0,
         "COUNTED": counted,
     }
     attend = {
@@ -510,12 +523,14 @@ def kernels_of(
         "HADAMARD": hadamard and plan.coded > 0,
         "SINKS": sinks,
         "S": MERGED,
+        "TILES": plan.tiles,
+        "CODED": plan.coded,
         "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
     }
     # The merge may be launched while the last programs of `attend_kernel` run. Launching that one early, too, or both
     # at their predecessors' start was slower: programs that wait take the places of others.
-    early = {"launch_pdl": True} if plan.overlaps else {}
+    early = MERGE_OPTIONS | ({"launch_pdl": True} if plan.overlaps else {})
     return Kernels(
         Launcher(prepare_kernel, prepare, **PREPARE_OPTIONS),
         Launcher(attend_kernel, attend, **OPTIONS),

@@ -19,6 +19,24 @@ def counted(counts, recent, COUNTED: tl.constexpr):
 
 
 @triton.jit
+def tokens_of(totals, done, tail, column, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Tokens of a segment: those of an arena once `done` blocks have been tiered, and of the tail, which comes last.
+
+    `column` is that of the arena in the table of totals, as `2n + 3`.
+    """
+    if SEGMENT == SEGMENTS - 1:
+        return tail
+    else:
+        return tl.load(totals + done * (SEGMENTS - 1) + (column - 3) // 2)
+
+
+@triton.jit
+def chunk_of(size, shares, TILE: tl.constexpr):
+    """Tokens that each of the programs reads which share a segment; one tile at least."""
+    return tl.maximum(tl.cdiv(size, shares * TILE), 1) * TILE
+
+
+@triton.jit
 def refused(counts, COUNTED: tl.constexpr):
     """Whether the layer was full when a token came."""
     return tl.load(counts + COUNTED[2]) != 0

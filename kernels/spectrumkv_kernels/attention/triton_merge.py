@@ -4,46 +4,63 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from spectrumkv_kernels.attention.triton_counts import refused
+from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, refused, tokens_of
 from spectrumkv_kernels.attention.triton_dot import LOG2E
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard
 
+INTEGERS = ["state_at", "rows", "queries", "kv_heads", "splits", "coded", "shares", "recent"]
+"""Arguments for whose values nothing is compiled anew."""
 
-@triton.jit(do_not_specialize=["state_at", "rows", "queries", "kv_heads", "splits", "coded"])
+
+@triton.jit(do_not_specialize=INTEGERS)
 def merge_kernel(
     partial,  # of `attend_kernel`
     sinks,  # [heads]
-    counts,  # COUNTED: of `refused`
+    counts,  # COUNTED: of `counted`
+    totals,  # COUNTED: as in `attend_kernel`
     out,  # [batch * kv_heads, rows, DV]
+    sizes,  # as in `attend_kernel`
+    chunks,  # likewise
     state_at,
     rows,
     queries,
     kv_heads,
-    splits,
+    splits,  # parts that there is room for
+    shares,  # COUNTED: programs that share a segment
+    recent,  # COUNTED: of `counted`
     coded,  # the first splits that hold sums of codes, which are to be rotated back
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
     HADAMARD: tl.constexpr,
     SINKS: tl.constexpr,
     S: tl.constexpr,
+    TILES: tl.constexpr,
+    CODED: tl.constexpr,  # segments in codes
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Join the parts of one row. Grid: batch x heads x rows.
-
-    Where `COUNTED` is not None, parts that have no tokens hold no sums; their weight is 0.
-    """
+    """Join the parts of one row. Grid: batch x heads x rows."""
     if OVERLAPS:
         gdc_wait()
+    parts = splits
+    if COUNTED is not None:
+        length, done, tail, _ = counted(counts, recent, COUNTED)
+        tail = tl.maximum(tail, length - (sizes[len(TILES) - 1][1] - 3) // 2)
+        parts = 0
+        for k in tl.static_range(len(TILES)):
+            size = tokens_of(totals, done, length - tail, chunks[k], k, len(TILES))
+            parts += tl.cdiv(size, chunk_of(size, shares, TILES[k]))
+            if k == CODED - 1:
+                coded = parts
     state = partial + state_at
     bh = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     d = tl.arange(0, BLOCK)
-    top = tl.full([S], float("-inf"), tl.float32)
-    for start in range(0, splits, S):
-        i = start + tl.arange(0, S)
+    top = tl.full([4 * S], float("-inf"), tl.float32)
+    for start in range(0, parts, 4 * S):
+        i = start + tl.arange(0, 4 * S)
         top = tl.maximum(
-            top, tl.load(state + ((bh * splits + i) * rows + row) * 2, mask=i < splits, other=float("-inf"))
+            top, tl.load(state + ((bh * splits + i) * rows + row) * 2, mask=i < parts, other=float("-inf"))
         )
     peak = tl.max(top, axis=0)
     if SINKS:
@@ -53,15 +70,12 @@ def merge_kernel(
     total = tl.zeros([S], tl.float32)
     turned = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, splits, S):
+    for start in range(0, parts, S):
         i = start + tl.arange(0, S)
+        there = i < parts
         at = (bh * splits + i) * rows + row
-        weight = tl.exp2(tl.load(state + at * 2, mask=i < splits, other=float("-inf")) - peak)
-        summed = tl.load(state + at * 2 + 1, mask=i < splits, other=0.0)
-        total += weight * summed
-        there = i < splits
-        if COUNTED is not None:
-            there = there & (summed != 0)
+        weight = tl.exp2(tl.load(state + at * 2, mask=there, other=float("-inf")) - peak)
+        total += weight * tl.load(state + at * 2 + 1, mask=there, other=0.0)
         x = tl.load(partial + at[:, None] * DV + d[None, :], mask=there[:, None] & (d < DV)[None, :], other=0.0)
         x *= weight[:, None]
         if HADAMARD:

@@ -49,6 +49,7 @@ def prepare_kernel(
     TURNED: tl.constexpr,
     R: tl.constexpr,
     FOLDS: tl.constexpr,
+    ALIKE: tl.constexpr,  # all places of a program are of one row of the batch
     COUNTED: tl.constexpr,
 ):
     """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
@@ -135,7 +136,18 @@ def prepare_kernel(
             position = block * POSITIONS + t
             there = (position < scored)[:, None] & (head < flat)[None, :]
             if FOLDS:
-                entry = mask + (head // kv_heads)[None, :] * mask_batch + position.to(tl.int64)[:, None] * mask_stride
-                seen = tl.load(entry, mask=there & (position < mask_columns)[:, None], other=0)
+                if ALIKE:
+                    of = mask + (pid % row_blocks * R // ROWS_PAD // kv_heads).to(tl.int64) * mask_batch
+                    seen = tl.load(
+                        of + position.to(tl.int64) * mask_stride,
+                        mask=position < tl.minimum(scored, mask_columns),
+                        other=0,
+                    )[:, None]
+                else:
+                    of = mask + (head // kv_heads)[None, :] * mask_batch
+                    seen = tl.load(
+                        of + position.to(tl.int64)[:, None] * mask_stride,
+                        mask=there & (position < mask_columns)[:, None], other=0,
+                    )  # fmt: skip
                 scores = tl.where(seen != 0, scores, -65504.0)
             tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=there)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -105,6 +105,14 @@ class Layout:
     decay: float
     codec: Codec
     rotary: Rotary
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Kept, because every step looks up what belongs to the layout."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def tiers(self) -> bool:
