@@ -4,11 +4,13 @@ import pytest
 import torch
 from families import left_padded, model
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessor
 
 from spectrumkv_hf import SpectrumCache, cache_argument
 
 SMALL = {"budget": 0.3, "recent_window": 16}
+TOLERANCE = {"fp16": (1e-5, 1e-3), None: (1e-3, 2e-2)}
+"""Median and largest error over all steps. Tokens whose ranks are nearly ties may change tiers by rounding."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,34 @@ def generate(m, lengths, cache, tokens, device="cpu", **kwargs):
     ids, mask = (t.to(device) for t in left_padded(lengths))
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **kwargs}
     return m.generate(ids, attention_mask=mask, **cache_argument(cache, m), **settings)
+
+
+class Forced(LogitsProcessor):
+    """Makes `generate` say given tokens, `[batch, steps]`, so that one near tie does not make all others differ."""
+
+    def __init__(self, tokens, prompt):
+        self.tokens, self.prompt = tokens, prompt
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.shape[1] - self.prompt
+        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step : step + 1], 0.0)
+
+
+def logits(m, lengths, cache, tokens, device="cpu", **settings):
+    """Of each step of `generate` that says `tokens`: `[steps, batch, vocabulary]`."""
+    forced = [Forced(tokens, max(lengths))]
+    settings |= {"logits_processor": forced, "output_logits": True, "return_dict_in_generate": True}
+    return torch.stack(generate(m, lengths, cache, tokens.shape[1], device, **settings).logits)
+
+
+def assert_alike(given, expected, usual, most):
+    """Logits of all steps agree, and so do their largest where they are not nearly ties."""
+    errors = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.median() < usual and errors.max() < most, (errors.median(), errors.max())
+    best = expected.topk(2, dim=-1).values
+    clear = best[..., 0] - best[..., 1] > 2 * (given - expected).abs().amax(-1)
+    assert clear.float().mean() > 0.9
+    assert torch.equal(given.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 def compilations():
@@ -61,14 +91,13 @@ def test_one_graph_for_all_steps_and_caches(family, attention, options):
 @pytest.mark.parametrize("options", [SMALL, {"policy": "fp16"}], ids=["b=.3", "fp16"])
 def test_500_steps_by_inductor(options):
     m = model("llama", "sdpa")
-    compiled = SpectrumCache(m.config, **options, max_cache_len=660)
-    grown = DynamicCache(config=m.config) if "policy" in options else SpectrumCache(m.config, **options)
-    out = generate(m, [150, 101], compiled, 500, compile_config=everywhere("inductor"))
-    assert torch.equal(out, generate(m, [150, 101], grown, 500))
+    cache = SpectrumCache(m.config, **options, max_cache_len=660)
+    other = DynamicCache(config=m.config) if "policy" in options else SpectrumCache(m.config, **options)
+    said = generate(m, [150, 101], other, 500)[:, 150:]
+    other = DynamicCache(config=m.config) if "policy" in options else SpectrumCache(m.config, **options)
+    given = logits(m, [150, 101], cache, said, compile_config=everywhere("inductor"))
     assert compilations() == (1, 0, 0)
-    if not options.get("policy"):
-        compiled.layers[0].settle()
-        assert torch.equal(compiled.tier_map()[0], grown.tier_map()[0])
+    assert_alike(given, logits(m, [150, 101], other, said), *TOLERANCE[options.get("policy")])
 
 
 def test_host_operations_between_compiled_steps():
@@ -111,11 +140,10 @@ def test_on_a_gpu_with_nothing_set(family, attention, options):
     def cache():
         return SpectrumCache(m.config, **options, max_cache_len=660)
 
-    expected = generate(m, [150, 101], cache(), 500, "cuda", disable_compile=True)
-    assert torch.equal(generate(m, [150, 101], cache(), 500, "cuda"), expected)
-    assert compilations() == (1, 0, 0) and not counters["inductor"]["cudagraph_skips"]
-    assert torch.equal(generate(m, [150, 101], cache(), 500, "cuda"), expected)
-    assert compilations() == (1, 0, 0) and not counters["inductor"]["cudagraph_skips"]
+    said = generate(m, [150, 101], cache(), 500, "cuda", disable_compile=True)[:, 150:]
+    eager = logits(m, [150, 101], cache(), said, "cuda", disable_compile=True)
+    for _ in range(2):
+        assert_alike(logits(m, [150, 101], cache(), said, "cuda"), eager, *TOLERANCE[options.get("policy")])
+        assert compilations() == (1, 0, 0) and not counters["inductor"]["cudagraph_skips"]
     grown = DynamicCache(config=m.config) if "policy" in options else SpectrumCache(m.config, **options)
-    same = generate(m, [150, 101], grown, 500, "cuda") == expected
-    assert bool(same[:, :200].all())
+    assert_alike(logits(m, [150, 101], grown, said, "cuda"), eager, 2e-3, 5e-2)

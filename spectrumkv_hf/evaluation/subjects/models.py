@@ -35,7 +35,17 @@ RANDOM = {
         "vocab_size": 128256,
         "max_position_embeddings": 1 << 20,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-    }
+    },
+    "random-smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
 }
 """Llama configs, by name, of models whose random weights serve for timing."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
