@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spectrumkv_hf.policy import DROPPED, TIERS, Counts, Policy, Tier, increments, lifted
-from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore
+from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore, sizes_of
 from spectrumkv_kernels import Codec, Rotary
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, number_of
 from spectrumkv_kernels.static.operations import prepare
@@ -347,9 +347,7 @@ def _decoded(
     totals, rows, dropped = [[tokens for _, tokens in had]], [], []
     for block in range(blocks):
         own = [_row(policy, floor, start + block * BLOCK, pad) for pad in pads or (0,)]
-        sizes = {tier: max(row.get(tier, 0) for row in own) for tier in TIERS}
-        last = next((tier for tier in reversed(TIERS) if sizes[tier]), TIERS[-1])
-        sizes[last] += BLOCK - sum(sizes.values())
+        sizes = sizes_of(own, BLOCK)
         totals.append([count + sizes[tier] for count, tier in zip(totals[-1], tiers, strict=True)])
         rows.append([[row.get(tier, 0) for tier in tiers] for row in own])
         dropped.append(sizes[DROPPED])

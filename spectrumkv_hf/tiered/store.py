@@ -401,9 +401,7 @@ class TieredStore:
 
         rows = [counts(had, new) for had, new in zip(before, now, strict=True)]
         own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
-        sizes = own.amax(0)
-        last = int(sizes.nonzero().max()) if int(sizes.sum()) else len(TIERS) - 1
-        sizes[last] += tokens - sizes.sum()
+        sizes = torch.tensor(list(sizes_of(rows, tokens).values()))
 
         def tier_by(rank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             edges = counts.cumsum(-1)[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
@@ -631,6 +629,17 @@ def _filtered(arenas: Mapping[Tier, Arena], keep: TensorMap) -> tuple[dict[Tier,
 def _ragged(arenas: Mapping[Tier, Arena]) -> bool:
     """Whether some positions are -1; they come first in their rows."""
     return any(bool((arena.positions[..., :1] < 0).any()) for arena in arenas.values())
+
+
+def sizes_of(rows: Sequence[Counts], tokens: int) -> Counts:
+    """How many of `tokens` each tier takes, for all of `TIERS`, where the rows of a batch have these counts.
+
+    The most that a row has; the least precise tier in use takes the padding that is left.
+    """
+    sizes = {tier: max(row.get(tier, 0) for row in rows) for tier in TIERS}
+    last = next((tier for tier in reversed(TIERS) if sizes[tier]), TIERS[-1])
+    sizes[last] += tokens - sum(sizes.values())
+    return sizes
 
 
 def _most(exact: torch.Tensor | None) -> int:
