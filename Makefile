@@ -37,7 +37,8 @@ lint: $(BIN)/installed
 # make test-with-5.23.0+3.9.0 TESTS=tests
 MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
 TESTS ?= tests/tiered tests/probe tests/evaluation/test_baselines.py \
-	$(wildcard tests/kernels/*/*triton*.py tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py)
+	$(filter-out tests/kernels/static/test_static_triton.py, $(wildcard tests/kernels/*/*triton*.py)) \
+	tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
 
 test-with-%: pyproject.toml constraints.txt

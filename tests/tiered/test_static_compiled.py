@@ -70,10 +70,15 @@ def compilations():
     )
 
 
-@pytest.mark.parametrize("options", [SMALL, {"policy": "fp16"}], ids=["b=.3", "fp16"])
 @pytest.mark.parametrize(
-    ("family", "attention"),
-    [("llama", "sdpa"), ("gemma3", "sdpa"), ("gemma2", "spectrumkv"), ("gpt_oss", "spectrumkv")],
+    ("family", "attention", "options"),
+    [
+        ("llama", "sdpa", {"policy": "fp16"}),
+        ("gemma3", "sdpa", SMALL),
+        ("gemma2", "spectrumkv", SMALL),
+        ("gpt_oss", "spectrumkv", SMALL),
+    ],
+    ids=str,
 )
 def test_one_graph_for_all_steps_and_caches(family, attention, options):
     m = model(family, attention)
