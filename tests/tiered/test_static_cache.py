@@ -46,7 +46,7 @@ def assert_alike(cache, other):
         assert (maps[index] != others[index]).float().mean() < 0.05  # a model that repeats itself has many alike
     for a, b in zip(cache.layers, other.layers, strict=True):
         keys = a.as_growing().keys if hasattr(a, "as_growing") else a.keys
-        assert (keys - b.keys).norm() <= 1e-2 * b.keys.norm()
+        assert (keys - b.keys).norm() <= 3e-2 * b.keys.norm()  # 4 bits in the place of 8, for those few
 
 
 @pytest.mark.parametrize("options", [{"policy": "fp16"}, SMALL], ids=["fp16", "b=.3"])
