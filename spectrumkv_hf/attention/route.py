@@ -99,11 +99,15 @@ def _unset(argument: Any) -> bool:
     return argument is None or argument is False
 
 
+def _plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+
+
 def _readable(name: str, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether reading the store directly means the same as what this attention would do."""
     return (
         name in FUSED
-        and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4))
+        and _plain(mask)
         and not kwargs.get("dropout")
         and kwargs.get("is_causal") is not False
         and all(_unset(kwargs.get(argument)) for argument in UNKNOWN)
@@ -151,8 +155,7 @@ def _on_handles(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     layer = key.layer
     whole = isinstance(value, SpectrumHandle) and value.layer is layer and key.stage == value.stage == "heads"
-    plain_mask = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
-    if not whole or key.repeats != 1 or not plain_mask or query.shape[2] != layer.new_tokens:
+    if not whole or key.repeats != 1 or not _plain(attention_mask) or query.shape[2] != layer.new_tokens:
         layer.note_route(False)
         plain = [t.dense() if isinstance(t, SpectrumHandle) else t for t in (key, value)]
         return stock(module, query, *plain, attention_mask, **kwargs)

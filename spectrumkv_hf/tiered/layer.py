@@ -129,6 +129,12 @@ class SpectrumLayer(CacheLayerMixin):
             self._catch_up()
         return self._held
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have no buffer from which they could still learn what steps have done."""
+        if self._moved:
+            self._catch_up()
+        return self.__dict__ | {"_buffer_of": None}
+
     def _catch_up(self) -> None:
         """Learn what decode steps on the device have done.
 

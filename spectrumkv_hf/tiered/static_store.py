@@ -270,10 +270,7 @@ class StaticStore(TieredStore):
             mean = views.mean if self.codec.center and any(tier.bits < 16 for tier in arenas) else now.mean
             contents = contents._replace(arenas=arenas, drops=drops, mean=mean)
         self._contents = contents
-        if start != base:
-            self._published = False
-        if refused:
-            self._published = False
+        self._published = start == base and not refused
         return refused
 
     # -- as every store -----------------------------------------------------------------------------------------------

@@ -161,6 +161,21 @@ def test_between_steps_it_is_a_cache_like_others(family):
         check(each)
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deep", "pickle"]
+)
+def test_copies_right_after_a_step(copied):
+    m = model("gemma3", "sdpa")
+    cache = SpectrumCache(m.config, **SMALL, max_cache_len=CAPACITY)
+    first = generate(m, [150], cache)
+    other = copied(cache)
+    outs = [
+        m.generate(torch.cat((first, prompt(3)), 1), max_new_tokens=70, do_sample=False, **cache_argument(each, m))
+        for each in (other, cache)
+    ]
+    assert torch.equal(*outs) and torch.equal(other.serialize(), cache.serialize())
+
+
 def test_reset_keeps_the_buffers():
     m = model("llama", "sdpa")
     cache = SpectrumCache(m.config, **SMALL, max_cache_len=CAPACITY)
