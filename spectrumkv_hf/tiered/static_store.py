@@ -10,6 +10,7 @@ import torch
 from spectrumkv_hf.policy import DROPPED, TIERS, Counts, Policy, Tier, increments, lifted
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore, sizes_of
 from spectrumkv_kernels import Codec, Rotary
+from spectrumkv_kernels.backend.tensor_cache import keep
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, number_of
 from spectrumkv_kernels.static.operations import prepare
 
@@ -327,7 +328,7 @@ class _Tables:
     most: dict[Tier, int]
 
 
-@functools.lru_cache(maxsize=64)
+@keep(64)
 def _decoded(
     policy: Policy,
     floor: Tier | None,

@@ -122,7 +122,9 @@ def test_scores(length, channels, pairs, interleaved):
         scores = rotary.scores(query, mean, length)
         assert scores.dtype == torch.float32
         assert error(scores, expected) < 1e-6
-        assert error(scores[..., -1], expected[..., -1]) < 1e-5
+        # The last position by itself; one score may be what is left of terms that cancel, hence by their size.
+        size = query.double().norm(dim=-1) * mean.double().norm(dim=-1, keepdim=True)
+        assert ((scores[..., -1] - expected[..., -1]).abs() / size).max() < 1e-6
 
 
 def test_table_grows_between_calls():
