@@ -109,15 +109,15 @@ def stored_bytes(segments: list[Segment]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def attend(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
+def attend(query: torch.Tensor, segments: list[Segment], tokens: int, frame: torch.Tensor, rotary: Rotary) -> Any:
     read = tiered_attention
     return read(
-        query, segments, length=tokens, scale=query.shape[-1] ** -0.5, codec=CODEC, mean=mean, rotary=rotary
+        query, segments, length=tokens, scale=query.shape[-1] ** -0.5, codec=CODEC, frame=frame, rotary=rotary
     )  # fmt: skip
 
 
-def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, mean: torch.Tensor, rotary: Rotary) -> Any:
-    return packed(query, *dense(segments, 0, tokens, DTYPE, CODEC, mean, rotary, True))
+def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, frame: torch.Tensor, rotary: Rotary) -> Any:
+    return packed(query, *dense(segments, 0, tokens, DTYPE, CODEC, frame, rotary, True))
 
 
 def quantized_cache(batch: int, heads: int, tokens: int, dim: int, bits: int = 4) -> tuple[Any, tuple[Any, Any]]:
@@ -158,9 +158,9 @@ def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats:
 def compress(keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], rotary: Rotary) -> None:
     """Mean of the keys, then codes of the tokens `places` of each width."""
     device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
-    mean = key_mean.on(device.type)(keys, positions, rotary)
+    frame = key_mean.on(device.type)(keys, positions, rotary)
     for bits, index in places.items():
-        encode.on(device.type)(keys, values, index.int(), bits, CODEC, mean, rotary, index=index)
+        encode.on(device.type)(keys, values, index.int(), bits, CODEC, frame, rotary, index=index)
 
 
 def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
         for size in sizes:
             batch, tokens = SIZES[size]
             query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPE)
-            mean = torch.randn(batch, kv_heads, dim, device="cuda")
+            frame = torch.randn(batch, kv_heads, dim, device="cuda")
             whole = 2 * batch * kv_heads * tokens * dim * 2
             cases = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
             backend, base = best_sdpa(query, cases)
@@ -213,10 +213,10 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                 segments = [tiered(batch, kv_heads, tokens, dim, tiers)]
                 stored = stored_bytes(segments[0])
                 segments += [tiered(batch, kv_heads, tokens, dim, tiers) for _ in range(copies(stored) - 1)]
-                time = timed([partial(attend, query, s, tokens, mean, rotary) for s in segments])
+                time = timed([partial(attend, query, s, tokens, frame, rotary) for s in segments])
                 yield row(f"SpectrumKV {name}", time, stored)
                 if slow:
-                    time = timed([partial(dequantised, query, s, tokens, mean, rotary) for s in segments[:2]])
+                    time = timed([partial(dequantised, query, s, tokens, frame, rotary) for s in segments[:2]])
                     yield row(f"dequantise {name}, SDPA", time, stored)
                 del segments
                 torch.cuda.empty_cache()

@@ -241,14 +241,15 @@ class BlockCodec:
                         if tier == FP16:
                             described[side] = (*rows, n, spec.head_dim), spec.dtype
                         else:
-                            affine = 1 if self.codec.symmetric else 2
                             described[f"{side}.codes"] = (*rows, n, spec.head_dim * tier.bits // 8), torch.uint8
-                            described[f"{side}.affine"] = (*rows, n, affine), torch.float16
+                            affine, kind = self.codec.affine
+                            described[f"{side}.affine"] = (*rows, n, affine), kind
                 if len(counts) > 1:
                     packed = (rows[0], self._map_heads(rows[1]), -(-spec.tokens // 4))
                     described[f"{prefix}map"] = packed, torch.uint8
                 if self._centred(counts):
-                    described[f"{prefix}mean"] = (*rows, spec.head_dim), torch.float32
+                    size = self.codec.frame_size(spec.head_dim, spec.head_dim)
+                    described[f"{prefix}mean"] = (*rows, size), torch.float32
         return described
 
     # -- layers of one rotation ---------------------------------------------------------------------------------------
@@ -273,8 +274,8 @@ class BlockCodec:
             codes.scatter_(2, arena.positions.long(), code)
         if len(counts) > 1:
             tensors["map"] = pack_map(codes[:, : self._map_heads(keys.shape[1])])
-        if self._centred(counts) and store.mean is not None:
-            tensors["mean"] = store.mean
+        if self._centred(counts) and store.frame is not None:
+            tensors["mean"] = store.frame
         return tensors
 
     def _decode(
@@ -285,20 +286,21 @@ class BlockCodec:
         like = torch.empty(count, spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype, device=device)
         sides = {
             tier: [
-                read_side(held, f"{prefix}{tier.name}.{name}", tier, like, n, self.codec.symmetric)[0]
+                read_side(held, f"{prefix}{tier.name}.{name}", tier, like, n, self.codec)[0]
                 for name in ("keys", "values")
             ]
             for tier, n in counts.items()
         }
-        mean = None
+        coding = None
         if self._centred(counts):
-            mean = held.floats(f"{prefix}mean", (count, spec.kv_heads, spec.head_dim), torch.float32)
+            size = self.codec.frame_size(spec.head_dim, spec.head_dim)
+            coding = held.floats(f"{prefix}mean", (count, spec.kv_heads, size), torch.float32)
         positions = self._positions(held, prefix, spec, count, device)
         arenas = [
             Arena(tier, sides[tier][0], sides[tier][1], where) for tier, where in zip(counts, positions, strict=True)
         ]
         store = TieredStore.assemble(
-            like, like, self.codec, rotary, length=spec.tokens, tail_start=spec.tokens, arenas=arenas, mean=mean
+            like, like, self.codec, rotary, length=spec.tokens, tail_start=spec.tokens, arenas=arenas, frame=coding
         )
         return store.dense()
 

@@ -18,8 +18,10 @@ class Tier(NamedTuple):
 FP16 = Tier("fp16", 16, Fraction(1))
 INT8 = Tier("int8", 8, Fraction(1, 2))
 INT4 = Tier("int4", 4, Fraction(1, 4))
+INT3 = Tier("int3", 3, Fraction(3, 16))
+INT2 = Tier("int2", 2, Fraction(1, 8))
 DROPPED = Tier("dropped", 0, Fraction(0))
-TIERS = (FP16, INT8, INT4, DROPPED)
+TIERS = (FP16, INT8, INT4, INT3, INT2, DROPPED)
 """From the most to the least precise: the most important tokens take the first."""
 
 IMPORTANCE = ("attention", "attention_value", "kv_norm", "positional", "recency", "random")

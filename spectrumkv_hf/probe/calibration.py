@@ -280,9 +280,9 @@ def _recoded(layer: SpectrumLayer, arena: Arena, coding: Coding) -> Arena:
     def decoded(tier: Tier) -> tuple[torch.Tensor, torch.Tensor]:
         if tier == FP16:
             return exact
-        at, codec, mean, rotary = arena.positions, store.codec, store.mean, store.rotary
-        k, v = encode(*exact, at, tier.bits, codec, mean, rotary)
-        return decode(k, v, at, tier.bits, codec, mean, rotary)
+        at, codec, frame, rotary = arena.positions, store.codec, store.frame, store.rotary
+        k, v = encode(*exact, at, tier.bits, codec, frame, rotary)
+        return decode(k, v, at, tier.bits, codec, frame, rotary)
 
     both = decoded(coding.keys)
     sides = both[0], (both if coding.values == coding.keys else decoded(coding.values))[1]

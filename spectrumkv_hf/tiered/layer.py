@@ -50,6 +50,16 @@ def _warn_of_lost_gradients() -> None:
     )
 
 
+MEASURED_QUERIES = 1024
+"""Queries by whose power keys are balanced, at most; they are taken at equal distances."""
+
+
+def _power(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`E[q^2]` of each channel over the queries `[batch, heads, queries, dim]` of each KV head: `[batch, kv_heads, dim]`."""
+    some = query[:, :, :: -(-query.shape[2] // MEASURED_QUERIES)].float()
+    return some.square().mean(2).unflatten(1, (kv_heads, -1)).mean(2)
+
+
 class Attention(NamedTuple):
     """An attention over a layer's last update, as `spectrumkv_kernels.tiered_attention` takes it."""
 
@@ -97,7 +107,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
         self.capacity = capacity
-        self.undecodable = undecodable(policy)
+        self.undecodable = undecodable(policy, codec)
         self._direct = False  # the last attention of an update took its handles as they are, and could read the store
         self.on_update: Listeners[[int, torch.Tensor, torch.Tensor]] = Listeners()
         self.on_attention: Listeners[[Attention]] = Listeners()
@@ -504,7 +514,7 @@ class SpectrumLayer(CacheLayerMixin):
             length=store.length,
             scale=scale,
             codec=self.codec,
-            mean=store.mean,
+            frame=store.frame,
             rotary=self.rotary,
             mask=mask,
             window=self.window,
@@ -539,6 +549,8 @@ class SpectrumLayer(CacheLayerMixin):
         with torch.no_grad():
             if tokens > 1 and fits and (real := real_tokens(mask, tokens)) is not None:
                 self.store.note_padding(real.expand(self.store.batch_size, -1))
+            if self.codec.balanced and self._due():
+                self._open.query_power = _power(query, self.kv_heads)
             reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
             if reads and keys is not None and self._due():
                 score = attention_scores
@@ -567,7 +579,7 @@ class SpectrumLayer(CacheLayerMixin):
         """Tier what is due. After an error it is still due."""
         with torch.no_grad():
             self._tier(self._open.scores)
-        self._open.stage, self._open.scores = Stage.SETTLED, None
+        self._open.stage, self._open.scores, self._open.query_power = Stage.SETTLED, None, None
         self._publish()
 
     def _publish(self) -> None:
@@ -599,7 +611,8 @@ class SpectrumLayer(CacheLayerMixin):
 
     def compress(self, tokens: int, score: torch.Tensor) -> None:
         """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`."""
-        self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx))
+        power = self._open.query_power
+        self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx), power)
 
     def lift(self, tokens: torch.Tensor, arena: Arena) -> None:
         """Move tokens to the tier in which an arena holds them; see `TieredStore.lift`."""

@@ -38,12 +38,14 @@ class OpenUpdate:
         stage: What is left to do for it.
         scores: Attention that the tail's tokens got, float32 `[batch, kv_heads, tail_length]`; None where it is not
             known.
+        query_power: `E[q^2]` of its queries, float32 `[batch, kv_heads, head_dim]`, where the codec is yet to be fitted.
     """
 
     tokens: int = 0
     read_from: int = 0
     stage: Stage = Stage.SETTLED
     scores: torch.Tensor | None = None
+    query_power: torch.Tensor | None = None
 
 
 class Offer(NamedTuple):

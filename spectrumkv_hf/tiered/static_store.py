@@ -22,10 +22,12 @@ SPARE = 8
 """Tokens that an arena has room for beyond what the policy says for a full layer."""
 
 
-def undecodable(policy: Policy) -> str:
-    """Why tokens can't be tiered without the host by this policy, or an empty string."""
+def undecodable(policy: Policy, codec: Codec) -> str:
+    """Why tokens can't be tiered without the host by this policy and codec, or an empty string."""
     if policy.lossless:
         return ""
+    if codec.balanced:
+        return f"codec {codec.name!r} is fitted to the tokens by the host"
     if policy.importance not in RANKED:
         return f"importance {policy.importance!r} ranks on the host"
     if policy.scope != "head":
@@ -102,9 +104,9 @@ class StaticStore(TieredStore):
         now = self._contents
         tail = (t[:, :, : self.tail_length].clone() for t in (now.keys, now.values))
         arenas = {tier: arena.map(torch.clone) for tier, arena in now.arenas.items()}
-        mean = None if now.mean is None else now.mean.clone()
+        frame = None if now.frame is None else now.frame.clone()
         keys, values = tail
-        return state | {"_contents": now._replace(keys=keys, values=values, arenas=arenas, mean=mean)}
+        return state | {"_contents": now._replace(keys=keys, values=values, arenas=arenas, frame=frame)}
 
     @property
     def published(self) -> bool:
@@ -216,8 +218,8 @@ class StaticStore(TieredStore):
         for own, given in ((views.keys, now.keys), (views.values, now.values)):
             if own.data_ptr() != given.data_ptr():
                 own[:, :, :tail].copy_(given[:, :, :tail])
-        if now.mean is not None and now.mean.data_ptr() != views.mean.data_ptr():
-            views.mean.copy_(now.mean)
+        if now.frame is not None and now.frame.data_ptr() != views.frame.data_ptr():
+            views.frame.copy_(now.frame)
         known = (layout, tables, pads)
         if known != self._tables:
             views.pads.copy_(torch.tensor(pads or (0,) * layout.batch, dtype=torch.int32))
@@ -234,7 +236,7 @@ class StaticStore(TieredStore):
             keys=views.keys,
             values=views.values,
             arenas=arenas,
-            mean=None if now.mean is None else views.mean,
+            frame=None if now.frame is None else views.frame,
             borrowed=False,
         )
         self._published = True
@@ -268,8 +270,8 @@ class StaticStore(TieredStore):
                 if counts[tier]:
                     arenas[tier] = _narrowed(Arena(tier, *room[1:]), counts[tier])
             drops = now.drops or int(tables.dropped[:done].sum()) > 0
-            mean = views.mean if self.codec.center and any(tier.bits < 16 for tier in arenas) else now.mean
-            contents = contents._replace(arenas=arenas, drops=drops, mean=mean)
+            frame = views.frame if self.codec.center and any(tier.bits < 16 for tier in arenas) else now.frame
+            contents = contents._replace(arenas=arenas, drops=drops, frame=frame)
         self._contents = contents
         self._published = start == base and not refused
         return refused

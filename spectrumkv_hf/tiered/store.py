@@ -8,7 +8,19 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Counts, Policy, Tier, exempt, increments, lifted
-from spectrumkv_kernels import FLOAT16_MAX, Codec, Quantized, Rotary, Segment, dense, encode, key_mean, saturated, take
+from spectrumkv_kernels import (
+    FLOAT16_MAX,
+    Codec,
+    Quantized,
+    Rotary,
+    Segment,
+    dense,
+    encode,
+    fit_frame,
+    key_mean,
+    saturated,
+    take,
+)
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
 
 TAIL_STEP = 64
@@ -107,7 +119,7 @@ class Contents(NamedTuple):
     length: int = 0
     tail_start: int = 0
     first_kept: int = 0
-    mean: torch.Tensor | None = None
+    frame: torch.Tensor | None = None
     pads: torch.Tensor | None = None
     ragged: bool = False
     drops: bool = False
@@ -142,7 +154,7 @@ class TieredStore:
         arenas: Sequence[Arena] = (),
         tail_start: int = 0,
         first_kept: int = 0,
-        mean: torch.Tensor | None = None,
+        frame: torch.Tensor | None = None,
         pads: torch.Tensor | None = None,
         ragged: bool = False,
         drops: bool = False,
@@ -152,7 +164,7 @@ class TieredStore:
         Args:
             keys, values: The tail, `[batch, kv_heads, length - tail_start, dim]`.
             codec, rotary: How the arenas are coded.
-            length, tail_start, first_kept, mean, pads, ragged, drops: As the attributes of these names.
+            length, tail_start, first_kept, frame, pads, ragged, drops: As the attributes of these names.
             arenas: One for each tier.
 
         Raises:
@@ -165,7 +177,7 @@ class TieredStore:
                 f"before {first_kept} are missing from it"
             )
         store._now = Contents(
-            keys, values, _by_tier(arenas), length, tail_start, first_kept, mean, pads, ragged, drops, borrowed=True
+            keys, values, _by_tier(arenas), length, tail_start, first_kept, frame, pads, ragged, drops, borrowed=True
         )
         return store
 
@@ -195,10 +207,10 @@ class TieredStore:
         return self._now.arenas
 
     @property
-    def mean(self) -> torch.Tensor | None:
-        """float32 `[batch, kv_heads, head_dim]`, set when tokens are first tiered; None before that and where the codec
-        does not centre."""
-        return self._now.mean
+    def frame(self) -> torch.Tensor | None:
+        """float32 `[batch, kv_heads, codec.frame_size]`, set when tokens are first tiered; None before that and where
+        the codec has none."""
+        return self._now.frame
 
     @property
     def pads(self) -> torch.Tensor | None:
@@ -278,30 +290,40 @@ class TieredStore:
         positions = torch.arange(self.tail_start, self.tail_start + tokens, device=self.device)
         return positions[None] if self.pads is None else positions - self.pads[:, None]
 
-    def settle_mean(self, sinks: int) -> None:
-        """Fix the mean of rows that have none, from their tokens in the tail but the sinks and padding."""
-        self._now = self._now._replace(mean=self._settled_mean(sinks))
+    def settle_frame(self, sinks: int) -> None:
+        """Fix the frame of rows that have none, from their tokens in the tail but the sinks and padding."""
+        self._now = self._now._replace(frame=self._settled_frame(sinks, None))
 
-    def _settled_mean(self, sinks: int) -> torch.Tensor | None:
+    def _settled_frame(self, sinks: int, query_power: torch.Tensor | None) -> torch.Tensor | None:
         if not self.codec.center:
             return None
         begins = None if self.pads is None else self.pads >= self.tail_start  # rows of which nothing is tiered yet
-        if self.mean is not None and (begins is None or not bool(begins.any())):
-            return self.mean
+        if self.frame is not None and (begins is None or not bool(begins.any())):
+            return self.frame
         index = self._row_index(self.tail_length)
         positions = torch.arange(self.tail_start, self.length, device=self.device)
         counted = index >= (sinks if self.tail_length > sinks else 0)
-        keys = self.tail[0]
+        keys, values = self.tail
+        # Once in the frame, one token that is not sound would spoil every other.
         if not bool(keys.abs().amax() <= FLOAT16_MAX):  # NaN compares false
-            # Once in the mean, one such key would spoil every other that is centred on it.
-            sound = (keys.abs() <= FLOAT16_MAX).all(-1)
-            keys, counted = keys.masked_fill(~sound.unsqueeze(-1), 0), counted & sound.all(1)
-        mean = key_mean(keys, positions, self.rotary, counted)
-        if self.mean is not None and begins is not None:
-            mean = torch.where(begins[:, None, None], mean, self.mean)
-        return mean
+            keys, counted = _sound(keys, counted)
+        if self.codec.balanced and not bool(values.abs().amax() <= FLOAT16_MAX):
+            values, counted = _sound(values, counted)
+        frame = key_mean(keys, positions, self.rotary, counted)
+        if self.codec.balanced:
+            frame = fit_frame(keys, values, positions, self.rotary, frame, counted, query_power)
+        if self.frame is not None and begins is not None:
+            frame = torch.where(begins[:, None, None], frame, self.frame)
+        return frame
 
-    def compress(self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None = None) -> None:
+    def compress(
+        self,
+        tokens: int,
+        policy: Policy,
+        score: torch.Tensor,
+        floor: Tier | None = None,
+        query_power: torch.Tensor | None = None,
+    ) -> None:
         """Give the oldest `tokens` of the tail their tiers, by rank of `score`.
 
         Tokens that no code stands for, because something in them is not finite or beyond the scales of float16, stay
@@ -313,17 +335,18 @@ class TieredStore:
             score: float32 `[batch, kv_heads, tokens]`, higher ranks first, NaN last. Padding ranks last, and fills up
                 the arenas of rows that have fewer real tokens than others.
             floor: The policy's for this layer.
+            query_power: As in `fit_frame`, for rows whose frame is fixed now.
         """
-        mean = self._settled_mean(policy.sinks)
+        frame = self._settled_frame(policy.sinks, query_power)
         score = score.nan_to_num(nan=0.0)
         assign = self._assign if self.pads is None else self._assign_padded
         chosen = assign(tokens, policy, score, floor, None)
-        arenas = self._encoded(tokens, chosen, mean)
+        arenas = self._encoded(tokens, chosen, frame)
         coded = [side for arena in arenas for side in (arena.keys, arena.values) if isinstance(side, Quantized)]
         if coded and bool(torch.stack([saturated(side).any() for side in coded]).any()):
             lossy = min(arena.tier.bits for arena in arenas)
-            chosen = assign(tokens, policy, score, floor, self._inexpressible(tokens, lossy, mean))
-            arenas = self._encoded(tokens, chosen, mean)
+            chosen = assign(tokens, policy, score, floor, self._inexpressible(tokens, lossy, frame))
+            arenas = self._encoded(tokens, chosen, frame)
         grown = dict(self.arenas)
         for arena in arenas:
             grown[arena.tier] = self._joined(grown.get(arena.tier), arena)
@@ -332,7 +355,7 @@ class TieredStore:
         self._now = now._replace(
             arenas=_by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
-            mean=mean,
+            frame=frame,
             drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
         )
 
@@ -340,7 +363,7 @@ class TieredStore:
         """What a tier holds once more tokens have come."""
         return new if old is None else old.extended(new)
 
-    def _encoded(self, tokens: int, chosen: Sequence[torch.Tensor], mean: torch.Tensor | None) -> list[Arena]:
+    def _encoded(self, tokens: int, chosen: Sequence[torch.Tensor], frame: torch.Tensor | None) -> list[Arena]:
         """Arenas of the tokens `chosen` for each of `TIERS` among the tail's first `tokens`."""
         keys, values = (t[:, :, :tokens] for t in self.tail)
         arenas = []
@@ -353,16 +376,16 @@ class TieredStore:
             if tier == FP16:
                 k, v = take(keys, index), take(values, index)
             else:
-                k, v = encode(keys, values, positions, tier.bits, self.codec, mean, self.rotary, index=index)
+                k, v = encode(keys, values, positions, tier.bits, self.codec, frame, self.rotary, index=index)
             arenas.append(Arena(tier, k, v, positions))
         return arenas
 
-    def _inexpressible(self, tokens: int, bits: int, mean: torch.Tensor | None) -> torch.Tensor:
+    def _inexpressible(self, tokens: int, bits: int, frame: torch.Tensor | None) -> torch.Tensor:
         """Which of the tail's first `tokens` no code of `bits` stands for, bool `[batch, kv_heads, tokens]`."""
         keys, values = (t[:, :, :tokens] for t in self.tail)
         positions = _counting(self.tail_start, self.tail_start + tokens, self.device)
         positions = positions.expand(*keys.shape[:3]).contiguous()
-        coded = encode(keys, values, positions, bits, self.codec, mean, self.rotary)
+        coded = encode(keys, values, positions, bits, self.codec, frame, self.rotary)
         lost = saturated(coded[0]) | saturated(coded[1])
         return lost & (self._row_index(tokens) >= 0).unsqueeze(1)
 
@@ -444,7 +467,7 @@ class TieredStore:
             return keys[:, :, skip:], values[:, :, skip:]
         size, dtype = self.length - start, self._now.keys.dtype
         complete = not (self.drops or self.ragged) and start >= self.first_kept
-        return dense(self.segments(), start, size, dtype, self.codec, self.mean, self.rotary, complete)
+        return dense(self.segments(), start, size, dtype, self.codec, self.frame, self.rotary, complete)
 
     def tier_map(self, start: int = 0) -> torch.Tensor:
         """Bits of every token from `start` on, int64 `[batch, kv_heads, length - start]`: 0 for what was dropped."""
@@ -466,8 +489,8 @@ class TieredStore:
             yield from ((f"{tier.name}.{name}", tensor) for name, tensor in arena.tensors())
         yield "tail.keys", self._now.keys
         yield "tail.values", self._now.values
-        if self.mean is not None:
-            yield "mean", self.mean
+        if self.frame is not None:
+            yield "frame", self.frame
         if self.pads is not None:
             yield "pads", self.pads
 
@@ -494,7 +517,7 @@ class TieredStore:
         pads = None if now.pads is None else now.pads.clamp(max=length)
         now = now._replace(length=length, pads=pads, first_kept=min(now.first_kept, length))
         if length == 0:
-            now = now._replace(mean=None, pads=None, drops=False)
+            now = now._replace(frame=None, pads=None, drops=False)
         self._now = now
 
     def discard(self, start: int) -> None:
@@ -553,7 +576,7 @@ class TieredStore:
             arenas={tier: arena.map(function) for tier, arena in now.arenas.items()},
             keys=function(now.keys),
             values=function(now.values),
-            mean=None if now.mean is None else function(now.mean),
+            frame=None if now.frame is None else function(now.frame),
             pads=None if now.pads is None else function(now.pads),
         )
 
@@ -583,9 +606,15 @@ class TieredStore:
         assert bool((times <= 1).all())
         assert now.drops or bool((times[..., now.first_kept :] == 1).all())
         coded = any(tier.bits < FP16.bits for tier in now.arenas)
-        assert (now.mean is not None) or not (coded and self.codec.center)
-        assert now.mean is None or bool(now.mean.isfinite().all())
+        assert (now.frame is not None) or not (coded and self.codec.center)
+        assert now.frame is None or bool(now.frame.isfinite().all())
         assert now.pads is None or now.pads.shape == (batch,)
+
+
+def _sound(states: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values with 0 for tokens that float16 does not hold, which count no longer."""
+    sound = (states.abs() <= FLOAT16_MAX).all(-1)
+    return states.masked_fill(~sound.unsqueeze(-1), 0), counted & sound.all(1)
 
 
 def _capacity(held: int, length: int) -> int:

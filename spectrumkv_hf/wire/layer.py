@@ -12,7 +12,7 @@ from spectrumkv_hf.tiered.store import Arena, TieredStore
 from spectrumkv_hf.wire.frame import WireError, shown
 from spectrumkv_hf.wire.payload import Checks, Fields, Parts, Tensors, check_expansion
 from spectrumkv_hf.wire.stock import STOCK, decode_linear, decode_stock, encode_linear, encode_stock, is_linear
-from spectrumkv_kernels import Quantized, pack_map, tier_positions
+from spectrumkv_kernels import Codec, Quantized, pack_map, tier_positions
 
 TIER_BY_BITS = {tier.bits: tier for tier in TIERS if tier != DROPPED}
 ABSENT = 3
@@ -116,8 +116,8 @@ def _encode_tiered(layer: SpectrumLayer) -> Parts:
     tensors["tail.keys"], tensors["tail.values"] = store.tail
     if store.tail_start > store.first_kept and store.arenas:
         tensors["map"] = pack_map(_tier_codes(store, shared=layer.policy.scope != "head"))
-    for name in ("mean", "pads"):
-        if (tensor := getattr(store, name)) is not None:
+    for name, tensor in (("mean", store.frame), ("pads", store.pads)):
+        if tensor is not None:
             tensors[name] = tensor
     _check_expansion(store.tail, store.length - store.first_kept, sum(t.nbytes for t in tensors.values()))
     metadata = {
@@ -197,17 +197,17 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
         n = None
         both = []
         for name, like in (("keys", keys), ("values", values)):
-            side, n = read_side(held, f"{tier.name}.{name}", tier, like, n, codec.symmetric)
+            side, n = read_side(held, f"{tier.name}.{name}", tier, like, n, codec)
             both.append(side)
         sides[tier] = (both[0], both[1])
     stored = [keys_of_tier for keys_of_tier, _ in sides.values()]
     positions, counts = _positions(held, (batch, heads), tail_start - first_kept, first_kept, stored, drops)
     arenas = [Arena(tier, k, v, where) for (tier, (k, v)), where in zip(sides.items(), positions, strict=True)]
-    mean = pads = None
+    coding = pads = None
     if "mean" in held or (codec.center and any(tier.bits < 16 for tier in tiers)):
         if not codec.center:
             raise WireError(f"codec {codec.name!r} has no mean")
-        mean = held.floats("mean", (batch, heads, key_dim), torch.float32)
+        coding = held.floats("mean", (batch, heads, codec.frame_size(key_dim, value_dim)), torch.float32)
     if "pads" in held:
         pads = held.take("pads", (batch,), torch.int64)
         if batch:
@@ -215,7 +215,7 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
                 held.checks.expect(number, lambda n: 0 <= n <= length, f"paddings are not from 0 to {length}")
     store = TieredStore.assemble(
         keys, values, codec, layer.rotary, length=length, arenas=arenas, tail_start=tail_start,
-        first_kept=first_kept, mean=mean, pads=pads, drops=drops,
+        first_kept=first_kept, frame=coding, pads=pads, drops=drops,
     )  # fmt: skip
     if counts is not None:
         _check_counts(store, held.checks, counts, [arena.positions.shape[-1] for arena in arenas])
@@ -233,7 +233,7 @@ def _tiers(fields: Fields) -> list[Tier]:
 
 
 def read_side(
-    held: Tensors, name: str, tier: Tier, like: torch.Tensor, size: int | None, symmetric: bool
+    held: Tensors, name: str, tier: Tier, like: torch.Tensor, size: int | None, codec: Codec
 ) -> tuple[torch.Tensor | Quantized, int]:
     """Keys or values of an arena of `size` tokens, for a tail `like`, and that size."""
     batch, heads, _, dim = like.shape
@@ -241,7 +241,7 @@ def read_side(
         exact = held.take(name, (batch, heads, size, dim), like.dtype)
         return exact, exact.shape[2]
     codes = held.take(f"{name}.codes", (batch, heads, size, dim * tier.bits // 8), torch.uint8)
-    affine = held.affine(f"{name}.affine", (*codes.shape[:3], 1 if symmetric else 2))
+    affine = held.affine(f"{name}.affine", codes.shape[:3], codec)
     return Quantized(codes, affine), codes.shape[2]
 
 

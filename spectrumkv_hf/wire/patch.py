@@ -70,8 +70,8 @@ def request(
     if not bool(wanted.any()):
         return None
     tensors = {"wanted": pack_bits(wanted)}
-    if target.bits < 16 and store.mean is not None:
-        tensors["mean"] = store.mean
+    if target.bits < 16 and store.frame is not None:
+        tensors["mean"] = store.frame
     base = _base(store, target, torch.nn.functional.pad(wanted, (store.first_kept, 0)))
     return _frame(Kind.REQUEST, layer, _metadata(target, store.first_kept, wanted.shape[-1], base), tensors)
 
@@ -117,7 +117,7 @@ class ExactCopy:
     def patch(self, frame: Buffer) -> torch.Tensor:
         """The patch frame that answers a request, uint8 `[bytes]`.
 
-        FP16 tokens travel as they are. INT8 ones travel as whole codes, coded with the receiver's mean: their scale is
+        FP16 tokens travel as they are. INT8 ones travel as whole codes, coded as the receiver's are: their scale is
         rounded by itself, so they are no refinement of INT4 codes by a fixed number of bits.
 
         Raises:
@@ -131,13 +131,14 @@ class ExactCopy:
         batch, heads, length, dim = keys.shape
         target, start, size, base = _take_metadata(fields, length)
         wanted = _wanted(held, batch, heads, size)
-        mean = None
+        coding = None
         if layer.codec.center and target.bits < 16:
-            mean = held.floats("mean", (batch, heads, dim), torch.float32).to(keys.device)
+            size_of_frame = layer.codec.frame_size(dim, values.shape[3])
+            coding = held.floats("mean", (batch, heads, size_of_frame), torch.float32).to(keys.device)
         held.done()
         held.checks.settle()
         positions = _places(wanted.to(keys.device), start)
-        sides = _encode(layer, target, keys, values, positions, mean)
+        sides = _encode(layer, target, keys, values, positions, coding)
         parts = {"wanted": tensors["wanted"].to(keys.device)}
         parts |= {name: t for name, t in Arena(target, *sides, positions).tensors() if name != "positions"}
         return _frame(Kind.PATCH, index, _metadata(target, start, size, base), parts)
@@ -157,8 +158,8 @@ def apply(cache: TieredCache, frame: Buffer) -> None:
     batch, heads = keys.shape[:2]
     wanted = _wanted(held, batch, heads, size)
     positions = _places(wanted, start)
-    k, n = read_side(held, "keys", target, keys, positions.shape[2], layer.codec.symmetric)
-    v, n = read_side(held, "values", target, values, n, layer.codec.symmetric)
+    k, n = read_side(held, "keys", target, keys, positions.shape[2], layer.codec)
+    v, n = read_side(held, "values", target, values, n, layer.codec)
     held.done()
     held.checks.settle()
     everywhere = torch.zeros(batch, heads, store.tail_start, dtype=torch.bool, device=store.device)
@@ -227,13 +228,13 @@ def _encode(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
-    mean: torch.Tensor | None,
+    coding: torch.Tensor | None,
 ) -> tuple[torch.Tensor | Quantized, torch.Tensor | Quantized]:
     index, empty = positions.clamp(min=0).long(), (positions < 0).unsqueeze(-1)
     keys, values = (take(t, index).masked_fill(empty, 0) for t in (keys, values))
     if target.bits == 16:
         return keys, values
-    return encode(keys, values, positions, target.bits, layer.codec, mean, layer.rotary)
+    return encode(keys, values, positions, target.bits, layer.codec, coding, layer.rotary)
 
 
 def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:

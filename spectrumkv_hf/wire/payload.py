@@ -26,7 +26,7 @@ from spectrumkv_hf.wire.frame import (
     shown,
     sums_of,
 )
-from spectrumkv_kernels import affine_flaws, write_sums
+from spectrumkv_kernels import Codec, affine_flaws, write_sums
 from spectrumkv_kernels.wire.affine import NEGATIVE, NOT_FINITE
 
 MAX_JSON = 1 << 20
@@ -464,10 +464,12 @@ class Tensors:
             self.checks.expect(most, lambda number: number < math.inf, message)
         return tensor
 
-    def affine(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-        """Scales, or scales and zeros, as in `Quantized`."""
-        tensor = self.take(name, shape, torch.float16)
-        self.checks.affine(name, tensor)
+    def affine(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        """Scales, or scales and zeros, as in `Quantized`; every byte is a sound scale."""
+        count, dtype = codec.affine
+        tensor = self.take(name, (*shape, count), dtype)
+        if dtype != torch.uint8:
+            self.checks.affine(name, tensor)
         return tensor
 
     def done(self) -> None:

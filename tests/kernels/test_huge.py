@@ -99,7 +99,7 @@ def launches(monkeypatch):
 
 def attend(case, query, **options):
     return attention_triton.tiered_attention(
-        query, case.segments, length=case.length, codec=case.codec, mean=case.mean, rotary=case.rotary, **options
+        query, case.segments, length=case.length, codec=case.codec, frame=case.frame, rotary=case.rotary, **options
     )
 
 
@@ -183,7 +183,7 @@ def test_more_rows_and_heads_than_a_grid_axis(launches):
     assert MANY * group * queries * dim > 1 << 31
     case = build(((8, 3), (16, 33)), batch=1, kv_heads=1, head_dim=dim)
     many = [Segment(s.bits, *map(repeated, s[1:3]), repeated(s.positions)) for s in case.segments]
-    mean = case.mean.expand(MANY, -1, -1).contiguous()
+    mean = case.frame.expand(MANY, -1, -1).contiguous()
     query = sparse(MANY, group, queries, dim, dtype=torch.float16)
     query[-1] = randn(group, queries, dim, seed=3)
     rows = group * queries
@@ -193,7 +193,7 @@ def test_more_rows_and_heads_than_a_grid_axis(launches):
     launches.chosen["prepare_kernel"] = lambda grid: [
         (i,) for i in (*range((MANY - 1) * turning, MANY * turning), *range(grid[0] - scoring, grid[0]))
     ]
-    out = attend(case._replace(segments=many, mean=mean), query, scale=0.1)
+    out = attend(case._replace(segments=many, frame=mean), query, scale=0.1)
     assert error(out[-1:], case.expected(query[-1:], scale=0.1)) < 2e-3
 
 
@@ -272,7 +272,7 @@ def test_compiled_attention_over_tokens_far_apart():
     case = build(((16, 10),), kv_heads=1)
     (held,) = case.segments
     far = case._replace(segments=[held._replace(keys=far_apart(held.keys), values=far_apart(held.values))])
-    fields = {"length": 10, "codec": case.codec, "mean": case.mean, "rotary": case.rotary, "scale": 0.3}
+    fields = {"length": 10, "codec": case.codec, "frame": case.frame, "rotary": case.rotary, "scale": 0.3}
     query = randn(1, 2, 1, 16, seed=4)
     assert torch.equal(*(attention_cpp.tiered_attention(query, c.segments, **fields) for c in (far, case)))
 

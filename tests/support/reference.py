@@ -68,3 +68,16 @@ def digest_sums(words):
         for c, word in enumerate(row):
             columns[c] += word
     return [*sums, *(c & mask for c in columns)]
+
+
+def frame_for(codec, mean, value_dim, seed=0):
+    """A frame of a codec with this mean of keys, float32 `[batch, kv_heads, frame_size]`; None where it has none."""
+    if not codec.center:
+        return None
+    if not codec.balanced:
+        return mean
+    generator = torch.Generator().manual_seed(seed + 5)
+    rows = mean.shape[:-1]
+    key_scale = 0.5 + 1.5 * torch.rand(mean.shape, generator=generator)
+    value_mean = torch.randn(*rows, value_dim, generator=generator)
+    return torch.cat((mean, key_scale, value_mean, 0.5 + torch.rand(*rows, 1, generator=generator)), dim=-1)

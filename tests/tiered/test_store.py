@@ -236,8 +236,8 @@ def test_padding_longer_than_a_chunk():
     for head in real:
         assert {n: (head == n).sum().item() for n in (16, 8, 4)} == {t.bits: n for t, n in expected.items()}
     # Both rows have the constant 3 in their keys before RoPE, whenever they begin.
-    assert (target.store.mean[0] - 3).abs().mean() < 0.3
-    offset = ROTARY.rotate(target.store.mean[1], torch.tensor([120]))  # its keys count from its chunk
+    assert (target.store.frame[0] - 3).abs().mean() < 0.3
+    offset = ROTARY.rotate(target.store.frame[1], torch.tensor([120]))  # its keys count from its chunk
     assert (offset - 3).abs().mean() < 0.5
 
 

@@ -89,7 +89,7 @@ def tiered_attention(
     length: int,
     scale: float,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     mask: torch.Tensor | None = None,
     window: int | None = None,
@@ -103,18 +103,18 @@ def tiered_attention(
     """
     held = [s for s in segments if s.bits < 16 and s.positions.shape[-1]]
     held += [s for s in segments if s.bits == 16 and s.positions.shape[-1]]
-    if not _covers(query, held, mask):
+    if codec.balanced or not _covers(query, held, mask):
         return attention.tiered_attention(
-            query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
+            query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
     batch, heads, queries, key_dim = query.shape
     kv_heads, value_dim = held[0].positions.shape[1], dims(held[0])[1]
-    pairs = len(rotary.inv_freq) if mean is not None else 0
+    pairs = len(rotary.inv_freq) if frame is not None else 0
     # Named, since only their addresses are handed over.
     query = contiguous_rows(query)
     held = [_whole(s) for s in held]
-    mean = None if mean is None else mean.contiguous()
+    mean = None if frame is None else frame.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     angles = rotary.steps(FINE, length, query.device) if pairs else None
     problem = Problem(

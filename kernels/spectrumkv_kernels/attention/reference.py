@@ -23,7 +23,7 @@ def tiered_attention(
     length: int,
     scale: float,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     mask: torch.Tensor | None = None,
     window: int | None = None,
@@ -33,8 +33,9 @@ def tiered_attention(
 ) -> torch.Tensor:
     """Softmax attention over the tokens of all segments, without dequantising or reordering them.
 
-    Scales fold into scores and probabilities, zero points into rank-1 corrections, the Hadamard matrix into the query
-    and the output, the mean into the scores: README.md beside this file derives it. Computed in float32.
+    Scales fold into scores and probabilities, zero points into rank-1 corrections, the Hadamard matrix and the scales
+    of the frame into the query and the output, its means into scores and output: README.md beside this file derives it.
+    Computed in float32.
 
     Args:
         query: `[batch, heads, queries, head_dim]`; query `i` sits at position `length - queries + i`.
@@ -42,8 +43,8 @@ def tiered_attention(
         length: Tokens seen so far, the queries included.
         scale: Factor on the scores.
         codec: How the segments were encoded.
-        mean: float32 `[batch, kv_heads, head_dim]`, or None where the codec does not centre.
-        rotary: The rotation that `mean` was taken with.
+        frame: As for `encode`: float32 `[batch, kv_heads, codec.frame_size]`, or None where the codec has none.
+        rotary: The rotation that it was taken with.
         mask: `[batch or 1, heads or 1, queries, columns]` for the last `columns` positions: bool (True attends) or
             added to the scores. None: causal.
         window: Only positions above `query position - window` are seen; a mask has this in it already.
@@ -64,9 +65,11 @@ def tiered_attention(
     sizes = [s.positions.shape[-1] for s in exact]
 
     parts = []
+    mean, fitted = codec.parts(frame, head_dim)
     if coded:
         key_scale, key_zero, value_scale, value_zero = _scales(coded)
-        q_coded = linear(q, hadamard_matrix(head_dim, q.device)) if codec.hadamard else q
+        q_coded = q if fitted is None else q * fitted.key_scale.unsqueeze(-2)
+        q_coded = linear(q_coded, hadamard_matrix(head_dim, q.device)) if codec.hadamard else q_coded
         offset = q_coded.sum(-1, keepdim=True) * key_zero.unsqueeze(-2)
         if mean is not None:
             columns = _positions(coded)
@@ -103,6 +106,8 @@ def tiered_attention(
             out = out + _weighted_codes(weights, segment.values.codes, segment.bits)
         if codec.hadamard:
             out = linear(out, hadamard_matrix(out.shape[-1], out.device))
+        if fitted is not None:
+            out = out * fitted.value_scale.unsqueeze(-2) + share.sum(-1, keepdim=True) * fitted.value_mean.unsqueeze(-2)
     for segment, share in zip(exact, shares, strict=True):
         part = share @ segment.values.float()
         out = part if out is None else out + part
@@ -124,13 +129,9 @@ def _positions(segments: Sequence[Segment]) -> torch.Tensor:
 
 def _scales(coded: Sequence[Segment]) -> Sequence[torch.Tensor]:
     """Scales and zeros of keys, then of values, over the tokens of all tiers: float32 `[batch, kv_heads, tokens]`."""
-    stored = [(s.keys, s.values) for s in coded]
-    keys, values = (torch.cat([q.affine for q in side], dim=2).float() for side in zip(*stored, strict=True))
-    if keys.shape[-1] == 2:
-        return *keys.unbind(-1), *values.unbind(-1)
-    keys, values = keys.squeeze(-1), values.squeeze(-1)
-    low = torch.cat([keys.new_full((s.positions.shape[-1],), -(2.0 ** (s.bits - 1))) for s in coded])
-    return keys, keys * low, values, values * low
+    sides = [(side.step(s.bits), side.zero_point(s.bits)) for s in coded for side in (s.keys, s.values)]
+    found = [torch.cat(parts, dim=2) for side in (sides[::2], sides[1::2]) for parts in zip(*side, strict=True)]
+    return found
 
 
 # One product for each part of the bytes: converting a part is a contiguous pass, joining them would not be.
@@ -138,8 +139,9 @@ def _scales(coded: Sequence[Segment]) -> Sequence[torch.Tensor]:
 
 def _query_codes(query: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
     """`query . codes`, `[batch, kv_heads, rows, tokens]`."""
-    parts = zip(query.chunk(8 // bits, dim=-1), unpack(codes, bits), strict=True)
-    products = [q @ part.float().transpose(-1, -2) for q, part in parts]
+    parts = unpack(codes, bits)
+    pairs = zip(query.chunk(len(parts), dim=-1), parts, strict=True)
+    products = [q @ part.float().transpose(-1, -2) for q, part in pairs]
     return functools.reduce(torch.add, products)
 
 

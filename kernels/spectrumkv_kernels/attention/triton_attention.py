@@ -147,7 +147,7 @@ def tiered_attention(
     length: int,
     scale: float,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     mask: torch.Tensor | None = None,
     window: int | None = None,
@@ -168,13 +168,13 @@ def tiered_attention(
     flat, rows = batch * kv_heads, heads // kv_heads * queries
     device, query = query.device, query.contiguous()
     plan = plan_of(rows, dim, value_dim, bits, query.dtype, device)
-    if plan is None:
+    if plan is None or codec.balanced:
         return attention.tiered_attention(
-            query, segments, length=length, scale=scale, codec=codec, mean=mean, rotary=rotary, mask=mask,
+            query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
     check_device("segments", held[0].positions, device)
-    centred = mean is not None and bits[0] < 16
+    centred = frame is not None and bits[0] < 16
     work = work_of(
         plan, flat, rows, length if centred else 0, tuple([s.tokens for s in laid]), tuple([s.room for s in laid]),
         device,
@@ -203,7 +203,7 @@ def tiered_attention(
         value_dim=value_dim,
         length=length,
         scale=scale,
-        mean=mean,
+        mean=frame,
         rotary=rotary,
         mask=mask,
         window=window,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrumkv_kernels.codec.quantize import Quantized, dequantize, quantize
+from spectrumkv_kernels.codec.frame import Frame, frame_size, split_frame
+from spectrumkv_kernels.codec.quantize import Quantized, dequantize, quantize, quantize_unbiased
 from spectrumkv_kernels.rotation.hadamard import hadamard
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.segment import Segment
@@ -20,6 +21,8 @@ class Codec:
         center: Subtract `R(t) mean` from keys, the mean being taken in the frame before RoPE.
         hadamard: Rotate keys and values by the orthonormal Hadamard matrix.
         symmetric: Round without a zero point.
+        balanced: Bring channels of keys to the scale at which they do least harm, subtract from values their mean, and
+            round without bias: see `fit_frame` and `quantize_unbiased`.
         version: Raised when the name comes to stand for other codes, so that what was measured before is not taken
             for theirs.
     """
@@ -28,13 +31,31 @@ class Codec:
     center: bool
     hadamard: bool
     symmetric: bool
+    balanced: bool = False
     version: int = 1
+
+    def frame_size(self, key_dim: int, value_dim: int) -> int:
+        """Numbers of a layer's frame, for a row and KV head; 0: there is none."""
+        return frame_size(self.balanced, key_dim, value_dim) if self.center else 0
+
+    @property
+    def affine(self) -> tuple[int, torch.dtype]:
+        """How many numbers a code has beside it, and of what type."""
+        return (1 if self.symmetric else 2), torch.uint8 if self.balanced else torch.float16
+
+    def parts(self, frame: torch.Tensor | None, key_dim: int) -> tuple[torch.Tensor | None, Frame | None]:
+        """The mean of keys, and all parts where the codec balances."""
+        if frame is None or not self.balanced:
+            return frame, None
+        parts = split_frame(frame, key_dim)
+        return parts.mean, parts
 
 
 CODECS = {
     codec.name: codec
     for codec in (
         Codec("spectrum", center=True, hadamard=True, symmetric=False),
+        Codec("spectrum2", center=True, hadamard=True, symmetric=True, balanced=True),
         Codec("absmax", center=False, hadamard=False, symmetric=True),  # the paper's
     )
 }
@@ -72,7 +93,7 @@ def encode(
     positions: torch.Tensor,
     bits: int,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     index: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
@@ -82,19 +103,26 @@ def encode(
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
         values: `[batch, kv_heads, tokens, value_dim]`.
         positions: int32 `[batch, kv_heads, n]`; slots of the tokens that are taken.
-        bits: Width of a code, 2, 4 or 8.
+        bits: Width of a code, 2, 3, 4 or 8.
         codec: What to do before rounding.
-        mean: `key_mean` of the layer, float32 `[batch, kv_heads, head_dim]`; None where the codec does not centre.
-        rotary: The rotation that `mean` was taken with.
+        frame: Of the layer, float32 `[batch, kv_heads, codec.frame_size]`: `key_mean`, or where the codec balances
+            `fit_frame`; None where it does not centre.
+        rotary: The rotation that the frame was taken with.
         index: int64 `[batch, kv_heads, n]`, the tokens to take, in this order; None: all.
     """
     if index is not None:
         keys, values = take(keys, index), take(values, index)
     k, v = keys.float(), values.float()
+    mean, parts = codec.parts(frame, k.shape[-1])
     if mean is not None:
         k = k - rotary.rotate(mean.unsqueeze(-2), positions)
+    if parts is not None:
+        k = k / parts.key_scale.unsqueeze(-2)
+        v = (v - parts.value_mean.unsqueeze(-2)) / parts.value_scale.unsqueeze(-2)
     if codec.hadamard:
         k, v = hadamard(k), hadamard(v)
+    if codec.balanced:
+        return quantize_unbiased(k, bits), quantize_unbiased(v, bits)
     return quantize(k, bits, codec.symmetric), quantize(v, bits, codec.symmetric)
 
 
@@ -104,13 +132,17 @@ def decode(
     positions: torch.Tensor,
     bits: int,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The float32 keys and values that `encode` stored, `[batch, kv_heads, tokens, dim]`. Arguments as there."""
     k, v = dequantize(keys, bits), dequantize(values, bits)
     if codec.hadamard:
         k, v = hadamard(k), hadamard(v)
+    mean, parts = codec.parts(frame, k.shape[-1])
+    if parts is not None:
+        k = k * parts.key_scale.unsqueeze(-2)
+        v = v * parts.value_scale.unsqueeze(-2) + parts.value_mean.unsqueeze(-2)
     if mean is not None:
         k = k + rotary.rotate(mean.unsqueeze(-2), positions)
     return k, v
@@ -130,7 +162,7 @@ def dense(
     size: int,
     dtype: torch.dtype,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     complete: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +174,7 @@ def dense(
         size: How many.
         dtype: Of the result and of 16-bit segments, which are copied.
         codec: How the other segments were encoded.
-        mean: As for `encode`.
+        frame: As for `encode`.
         rotary: Likewise.
         complete: Every one of these positions lies in a segment, so that no memory need be cleared.
 
@@ -157,7 +189,7 @@ def dense(
     for segment in segments:
         k, v, positions = segment.keys, segment.values, segment.positions
         if isinstance(k, Quantized):
-            k, v = decode(k, v, positions, segment.bits, codec, mean, rotary)
+            k, v = decode(k, v, positions, segment.bits, codec, frame, rotary)
         slot = positions.long() - start
         slot = slot.where((slot >= 0) & (slot < size), size).unsqueeze(-1)
         keys.scatter_(2, slot.expand_as(k), k.to(dtype))

@@ -253,17 +253,17 @@ def encode(
     positions: torch.Tensor,
     bits: int,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     index: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """As `codec.encode`. Reads the tokens once."""
-    if not _fits(rotary, bits, keys, values):
-        return twin.encode(keys, values, positions, bits, codec, mean, rotary, index)
+    if codec.balanced or not _fits(rotary, bits, keys, values):
+        return twin.encode(keys, values, positions, bits, codec, frame, rotary, index)
     batch, heads, n = positions.shape
     keys, values = contiguous_rows(keys), contiguous_rows(values)
     index = None if index is None else contiguous_rows(index)
-    table, rotation = _rotation(rotary, mean is not None, keys.device)
+    table, rotation = _rotation(rotary, frame is not None, keys.device)
 
     def allocate(dim: int) -> Quantized:
         codes = torch.empty(batch, heads, n, dim * bits // 8, dtype=torch.uint8, device=keys.device)
@@ -278,7 +278,7 @@ def encode(
             "values": values,
             "index": index,
             "positions": positions.contiguous(),
-            "mean": None if mean is None else mean.contiguous(),
+            "mean": None if frame is None else frame.contiguous(),
             "table": table,
             "key_codes": k.codes,
             "key_scale": k.scale,
@@ -301,15 +301,15 @@ def decode(
     positions: torch.Tensor,
     bits: int,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `codec.decode`."""
     key_dim, value_dim = keys.codes.shape[-1] * 8 // bits, values.codes.shape[-1] * 8 // bits
-    if mean is not None and 2 * len(rotary.inv_freq) > key_dim:
-        return twin.decode(keys, values, positions, bits, codec, mean, rotary)
+    if codec.balanced or (frame is not None and 2 * len(rotary.inv_freq) > key_dim):
+        return twin.decode(keys, values, positions, bits, codec, frame, rotary)
     out = [torch.empty(*positions.shape, dim, device=positions.device) for dim in (key_dim, value_dim)]
-    _read([Segment(bits, keys, values, positions)], out, 0, codec, mean, rotary, scatter=False)
+    _read([Segment(bits, keys, values, positions)], out, 0, codec, frame, rotary, scatter=False)
     return out[0], out[1]
 
 
@@ -319,18 +319,18 @@ def dense(
     size: int,
     dtype: torch.dtype,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     complete: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `codec.dense`, in one launch."""
     dims = twin.dims(segments[0])
-    if mean is not None and 2 * len(rotary.inv_freq) > dims[0]:
-        return twin.dense(segments, start, size, dtype, codec, mean, rotary, complete)
+    if codec.balanced or (frame is not None and 2 * len(rotary.inv_freq) > dims[0]):
+        return twin.dense(segments, start, size, dtype, codec, frame, rotary, complete)
     positions = segments[0].positions
     new = torch.empty if complete else torch.zeros
     out = [new(*positions.shape[:2], size, dim, dtype=dtype, device=positions.device) for dim in dims]
-    _read([s for s in segments if s.positions.shape[-1]], out, start, codec, mean, rotary, scatter=True)
+    _read([s for s in segments if s.positions.shape[-1]], out, start, codec, frame, rotary, scatter=True)
     return out[0], out[1]
 
 
@@ -339,13 +339,13 @@ def _read(
     out: Sequence[torch.Tensor],
     start: int,
     codec: Codec,
-    mean: torch.Tensor | None,
+    frame: torch.Tensor | None,
     rotary: Rotary,
     scatter: bool,
 ) -> None:
     """Write the tokens of the segments to `out`, at `position - start` if `scatter`, else in their order."""
     batch, heads, size = out[0].shape[:3]
-    table, rotation = _rotation(rotary, mean is not None, out[0].device)
+    table, rotation = _rotation(rotary, frame is not None, out[0].device)
     sizes = _widths(out[0].shape[-1], out[1].shape[-1], ELEMENTS // 2)
     for first in range(0, len(segments), SEGMENTS):
         part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
@@ -360,7 +360,7 @@ def _read(
                     "segments": tensors,
                     "out_keys": out[0],
                     "out_values": out[1],
-                    "mean": None if mean is None else mean.contiguous(),
+                    "mean": None if frame is None else frame.contiguous(),
                     "table": table,
                 },
                 {

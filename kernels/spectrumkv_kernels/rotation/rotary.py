@@ -68,6 +68,15 @@ class Rotary:
         turned = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
         return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), -1) if rest.shape[-1] else turned
 
+    def paired(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean over both channels of each pair, for both; others as they are: `[..., channels]`."""
+        if not self.inv_freq:
+            return x
+        first, second, rest = self._split(x)
+        mean = (first + second) / 2
+        both = torch.stack((mean, mean), -1).flatten(-2) if self.interleaved else torch.cat((mean, mean), -1)
+        return torch.cat((both, rest), -1)
+
     def scores(self, query: torch.Tensor, mean: torch.Tensor, length: int, start: int = 0) -> torch.Tensor:
         """`q . R(t) mean` for every position `start <= t < length`.
 

@@ -55,7 +55,7 @@ class Views(NamedTuple):
         own: int32 `[blocks, batch or 1, rooms]`: tokens of each row that go into each arena with each block. The
             others that a block brings are padding, or are dropped.
         pads: int32 `[batch]`: padding tokens at the start of each row.
-        mean: float32 `[batch, kv_heads, head_dim]`.
+        frame: float32 `[batch, kv_heads, codec.frame_size]`.
     """
 
     keys: torch.Tensor
@@ -64,7 +64,7 @@ class Views(NamedTuple):
     totals: torch.Tensor
     own: torch.Tensor
     pads: torch.Tensor
-    mean: torch.Tensor
+    frame: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,16 @@ class Layout:
             ("totals", torch.int32, (self.blocks + 1, len(self.rooms))),
             ("own", torch.int32, (self.blocks, self.batch if self.padded else 1, len(self.rooms))),
             ("pads", torch.int32, (self.batch,)),
-            ("mean", torch.float32, (*rows, self.key_dim)),
+            ("frame", torch.float32, (*rows, self.codec.frame_size(self.key_dim, self.value_dim))),
         ]
         for bits, tokens in self.rooms:
             for side, dim in (("keys", self.key_dim), ("values", self.value_dim)):
                 if bits == 16:
                     wanted.append((f"{bits}.{side}", exact, (*rows, tokens, dim)))
                 else:
-                    affine = 1 if self.codec.symmetric else 2
                     wanted.append((f"{bits}.{side}.codes", torch.uint8, (*rows, tokens, dim * bits // 8)))
-                    wanted.append((f"{bits}.{side}.affine", torch.float16, (*rows, tokens, affine)))
+                    affine, kind = self.codec.affine
+                    wanted.append((f"{bits}.{side}.affine", kind, (*rows, tokens, affine)))
             wanted.append((f"{bits}.positions", torch.int32, (*rows, tokens)))
         placed, start = [], 0
         for name, dtype, shape in wanted:
@@ -184,7 +184,7 @@ class Layout:
         arenas = tuple(
             Arena(bits, side(bits, "keys"), side(bits, "values"), found[f"{bits}.positions"]) for bits, _ in self.rooms
         )
-        whole = (found[name] for name in ("totals", "own", "pads", "mean"))
+        whole = (found[name] for name in ("totals", "own", "pads", "frame"))
         return Views(found["keys"], found["values"], arenas, *whole)
 
 

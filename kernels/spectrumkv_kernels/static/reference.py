@@ -96,7 +96,7 @@ def attend(
         length=length,
         scale=scale,
         codec=layout.codec,
-        mean=views.mean if layout.codec.center and layout.tiers else None,
+        frame=views.frame if layout.codec.center and layout.tiers else None,
         rotary=layout.rotary,
         mask=mask,
         window=window,
@@ -136,7 +136,7 @@ def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> N
     first, sizes = views.totals[block], views.totals[block + 1] - views.totals[block]
     tiers = _tiers(score, index >= 0, views.own[block], sizes)
 
-    coded_mean = views.mean if layout.codec.center else None
+    frame = views.frame if layout.codec.center else None
     for i, arena in enumerate(views.arenas):
         begin, count = int(first[i]), int(sizes[i])
         if not count:
@@ -148,7 +148,7 @@ def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> N
         if isinstance(arena.keys, torch.Tensor) and isinstance(arena.values, torch.Tensor):
             arena.keys[:, :, there], arena.values[:, :, there] = take(keys, chosen), take(values, chosen)
             continue
-        coded = encode(keys, values, at, arena.bits, layout.codec, coded_mean, layout.rotary, index=chosen)
+        coded = encode(keys, values, at, arena.bits, layout.codec, frame, layout.rotary, index=chosen)
         for own, new in zip((arena.keys, arena.values), coded, strict=True):
             for stored, fresh in zip(own, new, strict=True):
                 stored[:, :, there] = fresh
@@ -164,7 +164,7 @@ def _settle_mean(
     counted = index >= (layout.sinks if positions.numel() > layout.sinks else 0)
     sound = (keys.abs() <= FLOAT16_MAX).all(-1)
     mean = key_mean(keys.masked_fill(~sound.unsqueeze(-1), 0), positions, layout.rotary, counted & sound.all(1))
-    views.mean.copy_(torch.where(rows[:, None, None], mean, views.mean))
+    views.frame.copy_(torch.where(rows[:, None, None], mean, views.frame))
 
 
 def _tiers(score: torch.Tensor, real: torch.Tensor, own: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

@@ -361,7 +361,7 @@ def prepared(layout: Layout, device: torch.device) -> _Prepared | None:
         return None
     first = {name: _odd(start // ALIGNMENT) for name, _, _, start in layout.places}
     parts = ("keys{}", "keys.affine", "values{}", "values.affine", "positions")
-    places = [first[name] for name in ("keys", "values", "totals", "own", "pads", "mean")]
+    places = [first[name] for name in ("keys", "values", "totals", "own", "pads", "frame")]
     for bits, _ in layout.rooms:
         kind = "" if bits == 16 else ".codes"
         places += [first.get(f"{bits}.{part.format(kind)}", _odd(0)) for part in parts]

@@ -92,7 +92,7 @@ def _call(
     # The tail has no positions: the kernel knows them.
     segments.append((starts["keys"], starts["values"], starts["totals"]))
     recent = layout.recent_window if layout.tiers else layout.capacity
-    return _Call(kernels, work, centred, recent, order, tuple(segments), starts["totals"], starts["mean"])
+    return _Call(kernels, work, centred, recent, order, tuple(segments), starts["totals"], starts["frame"])
 
 
 def prepare(buffer: torch.Tensor, layout: Layout) -> None:
@@ -139,7 +139,7 @@ def attend(
         value_dim=layout.value_dim,
         length=layout.capacity,
         scale=scale,
-        mean=Held(functools.partial(_view, layout, buffer, "mean"), first + call.mean) if call.centred else None,
+        mean=Held(functools.partial(_view, layout, buffer, "frame"), first + call.mean) if call.centred else None,
         rotary=layout.rotary,
         mask=mask,
         window=window,

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from reference import error, frequencies, rotated
+from reference import error, frame_for, frequencies, rotated
 
 from spectrumkv_kernels import CODECS, Codec, Quantized, Rotary, Segment, tiered_attention
 from spectrumkv_kernels.attention import cpp as attention_cpp
@@ -50,7 +50,7 @@ class Case(NamedTuple):
     segments: list
     length: int
     codec: Codec
-    mean: torch.Tensor | None
+    frame: torch.Tensor | None
     rotary: Rotary
     ragged: bool
 
@@ -58,11 +58,11 @@ class Case(NamedTuple):
         """float64 keys and values of each segment, and the positions."""
         for bits, keys, values, positions in self.segments:
             if isinstance(keys, Quantized):
-                keys, values = decode(keys, values, positions, bits, self.codec, self.mean, self.rotary)
+                keys, values = decode(keys, values, positions, bits, self.codec, self.frame, self.rotary)
             yield keys.double(), values.double(), positions.long()
 
     def attend(self, query, **options):
-        fields = {"length": self.length, "codec": self.codec, "mean": self.mean, "rotary": self.rotary}
+        fields = {"length": self.length, "codec": self.codec, "frame": self.frame, "rotary": self.rotary}
         attend = tiered_attention
         return attend(query, self.segments, **fields, ragged=self.ragged, **options)
 
@@ -125,22 +125,22 @@ def build(
     `dropped` positions are nowhere. With `fillers`, up to 2 places of each row, head and tier are empty.
     """
     codec, rotary = CODEC[codec], Rotary(frequencies(head_dim // 2 - head_dim // 8), interleaved)
-    mean = randn(batch, kv_heads, head_dim, seed=seed + 1) if codec.center else None
+    mean = randn(batch, kv_heads, head_dim, seed=seed + 1)
+    frame = frame_for(codec, mean, value_dim or head_dim, seed)
     length = sum(count for _, count in tiers) + dropped
     shuffled = torch.rand(batch, kv_heads, length, generator=torch.Generator().manual_seed(seed)).argsort(-1)
     segments, start = [], 0
     for i, (bits, count) in enumerate(tiers):
         positions = shuffled[..., start : start + count].sort(-1).values.to(torch.int32)
         start += count
-        offset = mean if codec.center else randn(batch, kv_heads, head_dim, seed=seed + 1)
-        keys = randn(batch, kv_heads, count, head_dim, seed=seed + 10 + i) + offset.unsqueeze(-2)
+        keys = randn(batch, kv_heads, count, head_dim, seed=seed + 10 + i) + mean.unsqueeze(-2)
         keys = rotated(rotary, keys, positions).to(dtype)
         values = randn(batch, kv_heads, count, value_dim or head_dim, seed=seed + 20 + i).to(dtype)
         if bits < 16:
-            keys, values = encode(keys, values, positions, bits, codec, mean, rotary)
+            keys, values = encode(keys, values, positions, bits, codec, frame, rotary)
         segment = Segment(bits, keys, values, positions)
         segments.append(with_fillers(segment, seed + i) if fillers and count else segment)
-    return Case(segments, length, codec, mean, rotary, fillers)
+    return Case(segments, length, codec, frame, rotary, fillers)
 
 
 def with_fillers(segment, seed):
@@ -234,9 +234,9 @@ def test_many_tokens(codec):
 
 def test_mean_that_dominates_the_keys():
     case = build(batch=2, head_dim=64)
-    mean = 20 * case.mean
+    mean = 20 * case.frame
     coded = [s for s in case.segments if s.bits < 16]
-    check(case._replace(mean=mean, segments=coded), 0.05 * randn(2, 4, 1, 64))
+    check(case._replace(frame=mean, segments=coded), 0.05 * randn(2, 4, 1, 64))
 
 
 @pytest.mark.parametrize("dropped", [0, 9])
@@ -422,7 +422,7 @@ def test_values_near_the_end_of_float16(codec, bits):
     case = build(((bits, 9), (16, 3)), codec=codec)
     coded, exact = case.segments
     values = torch.cat((exact.values, 6e4 * torch.tanh(randn(1, 2, 6, 16))), dim=2)
-    coded = coded._replace(values=encode(values, values, coded.positions, bits, case.codec, case.mean, case.rotary)[1])
+    coded = coded._replace(values=encode(values, values, coded.positions, bits, case.codec, case.frame, case.rotary)[1])
     check(case._replace(segments=[coded, exact]), randn(1, 4, 2, 16))
 
 
@@ -448,7 +448,7 @@ def test_order_of_segments_does_not_matter():
 def test_arguments_are_left_as_they_were():
     case, query, sinks = build(batch=2, fillers=True), randn(2, 4, 2, 16), randn(4)
     mask = additive(causal(2, case.length, 2, pads=(0, 3)))
-    given = [query, sinks, mask, case.mean, *(t for s in case.segments for part in s[1:] for t in tensors(part))]
+    given = [query, sinks, mask, case.frame, *(t for s in case.segments for part in s[1:] for t in tensors(part))]
     before = [t.clone() for t in given]
     case.attend(query, scale=0.3, mask=mask, sinks=sinks, softcap=3.0)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
@@ -467,7 +467,7 @@ def test_a_token_that_is_not_a_number_is_not_hidden(side, masked):
     mask = torch.ones(1, 1, 2, case.length, dtype=torch.bool) if masked else None
 
     def attend():
-        how = {"scale": 0.2, "codec": case.codec, "mean": case.mean, "rotary": case.rotary, "mask": mask}
+        how = {"scale": 0.2, "codec": case.codec, "frame": case.frame, "rotary": case.rotary, "mask": mask}
         return tiered_attention(query, case.segments, length=case.length, **how)
 
     sound = attend()

@@ -111,9 +111,9 @@ def test_values_that_nearly_cancel_in_codes(cpp):
 def test_large_means(cpp):
     """Keys with a huge constant, as in Qwen2.5: the scores of the mean are far larger than the others."""
     case = build(TIERS, head_dim=64)
-    mean = case.mean.clone()
+    mean = case.frame.clone()
     mean[..., 27], mean[..., 60] = 60.0, -80.0
-    check(case._replace(mean=mean, segments=case.segments[1:3]), randn(1, 4, 1, 64, seed=19), 5e-5)
+    check(case._replace(frame=mean, segments=case.segments[1:3]), randn(1, 4, 1, 64, seed=19), 5e-5)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
@@ -149,7 +149,7 @@ def test_neither_threads_nor_rows_change_a_bit(cpp, threads):
         )
         for s in case.segments
     ]  # fmt: skip
-    row = case._replace(segments=alone, mean=case.mean[1:2]).attend(query[1:2], scale=0.2)
+    row = case._replace(segments=alone, frame=case.frame[1:2]).attend(query[1:2], scale=0.2)
     assert torch.equal(row, one[1:2])
 
 
@@ -197,7 +197,7 @@ def test_what_goes_to_the_twin(monkeypatch, what):
         case.segments.append(Segment(16, randn(1, 2, 4, 16), randn(1, 2, 4, 16), torch.arange(4).int().expand(1, 2, 4)))
     else:
         query.requires_grad_()
-    fields = {"length": case.length, "codec": case.codec, "mean": case.mean, "rotary": case.rotary, **options}
+    fields = {"length": case.length, "codec": case.codec, "frame": case.frame, "rotary": case.rotary, **options}
     out = attention_cpp.tiered_attention(query, case.segments, **fields)
     assert torch.equal(out, attention.tiered_attention(query, case.segments, **fields))
     assert out.requires_grad == (what == "gradients")

@@ -27,14 +27,14 @@ def on(case, device):
     segments = [
         Segment(s.bits, moved(s[1], device), moved(s[2], device), s.positions.to(device)) for s in case.segments
     ]
-    return case._replace(segments=segments, mean=None if case.mean is None else case.mean.to(device))
+    return case._replace(segments=segments, frame=None if case.frame is None else case.frame.to(device))
 
 
 def attend(case, query, device, **options):
     case = on(case, device)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     out = attention_triton.tiered_attention(
-        query.to(device), case.segments, length=case.length, codec=case.codec, mean=case.mean, rotary=case.rotary,
+        query.to(device), case.segments, length=case.length, codec=case.codec, frame=case.frame, rotary=case.rotary,
         ragged=case.ragged, **options,
     )  # fmt: skip
     assert out.dtype == query.dtype and out.device.type == device.type
@@ -191,10 +191,10 @@ def test_large_means(device):
     """Keys with a huge constant, as in Qwen2.5: the scores of the mean are far larger than the others."""
     case = build(TIERS, head_dim=64)
     query = randn(1, 4, 1, 64, seed=19)
-    mean = case.mean.clone()
+    mean = case.frame.clone()
     mean[..., 27], mean[..., 60] = 60.0, -80.0
     segments = list(case.segments)
-    check(case._replace(mean=mean, segments=segments[1:3]), query, device, tolerance=4e-3)
+    check(case._replace(frame=mean, segments=segments[1:3]), query, device, tolerance=4e-3)
 
 
 def test_constant_vectors(device):
@@ -223,7 +223,7 @@ def test_tensors_on_another_device(name, device):
     segments = case.segments if options else on(case, torch.device("meta")).segments
     with pytest.raises(ValueError, match=f"{name} must lie on {device}.*got meta"):
         attention_triton.tiered_attention(
-            query, segments, length=case.length, codec=case.codec, mean=case.mean, rotary=case.rotary, scale=0.1,
+            query, segments, length=case.length, codec=case.codec, frame=case.frame, rotary=case.rotary, scale=0.1,
             ragged=case.ragged, **options,
         )  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_a_captured_graph_reads_tokens_that_came_later(device):
 
     def run():
         return attention_triton.tiered_attention(
-            query, case.segments, length=case.length, codec=case.codec, mean=case.mean, rotary=case.rotary, scale=0.1,
+            query, case.segments, length=case.length, codec=case.codec, frame=case.frame, rotary=case.rotary, scale=0.1,
             ragged=True,
         )  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_a_captured_graph_reads_tokens_that_came_later(device):
             segment.positions.copy_(torch.where(torch.arange(positions.shape[-1], device=device) < held, positions, -1))
         graph.replay()
         expected = twin(
-            query.float(), case.segments, length=case.length, codec=case.codec, mean=case.mean, rotary=case.rotary,
+            query.float(), case.segments, length=case.length, codec=case.codec, frame=case.frame, rotary=case.rotary,
             scale=0.1, ragged=True,
         )  # fmt: skip
         assert error(out, expected) < TOLERANCE[torch.bfloat16]

@@ -57,7 +57,7 @@ for head_dim, codec, fillers, options in (
     case = build(
         ((16, 5), (8, 67), (4, 71), (16, 33)), head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16
     )
-    fields = {"codec": case.codec, "mean": case.mean, "rotary": case.rotary}
+    fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
     query = randn(1, 4, 1, head_dim).bfloat16()
     more = {"length": case.length, "ragged": fillers, "scale": 0.1, **fields, **options}
     attention_triton.tiered_attention(query, case.segments, **more)
@@ -70,7 +70,7 @@ for head_dim, codec, fillers, options in (
     scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
 # Most query rows of a KV head: 48 heads and 32 queries.
 case = build(((16, 5), (4, 71)), head_dim=128, kv_heads=1, dtype=torch.bfloat16)
-fields = {"codec": case.codec, "mean": case.mean, "rotary": case.rotary}
+fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
 attention_triton.tiered_attention(
     randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import error, frequencies, rotated, rounding_bound, sylvester
+from reference import error, frame_for, frequencies, rotated, rounding_bound, sylvester
 
 from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, take, unpack
 from spectrumkv_kernels.codec import reference as codec
@@ -73,17 +73,19 @@ class Inputs:
         keys = torch.cat((keys, torch.full((2, 2, 7, key_dim), torch.nan)), dim=2).to(dtype)
         values = randn(2, tokens, 3, value_dim, seed=3).to(dtype)
         self.keys, self.values = keys.to(device)[:, :, :tokens], values.to(device).transpose(1, 2)
-        self.mean = None if mean is None else mean.to(device)
+        self.mean = mean  # on the CPU
+        frame = frame_for(self.codec, mean, value_dim)
+        self.frame = None if frame is None else frame.to(device)
         self.index, self.positions = self.index.to(device), self.positions.to(device)
 
     def encode(self, implementation):
         return implementation.encode(
-            self.keys, self.values, self.positions, self.bits, self.codec, self.mean, self.rotary, index=self.index
+            self.keys, self.values, self.positions, self.bits, self.codec, self.frame, self.rotary, index=self.index
         )
 
     def decode(self, implementation, keys, values, positions=None):
         positions = self.positions if positions is None else positions
-        return implementation.decode(keys, values, positions, self.bits, self.codec, self.mean, self.rotary)
+        return implementation.decode(keys, values, positions, self.bits, self.codec, self.frame, self.rotary)
 
 
 def codes_of(quantized, bits):
@@ -352,7 +354,7 @@ def segments_of(case, device, counts, tail=9, empty=False):
 
 
 def assert_dense(case, segments, inputs, start, size, complete=False):
-    rest = (start, size, case[-1], inputs.codec, inputs.mean, inputs.rotary, complete)
+    rest = (start, size, case[-1], inputs.codec, inputs.frame, inputs.rotary, complete)
     ours, theirs = codec_triton.dense(segments, *rest), codec.dense(segments, *rest)
     where = torch.zeros(2, 2, size + 1, dtype=torch.int64, device=segments[0].positions.device)
     for segment in segments:
@@ -418,7 +420,7 @@ def test_lengths_compile_nothing_anew(device):
         encoded = inputs.encode(codec_triton)
         codec_triton.key_mean(inputs.keys, torch.arange(tokens, device=device), inputs.rotary)
         segment = Segment(4, *encoded, inputs.positions)
-        codec_triton.dense([segment], 0, tokens, torch.bfloat16, inputs.codec, inputs.mean, inputs.rotary)
+        codec_triton.dense([segment], 0, tokens, torch.bfloat16, inputs.codec, inputs.frame, inputs.rotary)
 
     def compiled():
         kernels = (getattr(codec_triton, k) for k in ("_encode_kernel", "_dense_kernel", "sums_kernel", "mean_kernel"))

@@ -61,7 +61,7 @@ class Layer:
         self.mean = randn(batch, kv_heads, key_dim, seed=seed + 1)  # of those rows that the prompt was tiered of
         if base:
             fixed = (pads < base)[:, None, None].to(device)
-            views.mean.copy_(torch.where(fixed, self.mean.to(device), torch.nan))
+            views.frame.copy_(torch.where(fixed, self.mean.to(device), torch.nan))
         if rooms:
             steps = torch.arange(self.layout.blocks + 1)[:, None] * torch.tensor(self.sizes)
             views.totals.copy_(held + steps)
@@ -204,7 +204,7 @@ def check(layer, exact=False):
     ]
     assert torch.equal(views.own, layer.own)
     if layout.codec.center and done:
-        assert error(views.mean, layer.means()) < 1e-5
+        assert error(views.frame, layer.means()) < 1e-5
     chosen = layer.chosen()
     for i, (arena, size) in enumerate(zip(views.arenas, layer.sizes, strict=True)):
         filled = slice(layer.held, layer.held + size * done)
@@ -219,7 +219,7 @@ def check(layer, exact=False):
             parts = [arena.keys, arena.values, arena.positions]
         else:
             expected = codec.encode(
-                keys, values, wanted.int(), arena.bits, layout.codec, views.mean if layout.codec.center else None,
+                keys, values, wanted.int(), arena.bits, layout.codec, views.frame if layout.codec.center else None,
                 layout.rotary,
             )  # fmt: skip
             real = wanted >= torch.tensor(layer.pads)[:, None, None]  # padding may have come before the mean was fixed
@@ -307,7 +307,7 @@ def flawed(device):
 def test_flawed_tokens_do_not_count():
     layer = flawed("cpu").append(reference, 76)
     views, chosen = layer.views, layer.chosen()
-    assert error(views.mean, layer.means()) < 1e-5
+    assert error(views.frame, layer.means()) < 1e-5
     for row, head in chosen:
         for arena, wanted in zip(views.arenas, chosen[row, head], strict=True):
             assert arena.positions[row, head, : len(wanted)].tolist() == wanted

@@ -52,10 +52,10 @@ def test_what_lies_where(name, device):
     twin = Layer(**options).append(Reference, count)
     ours, theirs = bytes_of(layer), bytes_of(twin)
     for part in ours:
-        if not part.endswith((".codes", ".affine", "mean")):
+        if not part.endswith((".codes", ".affine", "frame")):
             assert torch.equal(ours[part], theirs[part]), part
     if layer.layout.codec.center and layer.layout.done(layer.length, layer.base):
-        assert error(layer.views.mean.cpu(), twin.views.mean) < 1e-6
+        assert error(layer.views.frame.cpu(), twin.views.frame) < 1e-6
 
 
 def test_many_blocks_in_a_row(device):
@@ -79,7 +79,7 @@ def test_a_full_layer_takes_no_more(options, device):
 def test_flawed_tokens(device):
     ours, theirs = flawed(device).append(Some, 76), flawed("cpu").append(Reference, 76)
     views, expected = ours.layout.views(ours.buffer.cpu()), theirs.views
-    assert error(views.mean, expected.mean) < 1e-6
+    assert error(views.frame, expected.frame) < 1e-6
     for arena, other in zip(views.arenas, expected.arenas, strict=True):
         assert torch.equal(arena.positions, other.positions)
         if arena.bits == 16:
