@@ -10,6 +10,7 @@ from spectrumkv_hf import wire
 from spectrumkv_hf.policy import Policy
 from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.wire import patch
+from spectrumkv_kernels import CODECS
 
 if TYPE_CHECKING:
     from spectrumkv_hf.probe.auto import Probe
@@ -30,7 +31,8 @@ class SpectrumCache(TieredCache):
             for them (see `summary`).
         policy: Name of a policy (`spectrumkv_hf.POLICIES`) or a policy. `"fp16"` is lossless.
         budget: Mean nominal cost per token, as a fraction of FP16; None: the policy's default.
-        codec: `"spectrum"`, or `"absmax"` for the paper's.
+        codec: `"spectrum"`; `"spectrum2"`, which has tiers of 3 and 2 bits and fewer bytes beside the codes; or
+            `"absmax"` for the paper's.
         model: The model that will use the cache. Its config is compared with `config`, RoPE included, and files of the
             cache tell its weights from others'.
         max_cache_len: Tokens that the cache takes in all, for which it then keeps room from the first on; None: it
@@ -58,7 +60,7 @@ class SpectrumCache(TieredCache):
         budget: float | None = None,
         policy: str | Policy | None = None,
         codec: str = "spectrum",
-        probe: "str | Probe | None" = "calibration",
+        probe: "str | Probe | None" = "auto",
         max_cache_len: int | None = None,
         **policy_options: Any,
     ) -> Self:
@@ -70,14 +72,20 @@ class SpectrumCache(TieredCache):
         more than the probe's loss; a warning says so. Without a verdict, for a model that can't be probed, it is
         `sink_protect` as it is, with a warning.
 
+        With the codec `spectrum2` the probe plans: it measures what rounding each layer costs, which takes a forward of
+        128 tokens for each layer over three texts of 896, and the policy is `calibrated`, which gives each layer its
+        own shares of tokens in 8, 4, 3 and 2 bits so that all bytes together are `budget` of FP16.
+
         Args:
             model: The model that will use the cache, with its weights.
             tokenizer: Its tokenizer, for the text that the probe reads; None: it reads random tokens.
-            budget: Mean nominal cost of a token, as a fraction of FP16; None: .5, or that of `policy`.
+            budget: Mean nominal cost of a token, as a fraction of FP16, and with a plan all bytes that tiered tokens
+                take; None: .5, or that of `policy`.
             policy: Name of a policy or a policy, with which nothing is probed; None: the probe chooses it.
-            codec: `"spectrum"`, or `"absmax"` for the paper's.
-            probe: `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `CalibrationProbe` or
-                `PaperProbe` of the cache's codec; None for no probe.
+            codec: As in the class.
+            probe: `"auto"`: for `spectrum2` the plan, else the calibration. `"plan"`, by which the policy is
+                `calibrated`; `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `PlanProbe`,
+                `CalibrationProbe` or `PaperProbe` of the cache's codec; None for no probe.
             max_cache_len: As in the class.
             policy_options: Further fields of the policy.
 
@@ -90,7 +98,9 @@ class SpectrumCache(TieredCache):
             budget = 0.5 if budget is None else budget
             if probe is not None and "floors" in policy_options:
                 raise TypeError("floors come from the probe: give a policy too, or probe=None")
-            least = "two_tier" if getattr(probe, "kind", probe) == "paper" else "sink_protect"
+            by_bytes = probe == "auto" and codec in CODECS and CODECS[codec].balanced
+            kind = "plan" if by_bytes else getattr(probe, "kind", probe)
+            least = "two_tier" if kind in ("paper", "plan") else "sink_protect"
             # Complains before anything is measured.
             cls(model.config, least, budget, codec, max_cache_len=max_cache_len, **policy_options)
             if probe is None:

@@ -5,7 +5,7 @@ in plain PyTorch specifies it.
 """
 
 from spectrumkv_kernels.backend.tensor_cache import clear_caches
-from spectrumkv_kernels.codec.frame import fit_frame, split_frame
+from spectrumkv_kernels.codec.frame import fit_frame
 from spectrumkv_kernels.codec.quantize import FLOAT16_MAX, Quantized, dequantize, pack, quantize, saturated, unpack
 from spectrumkv_kernels.codec.reference import CODECS, Codec, take
 from spectrumkv_kernels.operations import (
@@ -28,7 +28,7 @@ from spectrumkv_kernels.wire.tier_map import pack_map
 
 __all__ = [
     "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores",
-    "clear_caches", "decode", "dense", "dequantize", "digest_sums", "encode", "fit_frame", "hadamard", "key_mean", "pack",
-    "pack_map", "quantize", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention", "unpack",
+    "clear_caches", "decode", "dense", "dequantize", "digest_sums", "encode", "fit_frame", "hadamard", "key_mean",
+    "pack", "pack_map", "quantize", "real_tokens", "saturated", "take", "tier_positions", "tiered_attention", "unpack",
     "write_sums",
 ]  # fmt: skip

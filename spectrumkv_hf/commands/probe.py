@@ -6,12 +6,14 @@ from typing import Any
 
 from spectrumkv_hf.evaluation.report.tables import print_table
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
-from spectrumkv_hf.policy import TIERS, Adaptive, Policy
+from spectrumkv_hf.policy import INT2, TIERS, Adaptive, Policy
+from spectrumkv_hf.policy.calibrated import ERRORS, PLANNED, Shares
 from spectrumkv_hf.probe import storage
 from spectrumkv_hf.probe.auto import PROBES, Probe, key_of, probe_model
 from spectrumkv_hf.probe.calibration import CalibrationProbe
 from spectrumkv_hf.probe.paper import PaperProbe
-from spectrumkv_hf.probe.verdict import CalibrationVerdict, PaperVerdict, Verdict
+from spectrumkv_hf.probe.plan import PlanProbe
+from spectrumkv_hf.probe.verdict import CalibrationVerdict, PaperVerdict, PlanVerdict, Verdict
 from spectrumkv_kernels import CODECS
 
 
@@ -19,16 +21,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `run` reads."""
     add_model_arguments(parser, positional=True)
     parser.add_argument("--probe", choices=PROBES, default=CalibrationProbe.kind, help="default: calibration")
-    parser.add_argument("--codec", choices=CODECS, help="default: spectrum; for the paper's probe absmax")
+    parser.add_argument(
+        "--codec", choices=CODECS, help="default: spectrum; for a plan spectrum2, for the paper's probe absmax"
+    )
     parser.add_argument(
         "--budget", type=float, action="append", help="also name the policy at this budget (repeatable)"
     )
     parser.add_argument("--fresh", action="store_true", help="measure again where a verdict is stored")
     parser.add_argument("--json", action="store_true", help="everything, on stdout")
-    ours = parser.add_argument_group("calibration")
+    ours = parser.add_argument_group("calibration and plan")
     ours.add_argument("--loss", type=float, help=f"nats a safe tier may cost; default: {CalibrationProbe.loss:g}")
-    ours.add_argument("--context", type=int, help=f"tokens coded; default: {CalibrationProbe.context}")
-    ours.add_argument("--continuation", type=int, help=f"tokens predicted; default: {CalibrationProbe.continuation}")
+    ours.add_argument(
+        "--context", type=int, help=f"tokens coded; default: {CalibrationProbe.context}, of a plan {PlanProbe.context}"
+    )
+    ours.add_argument(
+        "--continuation",
+        type=int,
+        help=f"tokens predicted; default: {CalibrationProbe.continuation}, of a plan {PlanProbe.continuation}",
+    )
     theirs = parser.add_argument_group("paper")
     theirs.add_argument("--tokens", type=int, help=f"of each prompt; default: {PaperProbe.tokens}")
 
@@ -39,9 +49,14 @@ def probe_from(args: argparse.Namespace) -> Probe:
     Raises:
         ValueError: a value out of range, or an option of the other probe.
     """
-    names = {"calibration": ("loss", "context", "continuation"), "paper": ("tokens",)}
+    names = {
+        "calibration": ("loss", "context", "continuation"),
+        "plan": ("context", "continuation"),
+        "paper": ("tokens",),
+    }
     for kind, options in names.items():
-        if kind != args.probe and (foreign := [name for name in options if getattr(args, name) is not None]):
+        foreign = [n for n in options if n not in names[args.probe] and getattr(args, n) is not None]
+        if kind != args.probe and foreign:
             raise ValueError(f"--{foreign[0]} is an option of --probe {kind}")
     given = {name: getattr(args, name) for name in ("codec", *names[args.probe])}
     return PROBES[args.probe](**{name: value for name, value in given.items() if value is not None})
@@ -64,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if isinstance(verdict, CalibrationVerdict):
         _show_calibration(verdict)
+    elif isinstance(verdict, PlanVerdict):
+        _show_plan(verdict, budgets)
     else:
         _show_paper(verdict)
     for budget in budgets:
@@ -80,6 +97,8 @@ def _described(verdict: Verdict, budgets: list[float]) -> dict[str, Any]:
     if isinstance(verdict, CalibrationVerdict):
         more |= {"probe": CalibrationProbe.kind, "safe": verdict.safe, "cheapest": policy(verdict.cheapest)}
         more["cheapest"]["cost"] = verdict.cost(verdict.cheapest)
+    elif isinstance(verdict, PlanVerdict):
+        more |= {"probe": PlanProbe.kind}
     else:
         more |= {"probe": PaperProbe.kind, "passed": verdict.passed, "conclusive": verdict.conclusive}
     return more | {"verdict": verdict.to_json()}
@@ -125,6 +144,24 @@ def _show_calibration(verdict: CalibrationVerdict) -> None:
     cheapest = verdict.cheapest
     print(f"cheapest policy: {_named(cheapest)}, nominal cost {verdict.cost(cheapest):.3f}")
     print(f"without floors: sink_protect from b={verdict.plain_budget:g} on, KL {verdict.plain_kl:.5f}")
+
+
+def _show_plan(verdict: PlanVerdict, budgets: list[float]) -> None:
+    print(
+        f"codec {verdict.codec}, {verdict.continuation} tokens over the cache of {verdict.context} "
+        f"({', '.join(verdict.texts)}), {len(verdict.layers)} layers tiered, {verdict.seconds:.1f} s"
+    )
+    plans = [(f"b={budget:g}", dict(verdict.policy(budget).layers)) for budget in budgets]
+    rows = []
+    for layer in verdict.layers:
+        shares = [", ".join(_shares(plan[layer.layer])) for _, plan in plans]
+        rows.append([str(layer.layer), str(layer.window or "-"), f"{layer.sensitivity * ERRORS[INT2]:.5f}", *shares])
+    print_table(("layer", "window", "KL at 2 bits", *(name for name, _ in plans)), rows)
+
+
+def _shares(shares: Shares) -> list[str]:
+    """Percent of the tokens in each tier that has some."""
+    return [f"{tier.name} {100 * share:.0f} %" for tier, share in zip(PLANNED, shares, strict=True) if share >= 0.005]
 
 
 def _show_paper(verdict: PaperVerdict) -> None:

@@ -1,8 +1,11 @@
 """Which token gets which tier: policies, and the importance by which they rank. Pure: no model, no cache."""
 
+from spectrumkv_hf.policy.calibrated import Calibrated
 from spectrumkv_hf.policy.policies import (
     DROPPED,
     FP16,
+    INT2,
+    INT3,
     INT4,
     INT8,
     POLICIES,
@@ -28,7 +31,8 @@ from spectrumkv_hf.policy.policies import (
 )
 
 __all__ = [
-    "DROPPED", "FP16", "INT4", "INT8", "POLICIES", "TIERS", "Adaptive", "Balanced", "Counts", "DropScored",
+    "DROPPED", "FP16", "INT2", "INT3", "INT4", "INT8", "POLICIES", "TIERS", "Adaptive", "Balanced", "Calibrated",
+    "Counts", "DropScored",
     "DropWindow", "Greedy", "Lossless", "Policy", "RandomTier", "SinkProtect", "Tier", "TwoTier", "UniformInt4",
     "UniformInt8", "exempt", "get_policy", "increments", "lifted",
 ]  # fmt: skip

@@ -96,6 +96,10 @@ class Policy:
         """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`. `floors` are not in them."""
         raise NotImplementedError
 
+    def for_layer(self, layer: int) -> "Policy":
+        """By which the tokens of a layer are tiered: this policy, where layers are alike."""
+        return self
+
     def floor(self, layer: int) -> Tier | None:
         """The least precise tier for tokens of a layer that are stored; None: any."""
         name = dict(self.floors).get(layer)

@@ -1,6 +1,7 @@
 """Probing a model once: in a process, and on a disk."""
 
 import itertools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +12,31 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from spectrumkv_hf.policy import Policy, SinkProtect
+from spectrumkv_hf.policy import Calibrated, Policy, SinkProtect
 from spectrumkv_hf.probe import storage
-from spectrumkv_hf.probe.calibration import CalibrationProbe, ProbeError
+from spectrumkv_hf.probe.calibration import CalibrationProbe
+from spectrumkv_hf.probe.measurement import ProbeError
 from spectrumkv_hf.probe.paper import PaperProbe
-from spectrumkv_hf.probe.verdict import PaperVerdict, Verdict
+from spectrumkv_hf.probe.plan import PlanProbe
+from spectrumkv_hf.probe.verdict import CalibrationVerdict, PaperVerdict, Verdict
 from spectrumkv_hf.tiered.identity import fingerprint
 from spectrumkv_kernels import CODECS
 
 logger = logging.getLogger(__name__)
 
-Probe = CalibrationProbe | PaperProbe
-PROBES: dict[str, type[Probe]] = {probe.kind: probe for probe in (CalibrationProbe, PaperProbe)}
+Probe = CalibrationProbe | PaperProbe | PlanProbe
+PROBES: dict[str, type[Probe]] = {probe.kind: probe for probe in (CalibrationProbe, PaperProbe, PlanProbe)}
 """Kinds of probe by name."""
 
 VERSION = 1
 """Of what the probes measure: a change makes stored verdicts stale."""
+
+POLICY_OF = {
+    CalibrationProbe.kind: SinkProtect.name,
+    PaperProbe.kind: "paper_greedy",
+    PlanProbe.kind: Calibrated.name,
+}
+"""What each measures."""
 
 _remembered: dict[str, Verdict] = {}
 
@@ -49,11 +59,11 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 def shown(model: PreTrainedModel, probe: Probe) -> Iterator[None]:
     """A progress bar on stderr that counts the model's forwards, among those of Transformers and disabled with them."""
     title = f"Probing once which tiers {type(model).__name__} tolerates"
-    numbers = itertools.count(1)
-    with transformers_logging.tqdm(total=probe.forwards, desc=title, unit=" forwards") as bar:
+    numbers, least = itertools.count(1), probe.forwards(model)
+    with transformers_logging.tqdm(total=least, desc=title, unit=" forwards") as bar:
 
         def count(*_: Any) -> None:
-            bar.total = max(probe.forwards, next(numbers))  # where a tier is not safe there are more
+            bar.total = max(least, next(numbers))  # where a tier is not safe there are more
             bar.update()
 
         hook = model.register_forward_hook(count)
@@ -68,8 +78,8 @@ def key_of(model: PreTrainedModel, probe: Probe, ids: torch.Tensor) -> dict[str,
     return {
         "probe": probe.kind,
         "version": VERSION,
-        "settings": asdict(probe),
-        "policy": SinkProtect.name if isinstance(probe, CalibrationProbe) else "paper_greedy",
+        "settings": json.loads(json.dumps(asdict(probe))),
+        "policy": POLICY_OF[probe.kind],
         "codec_version": CODECS[probe.codec].version,
         "ids": storage.digest(ids),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -119,14 +129,18 @@ def probed_policy(
 ) -> Policy:
     """The policy that a probe names for a model at a budget; see `SpectrumCache.from_model`.
 
+    `auto` is the plan for a codec that balances, the calibration for others.
+
     Where the model can't be probed, or can't retrieve even over the exact cache, a warning says what stands in.
 
     Raises:
         ValueError: an unknown probe, or one of another codec than the cache's.
     """
     if isinstance(probe, str):
+        if probe == "auto":
+            probe = PlanProbe.kind if CODECS[codec].balanced else CalibrationProbe.kind
         if probe not in PROBES:
-            raise ValueError(f"unknown probe {probe!r}: choose from {', '.join(PROBES)}, or None for no probe")
+            raise ValueError(f"unknown probe {probe!r}: choose from auto, {', '.join(PROBES)}, or None for no probe")
         probe = PROBES[probe](codec=codec)
     if probe.codec != codec:
         raise ValueError(f"{probe} measures codec {probe.codec!r}, the cache has {codec!r}")
@@ -143,10 +157,11 @@ def probed_policy(
             break
         logger.warning("the model does not retrieve over the exact cache either: calibrating instead")
     if verdict is None or isinstance(verdict, PaperVerdict) and not verdict.conclusive:
-        logger.warning("taking the default policy")
-        return SinkProtect(budget=budget, **options)
+        least = max(budget, float(SinkProtect.minimum))
+        logger.warning("taking the default policy, sink_protect at b=%g", least)
+        return SinkProtect(budget=least, **options)
     policy = verdict.policy(budget, **options)
-    if not isinstance(verdict, PaperVerdict) and isinstance(policy, SinkProtect) and verdict.cost(policy) > budget:
+    if isinstance(verdict, CalibrationVerdict) and isinstance(policy, SinkProtect) and verdict.cost(policy) > budget:
         logger.warning(
             "b=%g would cost this model more than %g nats: taking b=%g with floors %s, a nominal cost of %.3f",
             budget, verdict.loss, policy.budget, dict(policy.floors), verdict.cost(policy),

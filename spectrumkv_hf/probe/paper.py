@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.policy import get_policy
-from spectrumkv_hf.probe.calibration import ProbeError
+from spectrumkv_hf.probe.measurement import ProbeError
 from spectrumkv_hf.probe.needles import NEEDLES, NeedlePrompts, ask, found, needle_prompts
 from spectrumkv_hf.probe.verdict import PaperVerdict, Trial
 from spectrumkv_hf.tiered.cache import TieredCache
@@ -43,8 +43,6 @@ class PaperProbe:
     tokens: int = 4096
 
     kind = "paper"
-    forwards = 192
-    """Of the model: 32 tokens for each of three needles, over the exact cache and over tiers."""
     parse = staticmethod(PaperVerdict.from_json)
 
     def __post_init__(self) -> None:
@@ -52,6 +50,10 @@ class PaperProbe:
             raise ValueError(f"unknown codec {self.codec!r}: choose from {', '.join(CODECS)}")
         if type(self.tokens) is not int or self.tokens < 1:
             raise ValueError(f"tokens is a number of tokens, 1 or more, got {self.tokens!r}")
+
+    def forwards(self, model: PreTrainedModel) -> int:
+        """Of the model: 32 tokens for each of three needles, over the exact cache and over tiers."""
+        return 192
 
     def inputs(self, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
         """Ids of the prompts, `[trials, tokens]`.

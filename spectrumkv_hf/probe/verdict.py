@@ -5,7 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Self, cast, get_args, get_origin
 
-from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
+from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, Calibrated, SinkProtect
+from spectrumkv_hf.policy.calibrated import PLANNED, LayerCost, Shares, allocate
+from spectrumkv_kernels.codec.quantize import divisor
+
+BESIDE = 6
+"""Bytes that a token of a head has beside its codes: a scale for the key and one for the value, and its position."""
 
 
 class Stored:
@@ -147,6 +152,75 @@ class CalibrationVerdict(Stored):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What rounding the tokens of a layer costs a model.
+
+    Attributes:
+        layer: Index in the model.
+        window: Tokens of its sliding window; 0: it has none.
+        key_dim, value_dim: Channels of its heads.
+        sensitivity: Next-token KL against the exact cache, nats, per unit of relative squared error of all its tokens.
+        weights: What tokens at equal shares of the ranking add to it, the most important first; their mean is 1.
+    """
+
+    layer: int
+    window: int
+    key_dim: int
+    value_dim: int
+    sensitivity: float
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanVerdict(Stored):
+    """What rounding each layer costs a model on a calibration text, from which plans for any budget follow.
+
+    Attributes:
+        codec: Of the cache that was measured.
+        context: Tokens whose cache was coded.
+        continuation: Tokens predicted over it.
+        texts: Over which it was measured, or `random tokens` where no tokenizer was given.
+        layers: The tiered layers.
+        seconds: That the probe took.
+    """
+
+    codec: str
+    context: int
+    continuation: int
+    texts: tuple[str, ...]
+    layers: tuple[LayerPlan, ...]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not self.layers or len({len(layer.weights) for layer in self.layers}) > 1:
+            raise ValueError(f"a plan of {len(self.layers)} layers, or their weights are not of one kind")
+
+    def policy(self, budget: float, **options: Any) -> Calibrated:
+        """The plan for a budget of bytes.
+
+        Layers with a window share it among themselves, as do those without: how many tokens a layer holds beside
+        another depends on the context, and in each group they are as many.
+
+        Args:
+            budget: What tiered tokens take of their FP16 bytes, with scales, positions and frames.
+            options: Further fields of the policy.
+
+        Raises:
+            ValueError: the budget is out of range, or an option is.
+        """
+        shares: dict[int, Shares] = {}
+        for window in {layer.window for layer in self.layers}:
+            group = [layer for layer in self.layers if layer.window == window]
+            fit = [t for t in PLANNED if not any(d % divisor(t.bits) for g in group for d in (g.key_dim, g.value_dim))]
+            costs = [
+                LayerCost(g.sensitivity, g.weights, BESIDE / (2 * (g.key_dim + g.value_dim))) for g in group
+            ]  # fmt: skip
+            planned = allocate(costs, budget, fit)
+            shares |= {layer.layer: found for layer, found in zip(group, planned, strict=True)}
+        return Calibrated(budget=budget, layers=tuple(sorted(shares.items())), **options)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One needle: what to find, at which relative depth, and whether the model did, over the exact cache and tiers."""
 
@@ -191,7 +265,7 @@ class PaperVerdict(Stored):
         return Adaptive(budget=budget, probe_passed=self.passed, **options)
 
 
-Verdict = CalibrationVerdict | PaperVerdict
+Verdict = CalibrationVerdict | PaperVerdict | PlanVerdict
 
 
 def _built(cls: Any, data: Any) -> Any:

@@ -55,7 +55,7 @@ MEASURED_QUERIES = 1024
 
 
 def _power(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """`E[q^2]` of each channel over the queries `[batch, heads, queries, dim]` of each KV head: `[batch, kv_heads, dim]`."""
+    """`E[q^2]` of each channel, `[batch, kv_heads, dim]`, over the queries `[batch, heads, queries, dim]` of a head."""
     some = query[:, :, :: -(-query.shape[2] // MEASURED_QUERIES)].float()
     return some.square().mean(2).unflatten(1, (kv_heads, -1)).mean(2)
 
@@ -103,7 +103,7 @@ class SpectrumLayer(CacheLayerMixin):
         capacity: int | None = None,
     ) -> None:
         # Not super().__init__(), which would assign `keys` and `values`, properties here.
-        self.policy, self.codec, self.rotary = policy, codec, rotary
+        self.policy, self.codec, self.rotary = policy.for_layer(layer_idx), codec, rotary
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
         self.capacity = capacity

@@ -15,8 +15,9 @@ from outliers import healthy, with_outliers
 from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
 from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, paper, probe_model
-from spectrumkv_hf.probe.calibration import LADDER, Coding, _Measurement
+from spectrumkv_hf.probe.calibration import LADDER
 from spectrumkv_hf.probe.divergence import mean_kl
+from spectrumkv_hf.probe.measurement import Coding, Measurement
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
 from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
@@ -131,7 +132,7 @@ class TestMeasurement:
     def test_uniform_tiers_equal_a_tiered_cache(self):
         m, ids = healthy(), prompt(240)
         with torch.no_grad():
-            measured = _Measurement(m, ids, 200, "spectrum")
+            measured = Measurement(m, ids, 200, "spectrum")
             for tier, budget in ((INT8, 0.5), (INT4, 0.25)):
                 recoded = measured.kl(dict.fromkeys(measured.tiered, Coding(tier, tier)))
                 assert recoded == pytest.approx(measured.policy_kl(budget), rel=1e-3)
@@ -139,7 +140,7 @@ class TestMeasurement:
     def test_keys_and_values_apart(self):
         """Coded values leave the keys as they are, and the other way round."""
         with torch.no_grad():
-            measured = _Measurement(healthy(), prompt(240), 200, "spectrum")
+            measured = Measurement(healthy(), prompt(240), 200, "spectrum")
             kl = {
                 (k, v): measured.kl(dict.fromkeys(measured.tiered, Coding(k, v)))
                 for k in (FP16, INT4)
@@ -153,7 +154,7 @@ class TestMeasurement:
         """Against attention written out, on the keys, values and queries of a layer."""
         m, ids, n = healthy(), prompt(240), 32
         with torch.no_grad():
-            measured = _Measurement(m, ids, 200, "spectrum")
+            measured = Measurement(m, ids, 200, "spectrum")
             errors = measured.attention_errors((INT4,))[INT4]
             cache = copy.deepcopy(measured._cache)
             seen = []
@@ -226,7 +227,7 @@ class TestMeasurement:
         assert found.int4.kl > loss >= found.int4.kl_floored and found.int4.unsafe
         assert found.plain_budget in LADDER and found.plain_kl <= loss
         with torch.no_grad():
-            measured = _Measurement(m, CalibrationProbe(**SHORT).inputs(m, None), 200, "spectrum")
+            measured = Measurement(m, CalibrationProbe(**SHORT).inputs(m, None), 200, "spectrum")
             if 0.25 < found.plain_budget <= 0.5:
                 assert measured.policy_kl(found.plain_budget) == pytest.approx(found.plain_kl, rel=1e-3)
                 below = LADDER[LADDER.index(found.plain_budget) - 1]

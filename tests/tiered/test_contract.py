@@ -66,9 +66,11 @@ def test_a_continuation_is_scored_under_grad(implementation, count):
 # -- compilation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon", "gpt2"])
-@pytest.mark.parametrize("policy", ["sink_protect", "fp16"])
-def test_a_compiled_model_gives_the_same_logits(family, policy):
+@pytest.mark.parametrize(
+    ("policy", "family"),
+    [*(("sink_protect", family) for family in ("llama", "gemma3", "falcon", "gpt2")), ("fp16", "llama")],
+)
+def test_a_compiled_model_gives_the_same_logits(policy, family):
     """The compiler leaves what belongs to the cache to Python; before it traced into C++ and the process died."""
     m = copy.deepcopy(model(family, "sdpa"))
     torch._dynamo.reset()

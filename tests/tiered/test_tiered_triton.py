@@ -29,8 +29,14 @@ def close(a, b):
     return (a - b).norm() < 5e-3 * b.norm()
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
-@pytest.mark.parametrize("family, sizes", [("llama", {}), ("gemma3", {"sliding_window": 200})])
+LLAMA, GEMMA = ("llama", {}), ("gemma3", {"sliding_window": 200})
+OTHERS = [(*GEMMA, 0.3), (*GEMMA, 0.75), (*LLAMA, 0.5), (*LLAMA, 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "budget"),
+    [(*LLAMA, 0.3), (*GEMMA, 0.5), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
+)
 def test_like_plain_pytorch(family, sizes, budget, monkeypatch):
     m, ids = model(family, "sdpa", **sizes).to(DEVICE), prompt(300).to(DEVICE)
     expected, _ = logits(monkeypatch, "torch", m, ids, budget=budget)

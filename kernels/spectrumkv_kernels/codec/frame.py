@@ -13,7 +13,7 @@ FLOOR = 1e-4
 
 
 class Frame(NamedTuple):
-    """The parts of a frame, float32. Codes stand for `(k - R(t) mean) / key_scale` and `(v - value_mean) / value_scale`.
+    """The parts of a frame, float32. What is coded is `(k - R(t) mean) / key_scale`, `(v - value_mean) / value_scale`.
 
     Attributes:
         mean: Of keys before RoPE, `[batch, kv_heads, head_dim]`.
@@ -52,8 +52,8 @@ def fit_frame(
     A logit's error is the sum over channels `c` of `q_c` times the error of key channel `c`. After the Hadamard matrix
     all channels have the same error, in units of the power of all scaled channels: with scales `1 / b_c` it is
     `sum(E[q_c^2] / b_c^2) * sum(b_c^2 Var[k_c])` on the mean, which is least at `b_c = (E[q_c^2] / Var[k_c])^(1/4)`
-    (the inequality of Cauchy and Schwarz). Both channels of a RoPE pair share a value: over positions they trade places.
-    A common factor gives what is coded a variance of 1.
+    (the inequality of Cauchy and Schwarz). Both channels of a RoPE pair share a value, as positions turn one into the
+    other. A common factor gives what is coded a variance of 1.
 
     Args:
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.

@@ -13,8 +13,8 @@ WIDTHS = (2, 3, 4, 8)
 STEPS = {2: 0.9957, 3: 0.586, 4: 0.3352}
 """Of uniform codes, in units of the root mean square: where the squared error of a normal variable is least."""
 TRIED = (0.85, 1.0, 1.15)
-"""Multiples of that step, of which each vector takes the best: for 64 channels of 4 bits the squared error falls by 13 %,
-and five of them would bring 3 % more."""
+"""Multiples of that step, of which each vector takes the best: for 64 channels of 4 bits the squared error falls by
+13 %, and five of them would bring 3 % more."""
 OCTAVE = 32
 """Steps of a one-byte scale to a factor of 2: it is off by 1.1 % at most."""
 ONE = 128

@@ -1,0 +1,180 @@
+"""The policy of a probe's plan: each layer has its own shares of tokens in each tier, and the budget means bytes."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+
+from spectrumkv_hf.policy.policies import FP16, INT2, INT3, INT4, INT8, POLICIES, Counts, Policy, Tier
+
+PLANNED = (FP16, INT8, INT4, INT3, INT2)
+"""Tiers of a plan, the most precise first."""
+ERRORS = {FP16: 0.0, INT8: 4e-5, INT4: 0.010, INT3: 0.036, INT2: 0.13}
+"""Squared error of the codes of `spectrum2` for normal variables, relative to the variance."""
+FRAME = 3
+"""Exact tokens whose bytes a layer's frame takes: `2 key_dim + value_dim + 1` numbers of four bytes."""
+
+Shares = tuple[float, ...]
+"""Of tokens in each of `PLANNED`, the sinks not counted; they add up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShares(Policy):
+    """One layer of a plan: `Calibrated.for_layer`.
+
+    Attributes:
+        shares: As of `Shares`.
+    """
+
+    name = "calibrated"
+    minimum = Fraction(1, 8)
+    shares: Shares = (0.0, 0.0, 1.0, 0.0, 0.0)
+
+    def counts(self, tokens: int) -> Counts:
+        """By the shares, and what sinks and frame take beyond them is saved again: the most precise tokens go a tier
+        down until it is. So a layer keeps to its bytes however short the context is, unless all is in the least tier.
+        """
+        exact = min(self.sinks, tokens)
+        used = [(tier, share) for tier, share in zip(PLANNED, self.shares, strict=True) if share]
+        counts = dict.fromkeys(PLANNED, 0) | {tier: int(share * (tokens - exact)) for tier, share in used}
+        least = used[-1][0]
+        counts[least] += tokens - exact - sum(counts.values())
+        debt = FRAME + exact * (1 - sum(share * float(tier.cost) for tier, share in used))
+        above = PLANNED[: PLANNED.index(least) + 1]
+        for tier, lower in itertools.pairwise(above):
+            gain = float(tier.cost - lower.cost)
+            moved = min(counts[tier], max(math.ceil(debt / gain), 0))
+            counts[tier] -= moved
+            counts[lower] += moved
+            debt -= moved * gain
+        counts[FP16] += exact
+        return {tier: n for tier, n in counts.items() if n}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Policy):
+    """A probe's plan for a budget of bytes: `budget` is what tiered tokens take of their FP16 bytes, with scales,
+    positions and frames.
+
+    Attributes:
+        layers: `Shares` of each tiered layer, by its index: pairs, or a mapping, held as pairs in the order of layers.
+    """
+
+    name = "calibrated"
+    minimum = LayerShares.minimum
+    layers: tuple[tuple[int, Shares], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", _checked(self.layers))
+
+    def counts(self, tokens: int) -> Counts:
+        """Those of a layer with the mean shares of all."""
+        columns = zip(*(shares for _, shares in self.layers), strict=True)
+        return self._of(tuple(sum(column) / len(self.layers) for column in columns)).counts(tokens)
+
+    def for_layer(self, layer: int) -> Policy:
+        """The policy of one layer.
+
+        Raises:
+            ValueError: the plan has no such layer.
+        """
+        shares = dict(self.layers).get(layer)
+        if shares is None:
+            planned = ", ".join(str(index) for index, _ in self.layers)
+            raise ValueError(f"policy {self.name!r} was planned for layers {planned}, not for layer {layer}")
+        return self._of(shares)
+
+    def _of(self, shares: Shares) -> LayerShares:
+        common = {field.name: getattr(self, field.name) for field in fields(Policy)}
+        return LayerShares(**common, shares=shares)
+
+
+POLICIES[Calibrated.name] = Calibrated
+
+
+def _checked(given: Mapping[int, Shares] | Iterable[tuple[int, Shares]]) -> tuple[tuple[int, Shares], ...]:
+    names = ", ".join(tier.name for tier in PLANNED)
+    refused = ValueError(
+        f"layers are pairs of a layer, 0 or more and each once, and its shares of tokens in {names}, numbers from 0 to "
+        f"1 that add up to 1: a plan of `SpectrumCache.from_model`, got {str(given)[:200]}"
+    )
+    try:
+        pairs = [(layer, tuple(map(float, shares))) for layer, shares in dict(given).items()]
+        sound = bool(pairs) and all(
+            type(layer) is int and layer >= 0 and len(shares) == len(PLANNED) and _are_shares(shares)
+            for layer, shares in pairs
+        )
+    except (TypeError, ValueError):
+        raise refused from None
+    if not sound:
+        raise refused
+    return tuple(sorted(pairs))
+
+
+def _are_shares(shares: Sequence[float]) -> bool:
+    return all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) < 1e-6
+
+
+class LayerCost(NamedTuple):
+    """What rounding the tokens of a layer costs.
+
+    Attributes:
+        sensitivity: Loss per unit of relative squared error of all its tokens.
+        weights: Of the tokens' errors, from the most to the least important, at equal shares of the tokens; their mean
+            is 1.
+        overhead: Bytes of a token beside its codes, as a fraction of its FP16 bytes.
+    """
+
+    sensitivity: float
+    weights: Sequence[float]
+    overhead: float
+
+
+def allocate(layers: Sequence[LayerCost], budget: float, tiers: Sequence[Tier] = PLANNED) -> list[Shares]:
+    """Shares of the tiers in each layer by which the loss is least at a budget.
+
+    The loss is taken as the sum over layers and tokens of sensitivity, weight and the squared error of the tier
+    (`ERRORS`). At a price `p` of a byte, each token takes the tier by which its loss plus `p` times its bytes is least
+    (Everett's Lagrange multipliers); the price is found by bisection, and shares between those at the two prices next
+    to the budget meet it exactly.
+
+    Args:
+        layers: With as many weights each.
+        budget: Mean fraction of the FP16 bytes.
+        tiers: Those that may be used, the most precise first.
+
+    Raises:
+        ValueError: the budget is below the bytes of the least tier.
+    """
+    weights = torch.tensor([layer.weights for layer in layers], dtype=torch.float64)
+    sensitivity = torch.tensor([max(layer.sensitivity, 0.0) for layer in layers], dtype=torch.float64)
+    bits = torch.tensor([float(tier.cost) for tier in tiers], dtype=torch.float64)
+    cost = bits + torch.tensor([[layer.overhead] for layer in layers], dtype=torch.float64)  # [layers, tiers]
+    least = float(cost[:, -1].mean())
+    if budget < least:
+        raise ValueError(f"tiers of {tiers[-1].bits} bits take {least:.3f} of the FP16 bytes, got budget={budget:g}")
+    errors = torch.tensor([ERRORS[tier] for tier in tiers], dtype=torch.float64)
+    loss = sensitivity[:, None, None] * weights[..., None] * errors  # [layers, quantiles, tiers]
+
+    def shares(price: float) -> torch.Tensor:
+        chosen = (loss + price * cost[:, None]).argmin(-1)
+        return torch.nn.functional.one_hot(chosen, len(tiers)).double().mean(1)
+
+    def bytes_of(found: torch.Tensor) -> float:
+        return float((found * cost).sum(-1).mean())
+
+    low, high = -60.0, 60.0  # logarithms to base 2 of the price: at the lower one more bytes are spent
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if bytes_of(shares(2.0**middle)) <= budget else (middle, high)
+    rich, poor = shares(2.0**low), shares(2.0**high)
+    spread = bytes_of(rich) - bytes_of(poor)
+    part = min(max((budget - bytes_of(poor)) / spread, 0.0), 1.0) if spread > 0 else 0.0
+    found = poor + part * (rich - poor)
+    by_tier = {tier: found[:, i].tolist() for i, tier in enumerate(tiers)}
+    return [tuple(by_tier[tier][i] if tier in by_tier else 0.0 for tier in PLANNED) for i in range(len(layers))]

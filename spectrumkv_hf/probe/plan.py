@@ -1,0 +1,134 @@
+"""The probe of a plan: what rounding each layer costs a model, for as many bytes as there are."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spectrumkv_hf.policy import INT2
+from spectrumkv_hf.policy.calibrated import ERRORS
+from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, token_ids
+from spectrumkv_hf.probe.passage import TEXTS
+from spectrumkv_hf.probe.verdict import LayerPlan, PlanVerdict
+from spectrumkv_hf.tiered.layer import SpectrumLayer
+from spectrumkv_kernels import CODECS
+
+QUANTILES = 64
+"""Equal shares of the tokens whose weight a plan knows."""
+EVEN = 0.1
+"""Weight that every token has, in the mean of all: attention that comes later does not fall where the prompt's did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanProbe:
+    """How the loss grows with the error of each layer, by which `calibrated` shares out a budget.
+
+    Each layer by itself is coded in 2 bits, the others stay exact, and the next-token KL over that cache is measured.
+    Over the layers of a model it spans three orders of magnitude, and nothing that is known without measuring orders
+    them. What a token adds to the error of its layer goes by the square of the attention that it gets.
+
+    Attributes:
+        codec: Of the cache; it balances.
+        context: Tokens whose cache is coded.
+        continuation: Tokens predicted over it.
+        texts: Over which this is measured: some of `TEXTS`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    codec: str = "spectrum2"
+    context: int = 896
+    continuation: int = 128
+    texts: tuple[str, ...] = TEXTS
+
+    kind = "plan"
+    parse = staticmethod(PlanVerdict.from_json)
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS or not CODECS[self.codec].balanced:
+            known = ", ".join(name for name, codec in CODECS.items() if codec.balanced)
+            raise ValueError(f"budgets are planned for codecs that balance ({known}), got {self.codec!r}")
+        if not self.texts or len({*self.texts}) < len(self.texts) or not {*self.texts} <= {*TEXTS}:
+            raise ValueError(f"texts are some of {', '.join(TEXTS)}, each once, got {self.texts!r}")
+        for name, least in (("context", 64), ("continuation", 1)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"{name} is a whole number, {least} or more, got {getattr(self, name)!r}")
+
+    def forwards(self, model: PreTrainedModel) -> int:
+        """Of the model: a text takes three over the exact cache, and one for each layer that has a cache."""
+        return len(self.texts) * (3 + model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    def inputs(self, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
+        """Ids of the beginnings of all texts, `[texts, tokens]`.
+
+        Raises:
+            ProbeError: the model or a text is too short for them.
+        """
+        tokens = self.context + self.continuation
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or tokens
+        if tokens > longest:
+            raise ProbeError(f"the model takes {longest} tokens, a text of the probe has {tokens}")
+        return torch.cat([token_ids(model, tokenizer, tokens, name)[0] for name in self.texts])
+
+    def measure(self, model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor) -> PlanVerdict:
+        """Probe a model, in eval mode and without gradients, on the ids of `inputs`.
+
+        Raises:
+            ProbeError: no layer of the model is tiered, or it gives no numbers to compare.
+        """
+        began = time.perf_counter()
+        found: list[tuple[dict[int, float], dict[int, torch.Tensor]]] = []
+        for text in ids:
+            measured = Measurement(model, text[None], self.context, self.codec, weigh=True)
+            tiered = {index: measured.layer(index) for index in measured.tiered}
+            losses = {index: measured.kl({index: Coding(INT2, INT2)}) for index in tiered}
+            found.append((losses, {i: _weights(measured.weights.get(i), _sinks(tiered[i])) for i in tiered}))
+        layers = []
+        for index, layer in tiered.items():
+            loss = sum(losses[index] for losses, _ in found) / len(found)
+            if not loss < float("inf"):
+                raise ProbeError(f"the model gives no numbers to compare: layer {index} in 2 bits costs {loss:g} nats")
+            weights = torch.stack([weights[index] for _, weights in found]).mean(0)
+            keys, values = layer.store.tail
+            layers.append(
+                LayerPlan(
+                    layer=index,
+                    window=layer.window or 0,
+                    key_dim=keys.shape[-1],
+                    value_dim=values.shape[-1],
+                    sensitivity=max(loss, 0.0) / ERRORS[INT2],
+                    weights=tuple(weights.tolist()),
+                )
+            )
+        return PlanVerdict(
+            codec=self.codec,
+            context=self.context,
+            continuation=self.continuation,
+            texts=self.texts if tokenizer is not None else ("random tokens",),
+            layers=tuple(layers),
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _sinks(layer: SpectrumLayer) -> int:
+    return layer.policy.sinks
+
+
+def _weights(attention: torch.Tensor | None, sinks: int) -> torch.Tensor:
+    """Weights of tokens' errors at `QUANTILES` equal shares, from the greatest down, float64; their mean is 1.
+
+    Args:
+        attention: That tokens get, `[kv_heads, tokens]`; None where it is not known: all weigh alike.
+        sinks: First tokens, which stay exact.
+    """
+    if attention is None or attention.shape[-1] <= sinks:
+        return torch.ones(QUANTILES, dtype=torch.float64)
+    square = attention[:, sinks:].double().square().cpu()
+    mean = square.mean(-1, keepdim=True)
+    even = (square / mean.where(mean > 0, 1.0) + EVEN) / (1 + EVEN)
+    ranked = even.sort(-1, descending=True).values.mean(0)
+    found = torch.nn.functional.adaptive_avg_pool1d(ranked[None], QUANTILES)[0]
+    return found / found.mean()
