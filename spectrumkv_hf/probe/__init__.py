@@ -1,8 +1,8 @@
 """AutoProbe: finds out which tiers a model tolerates, once, and remembers it.
 
-`calibration`, `plan` and `paper` measure, `verdict` holds what they found and names policies, `auto` runs a probe once a
-model, `storage` keeps verdicts on disk. `passage`, `divergence`, `measurement` and `needles` are what they measure
-with: texts, distances of predictions, caches that are recoded, and a task. The evaluation measures with them too.
+`calibration`, `plan` and `paper` measure, `verdict` holds what they found and names policies, `auto` runs a probe once
+a model, `storage` keeps verdicts on disk. What they measure with: `passage`, texts; `divergence`, of predictions;
+`measurement`, caches that are recoded; `needles`, a task. The evaluation measures with them too.
 """
 
 from spectrumkv_hf.probe.auto import PROBES, probe_model

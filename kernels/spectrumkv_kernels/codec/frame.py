@@ -76,8 +76,9 @@ def fit_frame(
     whole = power.mean(-1, keepdim=True)
     steady = ((total * power + CREDIT * whole) / (total + CREDIT)).clamp(min=FLOOR * whole)
     wanted = torch.ones_like(power) if query_power is None else rotary.paired(query_power.float())
-    wanted = wanted.clamp(min=FLOOR * wanted.mean(-1, keepdim=True))
-    balance = (wanted / steady).pow(0.25).nan_to_num(nan=1.0, posinf=1.0).where(whole > 0, 1.0)
+    mostly = wanted.mean(-1, keepdim=True)
+    wanted = wanted.clamp(min=FLOOR * mostly).where((mostly > 0) & mostly.isfinite(), 1.0)
+    balance = (wanted / steady).pow(0.25).where(whole > 0, 1.0)
     size = (balance.square() * power).mean(-1, keepdim=True).sqrt()
     key_scale = size.where(size > 0, 1.0) / balance
 

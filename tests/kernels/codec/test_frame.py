@@ -1,0 +1,112 @@
+import pytest
+import torch
+from reference import error, frequencies, rotated
+
+from spectrumkv_kernels import CODECS, Rotary, decode, encode, fit_frame, key_mean
+from spectrumkv_kernels.codec.frame import split_frame
+
+CODEC = CODECS["spectrum2"]
+PAIRING = pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def keys_of(spread, rotary, tokens=300, batch=2, heads=3, seed=0):
+    """Keys whose channels have these deviations before RoPE, and their positions."""
+    positions = torch.arange(tokens)
+    flat = spread * randn(batch, heads, tokens, len(spread), seed=seed) + 5 * randn(
+        heads, 1, len(spread), seed=seed + 1
+    )
+    return rotated(rotary, flat, positions).float(), positions
+
+
+def fitted(keys, values, positions, rotary, **options):
+    mean = key_mean(keys, positions, rotary, options.get("weights"))
+    return split_frame(fit_frame(keys, values, positions, rotary, mean, **options), keys.shape[-1])
+
+
+@PAIRING
+@pytest.mark.parametrize("pairs", [0, 5, 8])
+def test_scales_are_those_of_least_error(pairs, interleaved):
+    """`(E[q^2] / Var[k])^(1/4)`, alike for the two channels of a pair, against float64."""
+    rotary = Rotary(frequencies(pairs) if pairs else (), interleaved)
+    spread = torch.rand(16, generator=torch.Generator().manual_seed(3)) + 0.05
+    power = torch.rand(2, 3, 16, generator=torch.Generator().manual_seed(4)) + 0.01
+    keys, positions = keys_of(spread, rotary, tokens=2000)
+    frame = fitted(keys, randn(2, 3, 2000, 8), positions, rotary, query_power=power)
+
+    residual = keys.double() - rotated(rotary, frame.mean.double().unsqueeze(-2).expand(keys.shape), positions)
+    variance = rotary.paired(residual.square().mean(2))
+    balance = (rotary.paired(power.double()) / variance) ** 0.25
+    expected = (balance.square() * variance).mean(-1, keepdim=True).sqrt() / balance
+    assert error(frame.key_scale, expected) < 1e-2  # `CREDIT` of 2000 tokens
+    assert torch.equal(rotary.paired(frame.key_scale), frame.key_scale)
+
+
+@PAIRING
+def test_what_is_coded_has_a_variance_of_one(interleaved):
+    rotary = Rotary(frequencies(8), interleaved)
+    keys, positions = keys_of(torch.linspace(0.01, 9, 16), rotary)
+    values = 7 * randn(2, 3, 300, 24) + 100 * randn(3, 1, 24)
+    frame = fitted(keys, values, positions, rotary)
+    coded_keys = (keys - rotary.rotate(frame.mean.unsqueeze(-2), positions)) / frame.key_scale.unsqueeze(-2)
+    coded_values = (values - frame.value_mean.unsqueeze(-2)) / frame.value_scale.unsqueeze(-2)
+    for coded in (coded_keys, coded_values):
+        assert torch.allclose(coded.square().mean((2, 3)), torch.ones(2, 3), rtol=0.02)
+    assert error(frame.value_mean, values.mean(2)) < 1e-5
+
+
+def test_balanced_keys_give_better_logits():
+    """Where queries are large in channels of small keys: a third of the error at least."""
+    rotary = Rotary(frequencies(32))
+    spread = torch.cat([torch.logspace(-2, 1, 32)] * 2)
+    keys, positions = keys_of(spread, rotary, batch=1, heads=1)
+    values, index = randn(1, 1, 300, 64), torch.arange(300, dtype=torch.int32).expand(1, 1, -1).contiguous()
+    query = randn(1, 1, 50, 64, seed=5) / spread
+    power = query.square().mean(2)
+
+    def wrong(power):
+        mean = key_mean(keys, positions, rotary)
+        frame = fit_frame(keys, values, positions, rotary, mean, query_power=power)
+        restored, _ = decode(*encode(keys, values, index, 4, CODEC, frame, rotary), index, 4, CODEC, frame, rotary)
+        return error(query @ (restored - keys).mT + query @ keys.mT, query @ keys.mT)
+
+    assert wrong(power) < wrong(None) / 3
+
+
+def test_tokens_without_weight_do_not_count():
+    rotary = Rotary(frequencies(8))
+    keys, positions = keys_of(torch.ones(16), rotary, tokens=60)
+    values, weights = randn(2, 3, 60, 8), torch.ones(2, 60)
+    weights[0, 40:] = weights[1, :10] = 0
+    spoilt_keys, spoilt_values = keys.clone(), values.clone()
+    for t in (spoilt_keys, spoilt_values):
+        t[0, :, 40:], t[1, :, :10] = 1e4, -1e4
+    for a, b in zip(
+        fitted(keys, values, positions, rotary, weights=weights),
+        fitted(spoilt_keys, spoilt_values, positions, rotary, weights=weights),
+        strict=True,
+    ):
+        assert error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("power", [None, torch.zeros(2, 3, 16)], ids=["alike", "zero"])
+def test_few_or_constant_tokens_give_sound_scales(tokens, power):
+    rotary = Rotary(frequencies(8))
+    keys, positions = keys_of(torch.ones(16), rotary, tokens=tokens)
+    for k, v in ((keys, randn(2, 3, tokens, 8)), (torch.zeros_like(keys), torch.ones(2, 3, tokens, 8))):
+        frame = fitted(k, v, positions, rotary, query_power=power)
+        assert all(bool(part.isfinite().all()) for part in frame)
+        assert bool((frame.key_scale > 0).all()) and bool((frame.value_scale > 0).all())
+        assert float(frame.key_scale.amax() / frame.key_scale.amin()) < 30  # few tokens tell little of the channels
+
+
+def test_a_row_without_any_weight():
+    rotary = Rotary(frequencies(8))
+    keys, positions = keys_of(torch.ones(16), rotary, tokens=20)
+    frame = fitted(keys, randn(2, 3, 20, 8), positions, rotary, weights=torch.tensor([[1.0], [0.0]]).expand(2, 20))
+    assert bool((frame.mean[1] == 0).all()) and bool((frame.key_scale[1] == 1).all())
+    assert bool((frame.value_mean[1] == 0).all()) and bool((frame.value_scale[1] == 1).all())
