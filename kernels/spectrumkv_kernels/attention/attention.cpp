@@ -36,12 +36,13 @@ struct Tokens {  // of one segment
     View keys, values;  // [batch, kv_heads, tokens, dim], or packed codes
     View positions;     // int32 [batch, kv_heads, tokens]
     View key_affine, value_affine;
+    const float *scales;  // what each byte of a one-byte scale stands for: [256], or null
 };
 
 struct Problem {
     Int batch, kv_heads, group, queries, key_dim, value_dim, length;
-    Int symmetric, hadamard, pairs, interleaved;
-    const float *mean;    // [batch, kv_heads, key_dim], or null
+    Int symmetric, hadamard, balanced, pairs, interleaved;
+    const float *frame;   // [batch, kv_heads, frame_size], or null
     const float *angles;  // cos, then sin, of positions below FINE, then of its multiples: [any, 2 * pairs]
     Int query_kind;
     View query;  // [batch, heads, queries, key_dim]
@@ -64,7 +65,8 @@ struct Problem {
         return all;
     }
     Int rows() const { return group * queries; }
-    Int turns() const { return mean ? 2 * pairs : 0; }  // a key's cosines and sines, which meet the mean in the query
+    Int frame_size() const { return balanced ? 2 * key_dim + value_dim + 1 : key_dim; }
+    Int turns() const { return frame ? 2 * pairs : 0; }  // a key's cosines and sines, which meet the mean in the query
     Int width() const { return padded(key_dim + turns()); }    // floats of a key or query, with them
     Int depth() const { return padded(value_dim); }            // floats of a value
     Int share() const { return std::max(SHARE, 4 * rows()); }  // so that far less is kept of a share than was read
@@ -109,6 +111,20 @@ void copy(Int kind, const View &view, Int i, Int j, Int k, Int n, float *to) {
     if (kind == FLOAT16) halves(view.at<uint16_t>(i, j, k), n, to);
 }
 
+// The parts of the frame of a row and KV head, as in codec/frame.py, or null.
+struct Frame {
+    const float *mean = nullptr, *key_scale = nullptr, *value_mean = nullptr, *value_scale = nullptr;
+
+    Frame(const Problem &p, Int row, Int head) {
+        if (!p.frame) return;
+        mean = p.frame + (row * p.kv_heads + head) * p.frame_size();
+        if (!p.balanced) return;
+        key_scale = mean + p.key_dim;
+        value_mean = key_scale + p.key_dim;
+        value_scale = value_mean + p.value_dim;
+    }
+};
+
 // What is kept of one share: the values' sum weighted by exp(score - maximum), the maxima and the sums of the weights.
 struct Kept {
     float *sums, *maximum, *weight;
@@ -131,7 +147,7 @@ class Reader {
         std::fill_n(kept.sums, p.rows() * p.depth(), 0.0f);
         std::fill_n(kept.weight, p.rows(), 0.0f);
         std::fill_n(kept.maximum, p.rows(), HIDDEN);
-        bool in_codes = true;
+        bool in_codes = p.segments[0].bits < 16;
         for (Int i = 0; i < p.count; ++i) {
             const Tokens &segment = p.segments[i];
             if (segment.bits == 16 && in_codes) finish_codes(), in_codes = false;
@@ -150,13 +166,14 @@ class Reader {
 
     void prepare() {
         Int dim = p.key_dim;
-        const float *mean = p.mean ? p.mean + (row * p.kv_heads + head) * dim : nullptr;
+        const Frame frame(p, row, head);
+        const float *mean = frame.mean;
         run = -1;
         for (Int r = 0; r < p.rows(); ++r) {
             float *q = s.plain + r * p.width(), *turned = s.turned + r * p.width();
             copy(p.query_kind, p.query, row, head * p.group + r / p.queries, r % p.queries, dim, q);
             for (Int d = 0; d < dim; ++d) q[d] *= p.scale;
-            std::memcpy(turned, q, dim * sizeof(float));
+            for (Int d = 0; d < dim; ++d) turned[d] = frame.key_scale ? q[d] * frame.key_scale[d] : q[d];
             if (p.hadamard) hadamard(turned, dim, s.other);
             s.constant[r] = 0;
             if (!mean) continue;
@@ -223,29 +240,36 @@ class Reader {
     }
 
     template <int bits>
-    void unpack_side(const View &codes, const View &affine, Int t, Int count, Int dim, Int stride, float *to) const {
-        Int each = p.symmetric ? 1 : 2;
-        if (affine.token == each) {
+    void unpack_side(
+        const View &codes, const View &affine, const float *scales, Int t, Int count, Int dim, Int stride,
+        float *to) const {
+        const Int each = p.symmetric ? 1 : 2;
+        const float middle = float(1 << (bits - 1)) - (scales ? 0.5f : 0.0f);
+        if (scales) {
+            for (Int k = 0; k < count; ++k) s.affine[k] = scales[*affine.at<uint8_t>(row, head, t + k)];
+        } else if (affine.token == each) {
             halves(affine.at<uint16_t>(row, head, t), count * each, s.affine);
         } else {
             for (Int k = 0; k < count; ++k) halves(affine.at<uint16_t>(row, head, t + k), each, s.affine + k * each);
         }
         for (Int k = 0; k < count; ++k) {
             float scale = s.affine[k * each];
-            float zero = p.symmetric ? -scale * float(1 << (bits - 1)) : s.affine[k * each + 1];
+            float zero = p.symmetric ? -scale * middle : s.affine[k * each + 1];
             unpack<bits>(codes.at<uint8_t>(row, head, t + k), dim, scale, zero, to + k * stride);
         }
     }
 
     template <int bits>
     void unpack_tokens(const Tokens &segment, Int t, Int count) const {
-        unpack_side<bits>(segment.keys, segment.key_affine, t, count, p.key_dim, p.width(), s.keys);
-        unpack_side<bits>(segment.values, segment.value_affine, t, count, p.value_dim, p.depth(), s.values);
+        const float *scales = segment.scales;
+        unpack_side<bits>(segment.keys, segment.key_affine, scales, t, count, p.key_dim, p.width(), s.keys);
+        unpack_side<bits>(segment.values, segment.value_affine, scales, t, count, p.value_dim, p.depth(), s.values);
     }
 
     void convert_codes(const Tokens &segment, Int t, Int count, const int32_t *positions) {
         if (segment.bits == 8) unpack_tokens<8>(segment, t, count);
         if (segment.bits == 4) unpack_tokens<4>(segment, t, count);
+        if (segment.bits == 3) unpack_tokens<3>(segment, t, count);
         if (segment.bits == 2) unpack_tokens<2>(segment, t, count);
         Int turns = p.turns(), width = p.width();
         for (Int k = 0; turns && k < count; ++k) {
@@ -320,10 +344,17 @@ class Reader {
         accumulate(scores, s.values, p.depth(), count, sums);
     }
 
-    // Values of codes are weighted as they are stored, and turned back once.
+    // Values of codes are weighted as they are stored, and turned back once. No others have been weighted yet, so the
+    // sum of the weights is what the mean comes with.
     void finish_codes() {
-        if (!p.hadamard) return;
-        for (Int r = 0; r < p.rows(); ++r) hadamard(kept.sums + r * p.depth(), p.value_dim, s.other);
+        const Frame frame(p, row, head);
+        for (Int r = 0; r < p.rows(); ++r) {
+            float *sums = kept.sums + r * p.depth();
+            if (p.hadamard) hadamard(sums, p.value_dim, s.other);
+            for (Int d = 0; frame.value_mean && d < p.value_dim; ++d) {
+                sums[d] = sums[d] * *frame.value_scale + kept.weight[r] * frame.value_mean[d];
+            }
+        }
     }
 };
 

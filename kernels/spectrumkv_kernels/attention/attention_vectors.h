@@ -89,6 +89,32 @@ inline void unpack(const uint8_t *__restrict codes, Int n, float scale, float ze
     }
 }
 
+// Channels from `count` bytes of each third of codes of 3 bits. A third has the upper two bits of the channels of even
+// eighths, one those of odd ones, one the lowest bits of all. They meet in words as wide as floats: a loop over types
+// of several widths would need longer vectors to fill.
+template <int count>
+inline void unpack_thirds(const uint8_t *__restrict codes, Int bytes, float scale, float zero, float *__restrict to) {
+    int words[count];
+#pragma omp simd
+    for (int i = 0; i < count; ++i) words[i] = codes[i] << 1 | codes[i + bytes] << 9 | codes[i + 2 * bytes] << 17;
+    for (int eighth = 0; eighth < 8; ++eighth, to += bytes) {
+        const int upper = eighth % 2 * 8 + eighth / 2 * 2, lowest = 17 + eighth;
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            to[i] = float((words[i] >> upper & 6) | (words[i] >> lowest & 1)) * scale + zero;
+        }
+    }
+}
+
+template <>
+inline void unpack<3>(const uint8_t *__restrict codes, Int n, float scale, float zero, float *__restrict to) {
+    const Int bytes = n / 8;
+    Int i = 0;
+    for (; i + 16 <= bytes; i += 16) unpack_thirds<16>(codes + i, bytes, scale, zero, to + i);
+    for (; i + 8 <= bytes; i += 8) unpack_thirds<8>(codes + i, bytes, scale, zero, to + i);
+    for (; i < bytes; ++i) unpack_thirds<1>(codes + i, bytes, scale, zero, to + i);
+}
+
 // scores[t] = a . b[t] for `count` rows of b, `stride` apart, four at a time. n: a multiple of LANES.
 inline void products(
     const float *__restrict a, const float *__restrict b, Int stride, Int n, Int count, float *scores) {

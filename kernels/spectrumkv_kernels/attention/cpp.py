@@ -12,7 +12,7 @@ import torch
 
 from spectrumkv_kernels.attention import reference as attention
 from spectrumkv_kernels.backend import build_cpp
-from spectrumkv_kernels.codec.quantize import Quantized
+from spectrumkv_kernels.codec.quantize import Quantized, scales
 from spectrumkv_kernels.codec.reference import Codec, dims
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.segment import Segment, contiguous_rows
@@ -42,6 +42,7 @@ class Tokens(ctypes.Structure):
         ("positions", View),
         ("key_affine", View),
         ("value_affine", View),
+        ("scales", POINTER),
     ]
 
 
@@ -50,8 +51,8 @@ class Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, INTEGER) for name in ("batch", "kv_heads", "group", "queries", "key_dim", "value_dim", "length")),
-        *((name, INTEGER) for name in ("symmetric", "hadamard", "pairs", "interleaved")),
-        ("mean", POINTER),
+        *((name, INTEGER) for name in ("symmetric", "hadamard", "balanced", "pairs", "interleaved")),
+        ("frame", POINTER),
         ("angles", POINTER),
         ("query_kind", INTEGER),
         ("query", View),
@@ -103,7 +104,7 @@ def tiered_attention(
     """
     held = [s for s in segments if s.bits < 16 and s.positions.shape[-1]]
     held += [s for s in segments if s.bits == 16 and s.positions.shape[-1]]
-    if codec.balanced or not _covers(query, held, mask):
+    if not _covers(query, held, mask):
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
@@ -114,8 +115,9 @@ def tiered_attention(
     # Named, since only their addresses are handed over.
     query = contiguous_rows(query)
     held = [_whole(s) for s in held]
-    mean = None if frame is None else frame.contiguous()
+    frame = None if frame is None else frame.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
+    tables = {s.bits: scales(s.bits, query.device) for s in held if codec.balanced and s.bits < 16}
     angles = rotary.steps(FINE, length, query.device) if pairs else None
     problem = Problem(
         batch=batch,
@@ -127,9 +129,10 @@ def tiered_attention(
         length=length,
         symmetric=codec.symmetric,
         hadamard=codec.hadamard,
+        balanced=codec.balanced,
         pairs=pairs,
         interleaved=rotary.interleaved,
-        mean=_address(mean),
+        frame=_address(frame),
         angles=_address(angles),
         query_kind=KINDS[query.dtype],
         query=_view(query),
@@ -139,7 +142,7 @@ def tiered_attention(
         sinks=_address(sinks),
         threads=torch.get_num_threads(),
         count=len(held),
-        segments=(Tokens * len(held))(*map(_tokens, held)),
+        segments=(Tokens * len(held))(*(_tokens(s, tables.get(s.bits)) for s in held)),
         scale=scale,
         softcap=softcap or 0.0,
     )
@@ -180,11 +183,11 @@ def _whole(segment: Segment) -> Segment:
     return Segment(bits, keys, values, contiguous_rows(positions))
 
 
-def _tokens(segment: Segment) -> Tokens:
+def _tokens(segment: Segment, table: torch.Tensor | None) -> Tokens:
     bits, keys, values, positions = segment
     if isinstance(keys, Quantized):
         views = (_view(keys.codes), _view(values.codes), _view(positions), _view(keys.affine), _view(values.affine))
-        return Tokens(bits, 0, positions.shape[2], *views)
+        return Tokens(bits, 0, positions.shape[2], *views, _address(table))
     return Tokens(bits, KINDS[keys.dtype], positions.shape[2], _view(keys), _view(values), _view(positions))
 
 

@@ -14,6 +14,7 @@ from spectrumkv_kernels.codec.reference import decode, encode
 from spectrumkv_kernels.rotation.rotary import LARGEST_TABLE
 
 ALL_TIERS = ((16, 5), (8, 7), (4, 11), (2, 3), (16, 4))
+ALL_WIDTHS = (*ALL_TIERS, (3, 9))
 CODEC = {
     **CODECS,
     "rotated": Codec("rotated", center=False, hadamard=True, symmetric=False),
@@ -157,7 +158,8 @@ def with_fillers(segment, seed):
         """What lies in an empty place was a token once: finite, though maybe far larger than the others."""
         if not isinstance(stored, Quantized):
             return garbage(stored, large)
-        spoilt = [garbage(t, value) for t, value in zip(stored.affine.unbind(-1), (300.0, -large), strict=False)]
+        values = (250,) if stored.affine.dtype == torch.uint8 else (300.0, -large)
+        spoilt = [garbage(t, value) for t, value in zip(stored.affine.unbind(-1), values, strict=False)]
         return Quantized(garbage(stored.codes, 0xA7), torch.stack(spoilt, dim=-1))
 
     return Segment(bits, spoilt(keys, 1e4), spoilt(values, -2e4), positions.masked_fill(filler, -1))
@@ -195,10 +197,65 @@ def test_tier_combinations(tiers, codec):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("empty", [16, 8, 4, 2])
+@pytest.mark.parametrize("empty", [16, 8, 4, 3, 2])
 def test_empty_segments(empty, codec):
-    tiers = [(bits, 0 if bits == empty else count) for bits, count in ALL_TIERS]
+    tiers = [(bits, 0 if bits == empty else count) for bits, count in ALL_WIDTHS]
     check(build(tiers, codec=codec), randn(1, 4, 3, 16))
+
+
+@pytest.mark.parametrize("codec", CODEC)
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 80, 128, 136, 200])
+def test_codes_of_three_bits(head_dim, codec):
+    """Head dims of which an eighth is more and less than vectors hold."""
+    case = build(((3, 37),), codec=codec, head_dim=head_dim, batch=2)
+    check(case, randn(2, 6, 1, head_dim, seed=3), 3e-6)
+    check(build(ALL_WIDTHS, codec=codec, head_dim=head_dim), randn(1, 4, 3, head_dim, seed=4), 3e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 40), (128, 64), (16, 8), (64, 200)])
+def test_all_widths_with_every_option(head_dim, value_dim, codec):
+    options = {"head_dim": head_dim, "value_dim": value_dim, "batch": 2, "fillers": True, "dropped": 3}
+    case = build(ALL_WIDTHS, codec=codec, **options)
+    query, sinks = 2 * randn(2, 6, 3, head_dim, seed=5), randn(6, seed=6)
+    mask = causal(3, case.length, 2, pads=(0, 6))
+    check(case, query, mask=mask, softcap=3.0, sinks=sinks)
+    check(case, query, mask=additive(mask) + 0.3 * randn(2, 6, 3, case.length).masked_fill(~mask, 0.0), sinks=sinks)
+    check(case, query, window=11, softcap=3.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("tiers", [((3, 300),), ((4, 290), (16, 40)), ((16, 300), (2, 9), (8, 280), (3, 5))], ids=str)
+@pytest.mark.parametrize("weak", [False, True], ids=["even", "sinks"])
+def test_large_mean_of_values(tiers, weak):
+    """It comes with the probability that coded tokens have, and no other: exact tokens and sinks have the rest."""
+    case = build(tiers, codec="spectrum2", head_dim=32, value_dim=40, batch=2)
+    frame, wide = case.frame.clone(), slice(64, 104)
+    frame[..., wide] = 100 * randn(*frame[..., wide].shape, seed=30)
+    case = case._replace(frame=frame)
+    query = randn(2, 4, 2, 32, seed=31)
+    out = check(case, query, 3e-6, sinks=torch.full((4,), 6.0) if weak else None)
+    assert out.abs().max() > 10
+
+
+@pytest.mark.parametrize("part", [slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 49)], ids=str)
+def test_every_part_of_a_frame_counts(part):
+    case = build(ALL_WIDTHS, codec="spectrum2", batch=2)
+    frame, query = case.frame.clone(), randn(2, 4, 1, 16, seed=32)
+    frame[..., part] *= 1.5
+    out = check(case._replace(frame=frame), query)
+    assert error(out, case.attend(query, scale=16**-0.5 * 1.3)) > 0.01
+
+
+@pytest.mark.parametrize("byte", [0, 1, 127, 128, 200, 254, 255])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_byte_scales(bits, byte):
+    """From the smallest to the largest one."""
+    case = build(((bits, 40),), codec="spectrum2", head_dim=24)
+    (segment,) = case.segments
+    values = segment.values._replace(affine=torch.full_like(segment.values.affine, byte))
+    case = case._replace(segments=[segment._replace(values=values)])
+    case.frame[..., 48:72] = 0  # what is small counts, too
+    check(case, randn(1, 4, 1, 24, seed=33))
 
 
 def test_only_one_segment_is_not_empty():

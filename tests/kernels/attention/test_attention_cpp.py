@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from reference import error
-from test_attention import ALL_TIERS, build, causal, check, randn, use_cpp
+from test_attention import ALL_WIDTHS, build, causal, check, randn, use_cpp
 
-from spectrumkv_kernels import Quantized, Segment
+from spectrumkv_kernels import CODECS, Quantized, Segment
 from spectrumkv_kernels.attention import cpp as attention_cpp
 from spectrumkv_kernels.attention import reference as attention
 from spectrumkv_kernels.backend.dispatch import VARIABLE
+from spectrumkv_kernels.codec.quantize import divisor, pack
 from spectrumkv_kernels.codec.reference import encode
 
 TIERS = ((16, 5), (8, 67), (4, 131), (16, 33))
@@ -35,17 +36,19 @@ def threads():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 3e-4), (torch.bfloat16, 2.5e-3)]
 )
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
 @pytest.mark.parametrize("head_dim", [6, 20, 64, 80, 128, 256, 512])
-def test_head_dims(cpp, head_dim, dtype, tolerance):
-    tiers = [(bits, count) for bits, count in ALL_TIERS if head_dim * bits % 8 == 0]
-    case = build(tiers, head_dim=head_dim, dtype=dtype)
+def test_head_dims(cpp, head_dim, codec, dtype, tolerance):
+    tiers = [(bits, count) for bits, count in ALL_WIDTHS if bits == 16 or head_dim % divisor(bits) == 0]
+    case = build(tiers, codec=codec, head_dim=head_dim, dtype=dtype)
     check(case, randn(1, 6, 1, head_dim, seed=3).to(dtype), tolerance)
 
 
-@pytest.mark.parametrize("codec", ["spectrum", "absmax"])
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("count", [1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300])
 def test_counts_around_blocks_and_shares(cpp, count, codec):
-    case = build(((8, count), (4, count + 1), (16, count), (2, count)), codec=codec, batch=2, head_dim=32, value_dim=16)
+    tiers = ((8, count), (4, count + 1), (16, count), (2, count), (3, count + 2))
+    case = build(tiers, codec=codec, batch=2, head_dim=32, value_dim=16)
     check(case, randn(2, 4, 1, 32, seed=8), 3e-6)
 
 
@@ -76,8 +79,9 @@ def test_masks(cpp, shape, columns, dtype):
     assert torch.equal(check(case, query, mask=spread), out)
 
 
-def test_strided_segments(cpp):
-    case, query = build(TIERS, head_dim=32, batch=2), randn(2, 4, 1, 32, seed=16)
+@pytest.mark.parametrize("codec", CODECS)
+def test_strided_segments(cpp, codec):
+    case, query = build((*TIERS, (3, 70)), codec=codec, head_dim=32, batch=2), randn(2, 4, 1, 32, seed=16)
 
     def spread(t, dim):
         return (
@@ -135,8 +139,10 @@ def test_subnormal_and_constant_codes(cpp):
         check(case._replace(segments=segments), randn(1, 4, 1, 32, seed=20))
 
 
-def test_neither_threads_nor_rows_change_a_bit(cpp, threads):
-    case, query = build(((8, 700), (4, 1300), (16, 90)), head_dim=64, batch=3), randn(3, 6, 1, 64)
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+def test_neither_threads_nor_rows_change_a_bit(cpp, threads, codec):
+    case = build(((8, 700), (4, 1300), (3, 300), (16, 90)), codec=codec, head_dim=64, batch=3)
+    query = randn(3, 6, 1, 64)
     threads(1)
     one = case.attend(query, scale=0.2)
     for count in (2, 3):
@@ -175,12 +181,13 @@ print(*sorted(path for path in mapped if "libgomp" in path or "libomp" in path o
     assert len([path for path in mapped if "omp" in Path(path).name]) == 1
 
 
-def test_nan_is_not_lost(cpp):
-    case, query = build(ALL_TIERS), randn(1, 4, 1, 16)
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+def test_nan_is_not_lost(cpp, codec):
+    case, query = build(ALL_WIDTHS, codec=codec), randn(1, 4, 1, 16)
     query[0, 1, 0, 3] = torch.nan
     out = case.attend(query, scale=0.2)
     assert out[0, 1].isnan().all() and out[0, [0, 2, 3]].isfinite().all()
-    case.segments[-1].values[0, 0, 2, 5] = torch.nan
+    case.segments[0].values[0, 0, 2, 5] = torch.nan
     out = case.attend(randn(1, 4, 1, 16), scale=0.2)
     assert out[0, :2, 0, 5].isnan().all() and out.isnan().sum() == 2
 
@@ -203,9 +210,11 @@ def test_what_goes_to_the_twin(monkeypatch, what):
     assert out.requires_grad == (what == "gradients")
 
 
-def test_workspace_is_as_large_as_is_written(cpp, monkeypatch):
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+def test_workspace_is_as_large_as_is_written(cpp, monkeypatch, codec):
     """Words before and behind it stay what they are."""
-    case, guard = build(((8, 601), (4, 602), (2, 31), (16, 33)), head_dim=24, value_dim=40, batch=2), 64
+    tiers, guard = ((8, 601), (4, 602), (3, 287), (2, 31), (16, 33)), 64
+    case = build(tiers, codec=codec, head_dim=24, value_dim=40, batch=2)
     held, library = [], attention_cpp.library()
 
     class Guarded:
@@ -226,19 +235,18 @@ def test_workspace_is_as_large_as_is_written(cpp, monkeypatch):
     assert held == [True, True]
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_every_code(cpp, bits):
+@pytest.mark.parametrize("dim", [16, 64, 128, 216])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_every_code(cpp, bits, dim):
     """Each code of each channel once, with the same weight for all tokens."""
-    case, dim = build(((16, 1),), codec="absmax", head_dim=16), 16
+    case = build(((16, 1),), codec="absmax", head_dim=dim)
     tokens = 2**bits
     _, values = encode(
         *randn(2, 1, 2, tokens, dim), torch.zeros(1, 2, tokens).int(), bits, case.codec, None, case.rotary
     )
-    codes = torch.arange(tokens).view(tokens, 1).expand(1, 2, tokens, dim * bits // 8)
-    values = Quantized(
-        sum((codes << (bits * i) for i in range(8 // bits)), torch.zeros_like(codes)).to(torch.uint8).contiguous(),
-        torch.full_like(values.affine, 0.5),
-    )
+    codes = (torch.arange(tokens).view(tokens, 1) + torch.arange(dim)) % tokens
+    packed = pack(codes.to(torch.uint8), bits).expand(1, 2, -1, -1)
+    values = Quantized(packed.contiguous(), torch.full_like(values.affine, 0.5))
     positions = torch.arange(tokens, dtype=torch.int32).expand(1, 2, -1)
     case = case._replace(segments=[Segment(bits, values, values, positions)], length=tokens)
     check(case, randn(1, 2, 1, dim), 2e-6)
