@@ -307,7 +307,7 @@ class TestRefusals:
     )
     def test_forged_map(self, monkeypatch, forge, message):
         """Under a right checksum."""
-        monkeypatch.setattr(blocks, "pack_map", lambda codes: forge(pack_map(codes)))
+        monkeypatch.setattr(blocks, "pack_map", lambda *codes: forge(pack_map(*codes)))
         with pytest.raises(WireError, match=message):
             codec().restore(codec().compress([kv()]), self.specs)
 

@@ -56,7 +56,7 @@ def golden_cache():
         length=15,
         tail_start=13,
         arenas=arenas,
-        mean=mean,
+        frame=mean,
         pads=pads,
         ragged=True,
     )
