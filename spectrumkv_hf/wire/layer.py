@@ -251,7 +251,9 @@ def read_side(
 def check_channels(name: str, tier: Tier, channels: int) -> None:
     """Refuse channels whose codes would not fill their bytes, as a `WireError`."""
     if tier.bits < 16 and channels % divisor(tier.bits):
-        raise WireError(f"{name} has {channels} channels; codes of {tier.bits} bits need multiples of {divisor(tier.bits)}")
+        raise WireError(
+            f"{name} has {channels} channels; codes of {tier.bits} bits need multiples of {divisor(tier.bits)}"
+        )
 
 
 def _positions(

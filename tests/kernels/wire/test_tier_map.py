@@ -72,7 +72,9 @@ def codes_with(counts, batch, heads, seed):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("tiers", [1, 2, 3, 4, 5, 15])
 def test_counts_that_are_the_same_in_all_rows(twin, tokens, tiers):
-    counts = torch.randint(0, tiers, (tokens,), generator=torch.Generator().manual_seed(tokens)).bincount(minlength=tiers)
+    counts = torch.randint(0, tiers, (tokens,), generator=torch.Generator().manual_seed(tokens)).bincount(
+        minlength=tiers
+    )
     bits = map_bits(tiers)
     packed = pack_map(codes_with(counts.tolist(), 2, 3, tokens), bits)
     assert_equals_its_description(twin, packed, tokens, counts.tolist(), start=1000, bits=bits)
@@ -90,7 +92,9 @@ def test_any_bytes(twin, tokens, tiers, bits):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64, 301])
-@pytest.mark.parametrize(("code", "bits"), [*((code, 2) for code in range(4)), *((code, 4) for code in (0, 1, 4, 5, 15))])
+@pytest.mark.parametrize(
+    ("code", "bits"), [*((code, 2) for code in range(4)), *((code, 4) for code in (0, 1, 4, 5, 15))]
+)
 def test_one_code_alone(twin, tokens, code, bits):
     packed = pack_map(torch.full((1, 2, tokens), code, dtype=torch.uint8), bits)
     for size in (0, 1, tokens - 1, tokens, tokens + 1, tokens + 9):
