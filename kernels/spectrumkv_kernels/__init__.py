@@ -38,6 +38,6 @@ from spectrumkv_kernels.wire.tier_map import map_bits, map_width, pack_map
 __all__ = [
     "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores",
     "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode", "fit_frame", "hadamard",
-    "key_mean", "map_bits", "map_width", "pack", "pack_map", "quantize", "real_tokens", "saturated", "split_frame", "take",
-    "tier_positions", "tiered_attention", "unpack", "write_sums",
+    "key_mean", "map_bits", "map_width", "pack", "pack_map", "quantize", "real_tokens", "saturated", "split_frame",
+    "take", "tier_positions", "tiered_attention", "unpack", "write_sums",
 ]  # fmt: skip

@@ -44,8 +44,8 @@ SLACK = 4096
 FREE_LENGTH = 1 << 16
 """Tokens that any stream may announce; more of them no more than it has bytes."""
 SCALES = 2.0**-96, 2.0**64
-"""The least and the greatest scale of a frame. Keys and values that float16 holds give none beyond, and codes times one of
-these are finite in float32."""
+"""The least and the greatest scale of a frame. Keys and values that float16 holds give none beyond, and codes times one
+of these are finite in float32."""
 
 DTYPES = {
     "F64": torch.float64,
