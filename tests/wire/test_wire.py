@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_tier import EveryTier, EveryTierAndDropped
 from families import FAMILIES, config, left_padded, model, prompt
 from safetensors.torch import load as load_safetensors
 
 from spectrumkv_hf import POLICIES, SpectrumCache, cache_argument, wire
-from spectrumkv_hf.policy import TIERS, Policy
+from spectrumkv_hf.policy import TIERS
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.wire import Assembler, Emitter, FrameHeader, Kind, WireError
 
@@ -113,29 +114,6 @@ def test_policies(policy, codec, scope):
     m = model("gemma3", **sized("gemma3"))
     cache = filled(m, prompt(300, 2), codec=codec, scope=scope, **options(policy))
     assert_continues_equally(m, cache, sent(cache, m.config), 2, steps=75)
-
-
-class EveryTier(Policy):
-    """Tokens in every tier, more in those that are less precise."""
-
-    name = "every_tier"
-    tiers = TIERS[:-1]
-
-    def counts(self, tokens):
-        counts = {tier: tokens * (1 + i) // 24 for i, tier in enumerate(self.tiers[:-1])}
-        return counts | {self.tiers[-1]: tokens - sum(counts.values())}
-
-
-class EveryTierAndDropped(EveryTier):
-    name = "every_tier_and_dropped"
-    tiers = TIERS
-
-
-@pytest.fixture
-def with_every_tier(monkeypatch):
-    """Policies that senders and receivers know."""
-    for policy in (EveryTier, EveryTierAndDropped):
-        monkeypatch.setitem(POLICIES, policy.name, policy)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
