@@ -578,7 +578,7 @@ SPECTRUM2_EDITS = {
     "code behind the tiers": ({"data": poked("map", 0x05, BYTES)}, "in no tier"),
     "another unknown code": ({"data": poked("map", 0xE0, BYTES, 1)}, "in no tier"),
     "dropped without drops": ({"data": poked("map", 0xF2, BYTES, 2)}, "in no tier"),
-    "3 without drops": ({"edit": edited("tiers", [16, 8, 4])}, "'map' has shape|unknown tensors"),
+    "tiers that need 2 bits only": ({"edit": edited("tiers", [16, 8, 4])}, "'map' has shape|unknown tensors"),
     "a nibble after the last token": ({"data": poked("map", 0x10, BYTES, 6)}, "bits after the tier map's last token"),
     "tiers in another order": ({"edit": edited("tiers", [16, 8, 4, 2, 3])}, "tiers are some of"),
 }
