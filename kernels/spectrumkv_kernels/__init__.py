@@ -5,8 +5,17 @@ in plain PyTorch specifies it.
 """
 
 from spectrumkv_kernels.backend.tensor_cache import clear_caches
-from spectrumkv_kernels.codec.frame import fit_frame
-from spectrumkv_kernels.codec.quantize import FLOAT16_MAX, Quantized, dequantize, pack, quantize, saturated, unpack
+from spectrumkv_kernels.codec.frame import fit_frame, split_frame
+from spectrumkv_kernels.codec.quantize import (
+    FLOAT16_MAX,
+    Quantized,
+    dequantize,
+    divisor,
+    pack,
+    quantize,
+    saturated,
+    unpack,
+)
 from spectrumkv_kernels.codec.reference import CODECS, Codec, take
 from spectrumkv_kernels.operations import (
     affine_flaws,
@@ -24,11 +33,11 @@ from spectrumkv_kernels.rotation.hadamard import hadamard
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.scores.reference import real_tokens
 from spectrumkv_kernels.segment import Segment
-from spectrumkv_kernels.wire.tier_map import pack_map
+from spectrumkv_kernels.wire.tier_map import map_bits, map_width, pack_map
 
 __all__ = [
     "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores",
-    "clear_caches", "decode", "dense", "dequantize", "digest_sums", "encode", "fit_frame", "hadamard", "key_mean",
-    "pack", "pack_map", "quantize", "real_tokens", "saturated", "take", "tier_positions", "tiered_attention", "unpack",
-    "write_sums",
+    "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode", "fit_frame", "hadamard",
+    "key_mean", "map_bits", "map_width", "pack", "pack_map", "quantize", "real_tokens", "saturated", "split_frame",
+    "take", "tier_positions", "tiered_attention", "unpack", "write_sums",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from spectrumkv_hf.tiered.store import Arena, TieredStore
 from spectrumkv_hf.wire.frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor
 from spectrumkv_hf.wire.layer import read_map, read_side
 from spectrumkv_hf.wire.payload import Payload, Tensors, read_payload
-from spectrumkv_kernels import Codec, Rotary, pack_map, tier_positions
+from spectrumkv_kernels import Codec, Rotary, map_bits, map_width, pack_map, tier_positions
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """Types of keys and values that can be compressed."""
@@ -245,8 +245,8 @@ class BlockCodec:
                             affine, kind = self.codec.affine
                             described[f"{side}.affine"] = (*rows, n, affine), kind
                 if len(counts) > 1:
-                    packed = (rows[0], self._map_heads(rows[1]), -(-spec.tokens // 4))
-                    described[f"{prefix}map"] = packed, torch.uint8
+                    width = map_width(spec.tokens, map_bits(len(counts)))
+                    described[f"{prefix}map"] = (rows[0], self._map_heads(rows[1]), width), torch.uint8
                 if self._centred(counts):
                     size = self.codec.frame_size(spec.head_dim, spec.head_dim)
                     described[f"{prefix}mean"] = (*rows, size), torch.float32
@@ -265,7 +265,8 @@ class BlockCodec:
         store.compress(tokens, self.policy, score)
         if {tier: len(arena) for tier, arena in store.arenas.items()} != counts:
             raise ValueError(
-                "keys or values have NaN or infinity, or numbers beyond the scales of float16: no code stands for them"
+                "keys or values have NaN or infinity, or numbers beyond the scales of their codes: nothing stands for "
+                "them"
             )
         tensors: dict[str, torch.Tensor] = {}
         codes = torch.empty(*keys.shape[:3], dtype=torch.uint8, device=keys.device)
@@ -273,7 +274,7 @@ class BlockCodec:
             tensors |= {f"{arena.tier.name}.{name}": t for name, t in arena.tensors() if name != "positions"}
             codes.scatter_(2, arena.positions.long(), code)
         if len(counts) > 1:
-            tensors["map"] = pack_map(codes[:, : self._map_heads(keys.shape[1])])
+            tensors["map"] = pack_map(codes[:, : self._map_heads(keys.shape[1])], map_bits(len(counts)))
         if self._centred(counts) and store.frame is not None:
             tensors["mean"] = store.frame
         return tensors
@@ -293,8 +294,8 @@ class BlockCodec:
         }
         coding = None
         if self._centred(counts):
-            size = self.codec.frame_size(spec.head_dim, spec.head_dim)
-            coding = held.floats(f"{prefix}mean", (count, spec.kv_heads, size), torch.float32)
+            rows = count, spec.kv_heads
+            coding = held.frame(f"{prefix}mean", rows, self.codec, spec.head_dim, spec.head_dim)
         positions = self._positions(held, prefix, spec, count, device)
         arenas = [
             Arena(tier, sides[tier][0], sides[tier][1], where) for tier, where in zip(counts, positions, strict=True)
@@ -313,8 +314,9 @@ class BlockCodec:
         if len(sizes) == 1:
             every = torch.arange(spec.tokens, dtype=torch.int32, device=device)
             return [every.expand(layers, spec.kv_heads, -1)]
-        packed = read_map(held, f"{prefix}map", rows, spec.tokens)
-        positions, found = tier_positions(packed, spec.tokens, sizes, 0)
+        bits = map_bits(len(sizes))
+        packed = read_map(held, f"{prefix}map", rows, spec.tokens, bits)
+        positions, found = tier_positions(packed, spec.tokens, sizes, 0, bits)
         for code, n in enumerate(sizes):
             held.checks.refuse(found[..., code] != n, "the tier map has other counts than its policy")
         held.checks.settle()

@@ -34,9 +34,14 @@ class LayerShares(Policy):
     minimum = Fraction(1, 8)
     shares: Shares = (0.0, 0.0, 1.0, 0.0, 0.0)
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return tuple(tier for tier, share in zip(PLANNED, self.shares, strict=True) if share)
+
     def counts(self, tokens: int) -> Counts:
-        """By the shares, and what sinks and frame take beyond them is saved again: the most precise tokens go a tier
-        down until it is. So a layer keeps to its bytes however short the context is, unless all is in the least tier.
+        """By the shares. What sinks and frame take beyond them is saved again: tokens of the most precise tier go to
+        the next that is used until it is. So a layer keeps to its bytes however short the context is, unless all is in
+        the least tier.
         """
         exact = min(self.sinks, tokens)
         used = [(tier, share) for tier, share in zip(PLANNED, self.shares, strict=True) if share]
@@ -44,8 +49,7 @@ class LayerShares(Policy):
         least = used[-1][0]
         counts[least] += tokens - exact - sum(counts.values())
         debt = FRAME + exact * (1 - sum(share * float(tier.cost) for tier, share in used))
-        above = PLANNED[: PLANNED.index(least) + 1]
-        for tier, lower in itertools.pairwise(above):
+        for (tier, _), (lower, _) in itertools.pairwise(used):
             gain = float(tier.cost - lower.cost)
             moved = min(counts[tier], max(math.ceil(debt / gain), 0))
             counts[tier] -= moved

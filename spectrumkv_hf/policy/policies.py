@@ -96,6 +96,11 @@ class Policy:
         """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`. `floors` are not in them."""
         raise NotImplementedError
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Tiers that tokens may be stored in."""
+        return () if self.lossless else (FP16, INT8, INT4)
+
     def for_layer(self, layer: int) -> "Policy":
         """By which the tokens of a layer are tiered: this policy, where layers are alike."""
         return self

@@ -11,13 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from spectrumkv_hf.attention.handle import SpectrumHandle, StaticHandle
 from spectrumkv_hf.attention.masks import causal_mask
-from spectrumkv_hf.policy import Policy
+from spectrumkv_hf.policy import FP16, Policy
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.listeners import Listeners
 from spectrumkv_hf.tiered.schedule import OpenUpdate, SharedRanking, Stage
 from spectrumkv_hf.tiered.static_store import Plan, StaticStore, Step, undecodable
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore
-from spectrumkv_kernels import Codec, Rotary, attention_scores, real_tokens, tiered_attention
+from spectrumkv_kernels import Codec, Rotary, attention_scores, divisor, real_tokens, tiered_attention
 from spectrumkv_kernels.static import library  # noqa: F401  # registers the operations that compiled graphs call
 from spectrumkv_kernels.static.layout import LENGTH
 from spectrumkv_kernels.static.operations import append as append_step
@@ -189,11 +189,12 @@ class SpectrumLayer(CacheLayerMixin):
                 f"keys and values of {' or '.join(str(t) for t in DTYPES)} can be cached, got {key_states.dtype} and "
                 f"{value_states.dtype}"
             )
-        if not self.policy.lossless and (key_states.shape[-1] % 2 or value_states.shape[-1] % 2):
-            raise ValueError(
-                f"INT4 packs two channels a byte: head_dim must be even, got {key_states.shape[-1]} for keys and "
-                f"{value_states.shape[-1]} for values"
-            )
+        for tier in self.policy.tiers:
+            if tier != FP16 and any(dim % divisor(tier.bits) for dim in (key_states.shape[-1], value_states.shape[-1])):
+                raise ValueError(
+                    f"codes of {tier.bits} bits fill bytes where head_dim is a multiple of {divisor(tier.bits)}, got "
+                    f"{key_states.shape[-1]} for keys and {value_states.shape[-1]} for values"
+                )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_heads = key_states.shape[1]
         if self.capacity is None:

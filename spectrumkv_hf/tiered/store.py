@@ -344,8 +344,9 @@ class TieredStore:
         arenas = self._encoded(tokens, chosen, frame)
         coded = [side for arena in arenas for side in (arena.keys, arena.values) if isinstance(side, Quantized)]
         if coded and bool(torch.stack([saturated(side).any() for side in coded]).any()):
-            lossy = min(arena.tier.bits for arena in arenas)
-            chosen = assign(tokens, policy, score, floor, self._inexpressible(tokens, lossy, frame))
+            widths = [arena.tier.bits for arena in arenas if arena.tier != FP16]
+            lost = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
+            chosen = assign(tokens, policy, score, floor, lost)
             arenas = self._encoded(tokens, chosen, frame)
         grown = dict(self.arenas)
         for arena in arenas:

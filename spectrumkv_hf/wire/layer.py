@@ -12,11 +12,9 @@ from spectrumkv_hf.tiered.store import Arena, TieredStore
 from spectrumkv_hf.wire.frame import WireError, shown
 from spectrumkv_hf.wire.payload import Checks, Fields, Parts, Tensors, check_expansion
 from spectrumkv_hf.wire.stock import STOCK, decode_linear, decode_stock, encode_linear, encode_stock, is_linear
-from spectrumkv_kernels import Codec, Quantized, pack_map, tier_positions
+from spectrumkv_kernels import Codec, Quantized, divisor, map_bits, map_width, pack_map, tier_positions
 
 TIER_BY_BITS = {tier.bits: tier for tier in TIERS if tier != DROPPED}
-ABSENT = 3
-"""Code in the tier map of a token that the layer does not hold."""
 
 
 def kind_of(layer: Any) -> str:
@@ -115,7 +113,8 @@ def _encode_tiered(layer: SpectrumLayer) -> Parts:
         tensors |= {f"{tier.name}.{name}": t for name, t in arena.tensors() if name != "positions"}
     tensors["tail.keys"], tensors["tail.values"] = store.tail
     if store.tail_start > store.first_kept and store.arenas:
-        tensors["map"] = pack_map(_tier_codes(store, shared=layer.policy.scope != "head"))
+        bits = map_bits(len(store.arenas))
+        tensors["map"] = pack_map(_tier_codes(store, bits, shared=layer.policy.scope != "head"), bits)
     for name, tensor in (("mean", store.frame), ("pads", store.pads)):
         if tensor is not None:
             tensors[name] = tensor
@@ -139,11 +138,14 @@ def _check_expansion(tail: tuple[torch.Tensor, torch.Tensor], tokens: int, nbyte
     check_expansion(rows, tokens, keys.shape[3] + values.shape[3], nbytes)
 
 
-def _tier_codes(store: TieredStore, shared: bool) -> torch.Tensor:
-    """Which arena holds a token, by its place, uint8 `[batch, kv_heads or 1, tokens]` from `first_kept` on."""
+def _tier_codes(store: TieredStore, bits: int, shared: bool) -> torch.Tensor:
+    """Which arena holds a token, by its place, uint8 `[batch, kv_heads or 1, tokens]` from `first_kept` on.
+
+    Tokens that the layer does not hold have the largest code of `bits`.
+    """
     size = store.tail_start - store.first_kept
     first = next(iter(store.arenas.values())).positions
-    codes = torch.full((*first.shape[:2], 1 + size), ABSENT, dtype=torch.uint8, device=first.device)
+    codes = torch.full((*first.shape[:2], 1 + size), 2**bits - 1, dtype=torch.uint8, device=first.device)
     for code, arena in enumerate(store.arenas.values()):
         # What is not a place of the map goes into the first column.
         codes.scatter_(2, (arena.positions - (store.first_kept - 1)).clamp_(min=0).long(), code)
@@ -153,11 +155,11 @@ def _tier_codes(store: TieredStore, shared: bool) -> torch.Tensor:
     return codes
 
 
-def read_map(held: Tensors, name: str, rows: tuple[int, int | None], size: int) -> torch.Tensor:
-    """A packed tier map of `size` tokens, uint8 `[*rows, ceil(size / 4)]`; its padding is refused unless it is 0."""
-    packed = held.take(name, (*rows, -(-size // 4)), torch.uint8)
-    if size % 4:
-        held.checks.refuse(packed[..., -1] >> 2 * (size % 4) != 0, "bits after the tier map's last token are not 0")
+def read_map(held: Tensors, name: str, rows: tuple[int, int | None], size: int, bits: int) -> torch.Tensor:
+    """A packed tier map of `size` tokens, uint8 `[*rows, map_width]`; its padding is refused unless it is 0."""
+    packed = held.take(name, (*rows, map_width(size, bits)), torch.uint8)
+    if used := size * bits % 8:
+        held.checks.refuse(packed[..., -1] >> used != 0, "bits after the tier map's last token are not 0")
     return packed
 
 
@@ -207,7 +209,7 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     if "mean" in held or (codec.center and any(tier.bits < 16 for tier in tiers)):
         if not codec.center:
             raise WireError(f"codec {codec.name!r} has no mean")
-        coding = held.floats("mean", (batch, heads, codec.frame_size(key_dim, value_dim)), torch.float32)
+        coding = held.frame("mean", (batch, heads), codec, key_dim, value_dim)
     if "pads" in held:
         pads = held.take("pads", (batch,), torch.int64)
         if batch:
@@ -236,6 +238,7 @@ def read_side(
     held: Tensors, name: str, tier: Tier, like: torch.Tensor, size: int | None, codec: Codec
 ) -> tuple[torch.Tensor | Quantized, int]:
     """Keys or values of an arena of `size` tokens, for a tail `like`, and that size."""
+    check_channels(name, tier, like.shape[3])
     batch, heads, _, dim = like.shape
     if tier.bits == 16:
         exact = held.take(name, (batch, heads, size, dim), like.dtype)
@@ -245,13 +248,22 @@ def read_side(
     return Quantized(codes, affine), codes.shape[2]
 
 
+def check_channels(name: str, tier: Tier, channels: int) -> None:
+    """Refuse channels whose codes would not fill their bytes, as a `WireError`."""
+    if tier.bits < 16 and channels % divisor(tier.bits):
+        raise WireError(
+            f"{name} has {channels} channels; codes of {tier.bits} bits need multiples of {divisor(tier.bits)}"
+        )
+
+
 def _positions(
     held: Tensors, rows: tuple[int, int], size: int, start: int, sides: list[torch.Tensor | Quantized], drops: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Positions of each arena's tokens, int32 `[batch, kv_heads, tokens]`, from the tier map.
 
     Returns:
-        They, and how many tokens have each code, `[batch, kv_heads or 1, 4]`, or None where there is nothing to check.
+        They, and how many tokens have each code, `[batch, kv_heads or 1, codes]`, or None where there is nothing to
+        check.
     """
     batch, heads = rows
     if not sides or not size:
@@ -260,13 +272,14 @@ def _positions(
         if size and batch and not drops:
             raise WireError(f"{size} tokens before the tail have no tier")
         return [], None
-    packed = read_map(held, "map", (batch, None), size)
+    bits = map_bits(len(sides))
+    packed = read_map(held, "map", (batch, None), size, bits)
     if packed.shape[1] not in (1, heads):
         raise WireError(f"the tier map is for {packed.shape[1]} heads; the layer has {heads}")
     sizes = [(side.codes if isinstance(side, Quantized) else side).shape[2] for side in sides]
     if max(sizes) > size:
         raise WireError(f"a tier of {max(sizes)} tokens, where {size} are in tiers")
-    found, counts = tier_positions(packed, size, sizes, start)
+    found, counts = tier_positions(packed, size, sizes, start, bits)
     positions = found if packed.shape[1] == heads else [t.expand(-1, heads, -1).contiguous() for t in found]
     return positions, counts if batch else None
 
@@ -275,10 +288,10 @@ def _check_counts(store: TieredStore, checks: Checks, counts: torch.Tensor, size
     """Refuse codes of no tier, and more tokens in a row of a tier than it has; with fewer the store is ragged.
 
     Args:
-        counts: Tokens of each code, `[batch, heads, 4]`.
+        counts: Tokens of each code, `[batch, heads, codes]`.
         sizes: Tokens of each tier.
     """
-    absent = ABSENT if store.drops else ABSENT + 1
+    absent = counts.shape[-1] - 1 if store.drops else counts.shape[-1]
 
     def known(most: list[int]) -> bool:
         return not any(most[len(sizes) : absent])

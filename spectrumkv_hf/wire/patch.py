@@ -21,11 +21,14 @@ from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.tiered.store import Arena, TieredStore, owned, take
 from spectrumkv_hf.wire.frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor, host_bytes
-from spectrumkv_hf.wire.layer import TIER_BY_BITS, read_side
+from spectrumkv_hf.wire.layer import TIER_BY_BITS, check_channels, read_side
 from spectrumkv_hf.wire.payload import MAX_LENGTH, Fields, Payload, Tensors, read_payload
 from spectrumkv_kernels import Quantized, encode
 
-TIER_BY_NAME = {tier.name: tier for tier in TIERS}
+TARGETS = {tier.name: tier for tier in TIERS if any(0 < other.bits < tier.bits for other in TIERS)}
+"""Where tokens can be lifted to: the tiers above a stored one."""
+TOLD = 4
+"""Bytes of a token's codes by which a request knows it again: its scales alone may be of a byte each."""
 
 
 def request(
@@ -40,7 +43,7 @@ def request(
     Args:
         cache: Of the receiver.
         layer: Index of a tiered layer.
-        tier: `"fp16"` or `"int8"`, where the tokens are to go.
+        tier: Where the tokens are to go, one of `TARGETS`: `"fp16"`, `"int8"`, `"int4"` or `"int3"`.
         positions: Slots of the tokens, in all rows and heads; None: all. Those that already lie as high are left out.
         source: Only tokens of this tier, one below `tier`; `"dropped"` for those that a policy has dropped. None: all
             tiers below.
@@ -117,8 +120,8 @@ class ExactCopy:
     def patch(self, frame: Buffer) -> torch.Tensor:
         """The patch frame that answers a request, uint8 `[bytes]`.
 
-        FP16 tokens travel as they are. INT8 ones travel as whole codes, coded as the receiver's are: their scale is
-        rounded by itself, so they are no refinement of INT4 codes by a fixed number of bits.
+        FP16 tokens travel as they are. Others travel as whole codes, coded as the receiver's are: their scale is
+        rounded by itself, so they are no refinement of lower codes by a fixed number of bits.
 
         Raises:
             WireError: the request is damaged, or asks for what isn't here.
@@ -133,9 +136,10 @@ class ExactCopy:
         wanted = _wanted(held, batch, heads, size)
         coding = None
         if layer.codec.center and target.bits < 16:
-            size_of_frame = layer.codec.frame_size(dim, values.shape[3])
-            coding = held.floats("mean", (batch, heads, size_of_frame), torch.float32).to(keys.device)
+            coding = held.frame("mean", (batch, heads), layer.codec, dim, values.shape[3]).to(keys.device)
         held.done()
+        check_channels("keys", target, dim)
+        check_channels("values", target, values.shape[3])
         held.checks.settle()
         positions = _places(wanted.to(keys.device), start)
         sides = _encode(layer, target, keys, values, positions, coding)
@@ -173,10 +177,9 @@ def apply(cache: TieredCache, frame: Buffer) -> None:
 
 
 def _target(name: str) -> Tier:
-    tier = TIER_BY_NAME.get(name)
-    if tier is None or not any(0 < t.bits < tier.bits for t in TIERS):
-        raise ValueError(f"tokens are lifted to 'fp16' or 'int8', got {name!r}")
-    return tier
+    if name not in TARGETS:
+        raise ValueError(f"tokens are lifted to {', '.join(TARGETS)}; got {name!r}")
+    return TARGETS[name]
 
 
 def _tiered(cache: TieredCache, index: int) -> SpectrumLayer:
@@ -196,7 +199,7 @@ def _take_metadata(fields: Fields, length: int) -> tuple[Tier, int, int, str]:
     """Target tier, first position, tokens and base digest."""
     bits = fields.integer("tier", 0, 16)
     tier = TIER_BY_BITS.get(bits)
-    if tier is None or not any(0 < t.bits < bits for t in TIERS):
+    if tier is None or tier.name not in TARGETS:
         raise WireError(f"tokens are not lifted to {bits} bits")
     start = fields.integer("start", 0, min(length, MAX_LENGTH))
     size = fields.integer("tokens", 0, length - start)
@@ -251,6 +254,8 @@ def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:
         for name, tensor in arena.tensors():
             if name == "positions" or name.endswith(".affine"):
                 state.update(host_bytes(tensor[chosen].view(torch.uint8)))
+            elif name.endswith(".codes"):
+                state.update(host_bytes(tensor[..., :TOLD][chosen]))
     return state.hexdigest()
 
 

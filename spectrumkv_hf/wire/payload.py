@@ -43,6 +43,9 @@ SLACK = 4096
 """Bytes that every layer is credited with, for those of few tokens that are all dropped."""
 FREE_LENGTH = 1 << 16
 """Tokens that any stream may announce; more of them no more than it has bytes."""
+SCALES = 2.0**-96, 2.0**64
+"""The least and the greatest scale of a frame. Keys and values that float16 holds give none beyond, and codes times one
+of these are finite in float32."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -463,6 +466,18 @@ class Tensors:
             self.checks.expect(least, lambda number: number > -math.inf, message)
             self.checks.expect(most, lambda number: number < math.inf, message)
         return tensor
+
+    def frame(self, name: str, rows: tuple[int, int], codec: Codec, key_dim: int, value_dim: int) -> torch.Tensor:
+        """The frame of a layer, float32 `[*rows, codec.frame_size]`: finite, its scales in the range of `SCALES`."""
+        frame = self.floats(name, (*rows, codec.frame_size(key_dim, value_dim)), torch.float32)
+        _, parts = codec.parts(frame, key_dim)
+        for scale in (parts.key_scale, parts.value_scale) if parts is not None else ():
+            if scale.numel():
+                least, most = scale.aminmax()
+                message = f"tensor {name!r} has scales that are not from {SCALES[0]:.0e} to {SCALES[1]:.0e}"
+                self.checks.expect(least, lambda number: number >= SCALES[0], message)
+                self.checks.expect(most, lambda number: number <= SCALES[1], message)
+        return frame
 
     def affine(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
         """Scales, or scales and zeros, as in `Quantized`; every byte is a sound scale."""

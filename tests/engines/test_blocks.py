@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from every_tier import EveryTier, all_in
 from families import config
 
 from spectrumkv_hf import POLICIES, get_policy
 from spectrumkv_hf.engines import blocks
 from spectrumkv_hf.engines.blocks import BlockCodec, KVSpec, RawSpec, spec_of
 from spectrumkv_hf.engines.settings import block_codec, model_shape
-from spectrumkv_hf.policy import FP16, INT4, INT8
+from spectrumkv_hf.policy import FP16, INT4, INT8, TIERS
 from spectrumkv_hf.policy.importance import kv_norm
 from spectrumkv_hf.wire.frame import WireError
 from spectrumkv_kernels import CODECS, Rotary, dequantize
@@ -33,6 +34,11 @@ def codec(policy="sink_protect", budget=0.3, **options):
     return block_codec(LLAMA, policy, budget, **options)
 
 
+def every_tier(name="spectrum2", scope="head"):
+    policy = EveryTier(importance="kv_norm", recent_window=0, scope=scope)
+    return BlockCodec(policy, CODECS[name], LLAMA.rotaries)
+
+
 class TestSize:
     @pytest.mark.parametrize("policy", ["fp16", "greedy", "sink_protect", "balanced", "uniform_int8", "uniform_int4"])
     @pytest.mark.parametrize("name", CODECS)
@@ -42,6 +48,31 @@ class TestSize:
         specs = [spec_of(part) for part in parts]
         assert specs[1] == RawSpec(28)
         assert len(ours.compress(parts, key="some name")) == ours.size(specs)
+
+    @pytest.mark.parametrize("scope", ["head", "layer", "token"])
+    @pytest.mark.parametrize("name", CODECS)
+    def test_with_every_tier(self, scope, name):
+        ours = every_tier(name, scope)
+        parts = [kv(), kv((1, 4, 30, 32), torch.bfloat16)]
+        specs = [spec_of(part) for part in parts]
+        blob = ours.compress(parts, key="some name")
+        assert len(blob) == ours.size(specs)
+        for (k, v), part in zip(ours.restore(blob, specs, "some name"), parts, strict=True):
+            for side, given in ((k, part[0]), (v, part[1])):
+                assert side.dtype == given.dtype
+                error = (side - given).float().square().mean(-1).sqrt()
+                assert (error == 0).any() and error.max() < (3 if name == "absmax" else 1.5)
+
+    def test_every_tier_by_hand(self):
+        """5 tiers of 240 tokens: a byte of scale a vector, the frame, and 4 bits a token for the map."""
+        layers, heads, tokens, dim = 2, 2, 240, 64
+        spec = KVSpec(layers, heads, tokens, dim, torch.float16)
+        counts = EveryTier().counts(tokens)
+        assert list(counts.values()) == [10, 20, 30, 40, 140]
+        row = 2 * (10 * 2 * dim + sum(counts[t] * (dim * t.bits // 8 + 1) for t in TIERS[1:-1])) + 4 * (3 * dim + 1)
+        tensors = layers * heads * (row + tokens // 2)
+        size = every_tier("spectrum2", "head").size([spec])
+        assert tensors <= size < tensors + 3072
 
     def test_does_not_follow_the_contents(self):
         ours = codec()
@@ -272,14 +303,30 @@ class TestRefusals:
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("side", [0, 1])
-    def test_not_finite(self, bad, side):
+    @pytest.mark.parametrize("name", CODECS)
+    def test_not_finite(self, bad, side, name):
         part = kv()
         part[side][1, 1, 20, 3] = bad
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            codec().compress([part])
+        for ours in (codec(codec=name), every_tier(name)):
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                ours.compress([part])
         exact = codec("fp16", 1.0)
         restored = exact.restore(exact.compress([part]), [spec_of(part)])[0]
         assert torch.equal(restored[side].isfinite(), part[side].isfinite())
+
+    @pytest.mark.parametrize("tier", TIERS[1:-1], ids=lambda tier: tier.name)
+    @pytest.mark.parametrize("side", [0, 1])
+    def test_too_far_from_the_others(self, tier, side):
+        """No scale of `spectrum2` is large enough for a vector of 100 times the size of 599 others."""
+        part = kv((1, 1, 600, 16))
+        part[side][0, 0, 20] *= 100
+        ours = BlockCodec(replace(all_in(tier), importance="kv_norm", recent_window=0), CODECS["spectrum2"])
+        with pytest.raises(ValueError, match="or numbers beyond the scales of their codes"):
+            ours.compress([part])
+
+    def test_channels_that_codes_do_not_fill(self):
+        with pytest.raises(ValueError, match="3-bit codes need a head_dim divisible by 8, got 12"):
+            every_tier().compress([kv((1, 1, 37, 12))])
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -307,9 +354,37 @@ class TestRefusals:
     )
     def test_forged_map(self, monkeypatch, forge, message):
         """Under a right checksum."""
-        monkeypatch.setattr(blocks, "pack_map", lambda codes: forge(pack_map(codes)))
+        monkeypatch.setattr(blocks, "pack_map", lambda *codes: forge(pack_map(*codes)))
         with pytest.raises(WireError, match=message):
             codec().restore(codec().compress([kv()]), self.specs)
+
+    @pytest.mark.parametrize(
+        ("forge", "message"),
+        [
+            (lambda packed: packed ^ 1, "other counts than its policy"),
+            (lambda packed: packed | 0x0E, "other counts than its policy"),
+            (lambda packed: packed | 0xF0, "bits after the tier map's last token"),
+        ],
+        ids=["counts", "no tier", "padding"],
+    )
+    def test_forged_map_of_every_tier(self, monkeypatch, forge, message):
+        monkeypatch.setattr(blocks, "pack_map", lambda *codes: forge(pack_map(*codes)))
+        with pytest.raises(WireError, match=message):
+            every_tier().restore(every_tier().compress([kv()]), self.specs)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, 1e30])
+    def test_forged_frame(self, monkeypatch, value):
+        """The scale of values, under a right checksum."""
+        encode = BlockCodec._encode
+
+        def forged(self, *args):
+            tensors = encode(self, *args)
+            tensors["mean"][0, 0, -1] = value
+            return tensors
+
+        monkeypatch.setattr(BlockCodec, "_encode", forged)
+        with pytest.raises(WireError, match="0.0.mean' has (NaN|scales that are not from)"):
+            every_tier().restore(every_tier().compress([kv()]), self.specs)
 
     def test_unfit_parts(self):
         keys, values = kv()

@@ -26,7 +26,9 @@ from spectrumkv_hf.wire.payload import EXPANSION, FREE_LENGTH
 HYBRID = config("qwen3_next")
 WINDOWS = config("gemma3", sliding_window=136, head_dim=8)
 CONFIGS = (CONFIG, HYBRID, WINDOWS)
-PATCH, REQUEST = len(CONFIGS), len(CONFIGS) + 1
+PATCHES, REQUESTS = {3: "spectrum", 5: "spectrum2"}, {4: "spectrum", 6: "spectrum2"}
+"""Readers of patches and of requests, and the codecs of their caches."""
+READERS = len(CONFIGS) + len(PATCHES) + len(REQUESTS)
 
 
 SECONDS, SECONDS_A_BYTE = 1.0, 1e-5
@@ -43,7 +45,7 @@ def one_input(data: bytes) -> None:
         return
     stream = resealed(data[1:])
     with spending() as spent:
-        cache = read(data[0] % 5, stream)
+        cache = read(data[0] % READERS, stream)
     assert spent.seconds < SECONDS + SECONDS_A_BYTE * len(data), f"{spent.seconds} s for {len(data)} bytes"
     assert spent.memory < READ_MEMORY + READ_MEMORY_A_BYTE * len(data), f"{spent.memory} for {len(data)} bytes"
     if cache is None:
@@ -57,11 +59,11 @@ def one_input(data: bytes) -> None:
 def read(reader: int, stream: bytes) -> SpectrumCache | None:
     """The cache in a stream, if it gives one."""
     try:
-        if reader == PATCH:
-            cache = golden_cache()
+        if reader in PATCHES:
+            cache = golden_cache(PATCHES[reader])
             cache.apply_patch(stream)
-        elif reader == REQUEST:
-            copy, _ = requested()
+        elif reader in REQUESTS:
+            copy, _ = requested(REQUESTS[reader])
             FrameHeader.parse(copy.patch(stream))
             return None
         else:
@@ -89,19 +91,21 @@ def used(cache: SpectrumCache) -> None:
 
 
 @functools.cache
-def requested() -> tuple[ExactCopy, bytes]:
+def requested(codec: str) -> tuple[ExactCopy, bytes]:
     """A sender that holds exact tokens of the golden cache's shape, and a request to it."""
-    sender = SpectrumCache(CONFIG)
+    sender = SpectrumCache(CONFIG, codec=codec)
     copy = ExactCopy(sender)
     sender.layers[0].update(_counting((2, 2, 15, 8), torch.float16), _counting((2, 2, 15, 8), torch.float16, 50))
-    frame = request(golden_cache(), 0, "int8")
+    frame = request(golden_cache(codec), 0, "int8")
     assert frame is not None
     return copy, frame.numpy().tobytes()
 
 
 def seeds() -> dict[str, bytes]:
     """Sound inputs to start from."""
-    found = {"golden": bytes([0]) + golden_cache().serialize().numpy().tobytes()}
+    found = {
+        f"golden {codec}": bytes([0]) + golden_cache(codec).serialize().numpy().tobytes() for codec in PATCHES.values()
+    }
     for policy in ("fp16", "two_tier"):
         cache = SpectrumCache(CONFIG, policy=policy, recent_window=2)
         for layer in cache.layers:
@@ -118,9 +122,10 @@ def seeds() -> dict[str, bytes]:
             for layer in cache.layers:
                 layer.update(torch.ones(1, 2, 90, 8), torch.ones(1, 2, 90, 8))
         found[name] = bytes([2]) + cache.serialize().numpy().tobytes()
-    copy, frame = requested()
-    found["request"] = bytes([REQUEST]) + frame
-    found["patch"] = bytes([PATCH]) + copy.patch(frame).numpy().tobytes()
+    for patch, reader, codec in zip(PATCHES, REQUESTS, PATCHES.values(), strict=True):
+        copy, frame = requested(codec)
+        found[f"request {codec}"] = bytes([reader]) + frame
+        found[f"patch {codec}"] = bytes([patch]) + copy.patch(frame).numpy().tobytes()
     assert all(split(data[1:]) for data in found.values())
     return found
 

@@ -24,18 +24,29 @@ def _counting(shape, dtype, start=0):
     return ((torch.arange(size) + start) % 251).to(dtype).view(shape)
 
 
-def golden_cache():
-    """A batch of 2 with a padded row: 3 tokens FP16, 5 INT8 and 6 INT4 (a place of each empty in some), 2 in the tail.
+ROWS = {
+    "spectrum": ([[0, 1, 2], [3, 4, 5, 11, 12], [6, 7, 8, 9, 10]], [[0, 1, 7], [2, 9, 10, 11], [3, 4, 5, 6, 8, 12]]),
+    "spectrum2": (
+        [[0, 1, 2], [3, 11, 12], [4, 5], [6, 7], [8, 9, 10]],
+        [[0, 1], [2, 10], [9, 11], [3, 4, 5], [6, 7, 8, 12]],
+    ),
+}
+"""Positions by tier of two rows, in as many of the most precise tiers as there are lists."""
 
-    No number in it comes from floating-point arithmetic, so that its bytes are the same everywhere.
+
+def golden_cache(codec="spectrum"):
+    """A batch of 2 with a padded row: 13 tokens in tiers as `ROWS` says (places of some are empty), 2 in the tail.
+
+    With `spectrum` there are 3 places in FP16, 5 in INT8 and 6 in INT4; `spectrum2` has all tiers. No number in it
+    comes from floating-point arithmetic, so that its bytes are the same everywhere.
     """
-    cache = SpectrumCache(CONFIG, policy="sink_protect", budget=0.3, recent_window=2)
+    cache = SpectrumCache(CONFIG, policy="sink_protect", budget=0.3, recent_window=2, codec=codec)
     layer = cache.layers[0]
     keys, values = (_counting((2, 2, 2, 8), torch.float16, start) for start in (7, 90))
     arenas = []
-    row, other = [[0, 1, 2], [3, 4, 5, 11, 12], [6, 7, 8, 9, 10]], [[0, 1, 7], [2, 9, 10, 11], [3, 4, 5, 6, 8, 12]]
-    for code, tier in enumerate(TIERS[:3]):
-        n = (3, 5, 6)[code]
+    row, other = ROWS[codec]
+    for code, tier in enumerate(TIERS[: len(row)]):
+        n = max(len(row[code]), len(other[code]))
         chosen = [[-1] * (n - len(held[code])) + held[code] for held in (row, other, other, row)]
         positions = torch.tensor(chosen, dtype=torch.int32).view(2, 2, n)
         sides = []
@@ -44,10 +55,14 @@ def golden_cache():
                 sides.append(_counting((2, 2, n, 8), torch.float16, start))
                 continue
             codes = _counting((2, 2, n, tier.bits), torch.uint8, start)
+            if layer.codec.balanced:
+                sides.append(Quantized(codes, _counting((2, 2, n, 1), torch.uint8, start + 100)))
+                continue
             scale, zero = _counting((2, 2, n), torch.float16, start), -_counting((2, 2, n), torch.float16, start + 3)
             sides.append(Quantized(codes, torch.stack((scale, zero), dim=-1)))
         arenas.append(Arena(tier, *sides, positions))
-    mean, pads = _counting((2, 2, 8), torch.float32), torch.tensor([0, 4])
+    first = int(layer.codec.balanced)  # scales are above 0
+    frame = _counting((2, 2, layer.codec.frame_size(8, 8)), torch.float32, first)
     store = TieredStore.assemble(
         keys,
         values,
@@ -56,8 +71,8 @@ def golden_cache():
         length=15,
         tail_start=13,
         arenas=arenas,
-        mean=mean,
-        pads=pads,
+        frame=frame,
+        pads=torch.tensor([0, 4]),
         ragged=True,
     )
     layer.adopt(store)

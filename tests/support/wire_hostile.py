@@ -204,6 +204,7 @@ def streams():
         "no element, beyond 64 bits": dropped(1, (1, 1 << 40, 0, 1 << 40)),
         "nothing of a long sequence": stream(SpectrumCache(CONFIG), lambda m: m.update(length=MOST)),
         "tiers of no row": dropped(13, (0, 2, 0, 8), batch=0, tiers=[16], more=_tier_of_no_row(1 << 40)),
+        "wide map of no tier": _wide_map_of_no_tier((1 << 17) + 3),
     }
     found = {name: (CONFIG, data) for name, data in plain.items()}
     found["far behind a window"] = WINDOWS, behind_windows(MOST)
@@ -236,6 +237,21 @@ def _many_tensors(frame):
 def _tier_of_no_row(tokens):
     sides = {f"fp16.{side}": empty([0, 2, tokens, 8]) for side in ("keys", "values")}
     return sides | {"map": empty([0, 1, 4], "U8")}
+
+
+def _wide_map_of_no_tier(tokens):
+    """A map of 4 bits a token whose tokens are in a sixth tier of five."""
+    cache = golden_cache("spectrum2")
+    store = cache.layers[0].store
+    sizes = {"length": store.length + tokens, "tail_start": store.tail_start + tokens, "drops": True}
+    store._now = store._now._replace(**sizes)
+
+    def in_the_sixth(entries, raw):
+        begin, end = entries["map"]["data_offsets"]
+        raw[begin:end] = bytes([0x55]) * (end - begin)
+        return raw
+
+    return stream(cache, layer=lambda frame: forged(frame, data=in_the_sixth))
 
 
 def _described(name, field, value):

@@ -1,6 +1,7 @@
 """Caches survive the wire bit for bit: whole, in files, frame by frame, in another process."""
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_tier import EveryTier, EveryTierAndDropped
 from families import FAMILIES, config, left_padded, model, prompt
 from safetensors.torch import load as load_safetensors
 
 from spectrumkv_hf import POLICIES, SpectrumCache, cache_argument, wire
+from spectrumkv_hf.policy import TIERS
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.wire import Assembler, Emitter, FrameHeader, Kind, WireError
 
@@ -99,12 +102,55 @@ def test_families_and_batches(family, lengths):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("codec", ["spectrum", "absmax"])
-@pytest.mark.parametrize("scope", ["head", "layer", "token"])
+@pytest.mark.parametrize(
+    ("codec", "scope"),
+    [
+        *itertools.product(["spectrum", "absmax"], ["head", "layer", "token"]),
+        ("spectrum2", "head"),
+        ("spectrum2", "layer"),
+    ],
+)
 def test_policies(policy, codec, scope):
     m = model("gemma3", **sized("gemma3"))
     cache = filled(m, prompt(300, 2), codec=codec, scope=scope, **options(policy))
     assert_continues_equally(m, cache, sent(cache, m.config), 2, steps=75)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("lengths", [[300], [300, 210, 17]], ids=str)
+@pytest.mark.parametrize("policy", [EveryTier, EveryTierAndDropped])
+@pytest.mark.usefixtures("with_every_tier")
+def test_every_tier_of_spectrum2(family, lengths, policy):
+    """GQA, sliding windows, a model without RoPE; maps of 4 bits a token."""
+    m = model(family, **sized(family))
+    ids, mask = left_padded(lengths)
+    mask = mask if len(lengths) > 1 else None
+    cache = filled(m, ids, mask, policy=policy.name, codec="spectrum2", budget=None)
+    stores = [layer.store for layer in cache.layers]
+    assert all(
+        list(store.arenas) == list(TIERS[:-1]) and store.drops == (policy is EveryTierAndDropped) for store in stores
+    )
+    for index, store in enumerate(stores):
+        tensors = load_safetensors(payload_of_layer(cache, index))
+        assert tensors["map"].shape[2] == -(-(store.tail_start - store.first_kept) // 2)
+        assert tensors["int3.keys.codes"].shape[3] * 8 == store.tail[0].shape[3] * 3
+        assert torch.equal(tensors["mean"], store.frame)
+    assert_continues_equally(m, cache, sent(cache, m.config), len(lengths), mask, steps=75)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "token"])
+@pytest.mark.parametrize("operation", [lambda c: c.crop(-75), lambda c: c.reorder_cache(torch.tensor([2, 0, 0]))])
+@pytest.mark.usefixtures("with_every_tier")
+def test_every_tier_after_operations(scope, operation):
+    m = model("gemma3", **sized("gemma3"))
+    ids, mask = left_padded([300, 210, 100])
+    options = {"policy": EveryTierAndDropped.name, "codec": "spectrum2", "recent_window": 8, "scope": scope}
+    cache = SpectrumCache(m.config, **options)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        m(ids, past_key_values=cache, attention_mask=mask)
+    operation(cache)
+    assert_equal(cache, sent(cache, m.config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -494,23 +540,25 @@ class TestStreams:
         assert all(FrameHeader.SIZE + h.padded == len(f) for h, f in zip(headers, frames, strict=True))
 
 
+def payload_of_layer(cache, index):
+    """The payload of a layer's frame, a file of safetensors."""
+    frame = wire.layer_frame(cache, index)
+    return frame[FrameHeader.SIZE : FrameHeader.SIZE + FrameHeader.parse(frame).length].numpy().tobytes()
+
+
 def test_payloads_are_safetensors():
     cache = filled(model("llama"), prompt(300, 2))
-    frame = wire.layer_frame(cache, 1)
-    header = FrameHeader.parse(frame)
-    tensors = load_safetensors(frame[FrameHeader.SIZE : FrameHeader.SIZE + header.length].numpy().tobytes())
+    tensors = load_safetensors(payload_of_layer(cache, 1))
     held = dict(cache.layers[1].store.tensors())
     assert torch.equal(tensors["int4.keys.codes"], held["int4.keys.codes"])
-    assert torch.equal(tensors["mean"], held["mean"])
+    assert torch.equal(tensors["mean"], held["frame"])
 
 
 def test_a_shared_map_travels_once():
     m = model("llama")
     sizes = {}
     for scope in ("head", "layer"):
-        frame = wire.layer_frame(filled(m, prompt(900), scope=scope), 0)
-        payload = frame[FrameHeader.SIZE : FrameHeader.SIZE + FrameHeader.parse(frame).length]
-        sizes[scope] = load_safetensors(payload.numpy().tobytes())["map"].shape[1]
+        sizes[scope] = load_safetensors(payload_of_layer(filled(m, prompt(900), scope=scope), 0))["map"].shape[1]
     assert sizes == {"head": 2, "layer": 1}
 
 

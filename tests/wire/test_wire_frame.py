@@ -17,18 +17,28 @@ from families import config
 from wire_forge import CONFIG, forged, golden_cache, opened, payload_of, resealed, sealed, split
 
 from spectrumkv_hf import SpectrumCache, wire
+from spectrumkv_hf.policy.policies import INT2, INT3
+from spectrumkv_hf.tiered.store import Arena, TieredStore
 from spectrumkv_hf.wire import read as wire_read
 from spectrumkv_hf.wire.frame import FrameHeader, WireError, _send, as_tensor, digest, host_bytes, put
 from spectrumkv_hf.wire.payload import BEGINNING, Later
 from spectrumkv_hf.wire.read import Assembler, Beginnings, _read
+from spectrumkv_kernels import CODECS, Quantized, decode
 
 GOLDEN = Path(__file__).parent / "golden" / "wire-v1.bin"
 """What `golden_cache` gives. Format version 1 must read it for ever, and write it as long as it is the current one."""
+GOLDEN_FILES = {"spectrum": GOLDEN, "spectrum2": GOLDEN.with_name("wire-v1-spectrum2.bin")}
+"""By codec; that of `spectrum2` has five tiers, and so a map of 4 bits a token."""
 
 
 @pytest.fixture(scope="module")
 def data():
     return golden_cache().serialize().numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def data2():
+    return golden_cache("spectrum2").serialize().numpy().tobytes()
 
 
 def read(buffer):
@@ -43,11 +53,14 @@ def assert_refused(buffer, message=None, at=None):
 
 
 class TestGolden:
-    def test_bytes(self, data):
-        assert data == GOLDEN.read_bytes()
+    @pytest.mark.parametrize("codec", GOLDEN_FILES)
+    def test_bytes(self, codec):
+        assert golden_cache(codec).serialize().numpy().tobytes() == GOLDEN_FILES[codec].read_bytes()
 
-    def test_contents(self):
-        ours, theirs = golden_cache().layers[0].store, read(GOLDEN.read_bytes()).layers[0].store
+    @pytest.mark.parametrize("codec", GOLDEN_FILES)
+    def test_contents(self, codec):
+        ours, theirs = golden_cache(codec).layers[0].store, read(GOLDEN_FILES[codec].read_bytes()).layers[0].store
+        theirs.check_integrity()
         for (name, a), (other, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
             assert name == other
             assert a.dtype == b.dtype
@@ -64,25 +77,73 @@ class TestGolden:
         assert check == plain_digest(payload)
         assert json.loads(payload[8:length])["__metadata__"].keys() == {"spectrumkv"}
 
-    def test_positions_by_the_document(self):
+    @pytest.mark.parametrize(
+        ("codec", "tiers", "bits"), [("spectrum", [16, 8, 4], 2), ("spectrum2", [16, 8, 4, 3, 2], 4)]
+    )
+    def test_positions_by_the_document(self, codec, tiers, bits):
         """A reader that knows docs/wire-format.md only."""
-        data = GOLDEN.read_bytes()
-        at = 64 + -(-struct.unpack("<Q", data[24:32])[0] // 64) * 64 + 64  # the first layer's payload
-        (size,) = struct.unpack("<Q", data[at : at + 8])
-        tensors = json.loads(data[at + 8 : at + 8 + size])
-        metadata = json.loads(tensors.pop("__metadata__")["spectrumkv"])
-        assert metadata["tiers"] == [16, 8, 4]
-        batch, heads, packed = tensors["map"]["shape"]
-        begin, end = tensors["map"]["data_offsets"]
-        bytes_of_map = data[at + 8 + size + begin : at + 8 + size + end]
-        store = golden_cache().layers[0].store
+        metadata, tensors = plain_layer(GOLDEN_FILES[codec].read_bytes())
+        assert metadata["tiers"] == tiers
+        (batch, heads, packed), bytes_of_map = tensors["map"]
+        store = golden_cache(codec).layers[0].store
         for row in range(batch):
             for head in range(heads):
                 line = bytes_of_map[(row * heads + head) * packed :]
-                codes = [line[i // 4] >> 2 * (i % 4) & 3 for i in range(metadata["tail_start"])]
+                per_byte = 8 // bits
+                codes = [
+                    line[i // per_byte] >> bits * (i % per_byte) & 2**bits - 1 for i in range(metadata["tail_start"])
+                ]
                 for code, arena in enumerate(store.arenas.values()):
                     held = [i for i, c in enumerate(codes) if c == code]
                     assert [-1] * (len(arena) - len(held)) + held == arena.positions[row, head].tolist()
+
+    @pytest.mark.parametrize("bits", [8, 4, 3, 2])
+    def test_values_by_the_document(self, bits):
+        """Of `spectrum2`: what codes, one-byte scales and the frame stand for."""
+        _, tensors = plain_layer(GOLDEN_FILES["spectrum2"].read_bytes())
+        shape, raw = tensors["mean"]
+        assert shape == [2, 2, 8 + 8 + 8 + 1]
+        frame = torch.tensor(struct.unpack("<100f", raw), dtype=torch.float64).view(shape)
+        mean, key_scale, value_mean, value_scale = frame[..., None, :].split([8, 8, 8, 1], dim=-1)
+        store = golden_cache("spectrum2").layers[0].store
+        (arena,) = (arena for tier, arena in store.arenas.items() if tier.bits == bits)
+        keys, values = (plain_values(tensors, f"int{bits}.{side}", bits) for side in ("keys", "values"))
+        keys = keys * key_scale + reference.rotated(store.rotary, mean.expand_as(keys), arena.positions)
+        values = values * value_scale + value_mean
+        places = arena.positions.clamp(min=0).long().unsqueeze(-1).expand_as(keys)
+        for ours, dense in zip((keys, values), store.dense(), strict=True):
+            held = dense.double().gather(2, places)
+            assert ((ours - held).abs() <= 2e-3 * ours.abs() + 1e-2)[arena.positions >= 0].all()  # of float16
+
+
+def plain_layer(data):
+    """Metadata and tensors, shape and bytes by name, of the first layer of a stream."""
+    at = 64 + -(-struct.unpack("<Q", data[24:32])[0] // 64) * 64 + 64  # the first layer's payload
+    (size,) = struct.unpack("<Q", data[at : at + 8])
+    tensors = json.loads(data[at + 8 : at + 8 + size])
+    metadata = json.loads(tensors.pop("__metadata__")["spectrumkv"])
+    begin = at + 8 + size
+    found = {
+        name: (t["shape"], data[begin + t["data_offsets"][0] : begin + t["data_offsets"][1]])
+        for name, t in tensors.items()
+    }
+    return metadata, found
+
+
+def plain_values(tensors, name, bits):
+    """What codes of `spectrum2` and their scales stand for, times the Hadamard matrix: `[batch, heads, n, 8]`."""
+    (batch, heads, n, width), raw = tensors[f"{name}.codes"]
+    vectors = []
+    for i, scale in enumerate(tensors[f"{name}.affine"][1]):
+        packed = raw[i * width : (i + 1) * width]
+        if bits == 3:
+            codes = [packed[c % 2] >> 2 * (c // 2) & 3 for c in range(8)]
+            codes = [2 * upper + (packed[2] >> c & 1) for c, upper in enumerate(codes)]
+        else:
+            codes = [packed[c % width] >> bits * (c // width) & 2**bits - 1 for c in range(8)]
+        step = 2 ** (7 / 8 * (2 - bits) + (scale - 128) / 32)
+        vectors.append([(code + 0.5 - 2 ** (bits - 1)) * step for code in codes])
+    return torch.tensor(vectors, dtype=torch.float64).view(batch, heads, n, 8) @ reference.sylvester(8)
 
 
 def plain_digest(payload):
@@ -376,7 +437,8 @@ LAYER_EDITS = {
     "another tail": ({"edit": edited("tail_start", 12)}, "tensor 'tail.keys' has shape"),
     "gone tokens": ({"edit": edited("first_kept", 1)}, "tokens before 1 are gone"),
     "drops as a number": ({"edit": edited("drops", 1)}, "field 'drops'"),
-    "unknown tiers": ({"edit": edited("tiers", [16, 8, 2])}, "tiers are some of"),
+    "unknown tiers": ({"edit": edited("tiers", [16, 8, 5])}, "tiers are some of"),
+    "another tier": ({"edit": edited("tiers", [16, 8, 2])}, "no tensor 'int2.keys.codes'"),
     "tiers twice": ({"edit": edited("tiers", [16, 8, 8])}, "tiers are some of"),
     "tiers in another order": ({"edit": edited("tiers", [8, 16, 4])}, "tiers are some of"),
     "tiers of no number": ({"edit": edited("tiers", [16, {}, 4])}, "tiers are some of"),
@@ -437,6 +499,91 @@ LAYER_EDITS = {
 }
 
 
+def poked_frame(value, at):
+    return {"data": poked("mean", value, torch.float32, at)}
+
+
+def with_tensors(**changes):
+    """Tensors put in the place of others, by name with `_` for `.`, or taken out by None; all others as they are."""
+
+    def data(entries, raw):
+        replaced = {name.replace("_", "."): tensor for name, tensor in changes.items()}
+        out = b""
+        for name in [name for name in entries if name != "__metadata__"]:
+            begin, end = entries[name]["data_offsets"]
+            part = raw[begin:end]
+            if name in replaced and replaced[name] is None:
+                del entries[name]
+                continue
+            if name in replaced:
+                tensor = replaced[name]
+                part = tensor.view(torch.uint8).numpy().tobytes()
+                kind = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
+                entries[name].update(dtype=kind, shape=list(tensor.shape))
+            entries[name]["data_offsets"] = [len(out), len(out) + len(part)]
+            out += part
+        return out
+
+    return {"data": data}
+
+
+BYTES, FLOATS = torch.uint8, torch.float32
+SCALE_RANGE = "tensor 'mean' has scales that are not from 1e-29 to 2e\\+19"
+SPECTRUM2_EDITS = {
+    # The frame: the mean of 8 keys, their scales, the mean of 8 values, their scale
+    "NaN in the mean": (poked_frame(torch.nan, 0), "tensor 'mean' has NaN"),
+    "NaN key scale": (poked_frame(torch.nan, 8), "tensor 'mean' has NaN"),
+    "infinite key scale": (poked_frame(torch.inf, 15), "tensor 'mean' has NaN or infinity"),
+    "infinite mean of values": (poked_frame(-torch.inf, 16), "tensor 'mean' has NaN or infinity"),
+    "key scale of 0": (poked_frame(0.0, 8), SCALE_RANGE),
+    "key scale of -0": (poked_frame(-0.0, 15), SCALE_RANGE),
+    "negative key scale": (poked_frame(-1.0, 15), SCALE_RANGE),
+    "tiny key scale": (poked_frame(2.0**-97, 9), SCALE_RANGE),
+    "huge key scale": (poked_frame(2.0**65, 9), SCALE_RANGE),
+    "value scale of 0": (poked_frame(0.0, 24), SCALE_RANGE),
+    "negative value scale": (poked_frame(-2.0, 99), SCALE_RANGE),
+    "huge value scale": (poked_frame(1e38, 49), SCALE_RANGE),
+    "no frame": (with_tensors(mean=None), "no tensor 'mean'"),
+    "the mean alone": (with_tensors(mean=torch.ones(2, 2, 8)), r"'mean' has shape \(2, 2, 8\), not \(2, 2, 25\)"),
+    "frame of halves": (with_tensors(mean=torch.ones(2, 2, 25).half()), "'mean' has dtype torch.float16"),
+    # One-byte scales
+    "scale of a half": (
+        with_tensors(int4_keys_affine=torch.ones(2, 2, 2, 1).half()),
+        "'int4.keys.affine' has dtype torch.float16, not torch.uint8",
+    ),
+    "scale and zero": (
+        with_tensors(int4_values_affine=torch.ones(2, 2, 2, 2, dtype=BYTES)),
+        r"'int4.values.affine' has shape \(2, 2, 2, 2\), not \(2, 2, 2, 1\)",
+    ),
+    "a scale less": (
+        with_tensors(int3_keys_affine=torch.ones(2, 2, 2, 1, dtype=BYTES)),
+        "'int3.keys.affine' has shape",
+    ),
+    # Codes of 3 and 2 bits
+    "3-bit codes as of 4 bits": (
+        with_tensors(int3_keys_codes=torch.ones(2, 2, 3, 4, dtype=BYTES)),
+        "'int3.keys.codes'",
+    ),
+    "2-bit codes as of 4 bits": (
+        with_tensors(int2_keys_codes=torch.ones(2, 2, 4, 4, dtype=BYTES)),
+        "'int2.keys.codes'",
+    ),
+    "values of another number": (
+        with_tensors(int2_values_codes=torch.ones(2, 2, 5, 2, dtype=BYTES)),
+        "'int2.values.codes' has shape",
+    ),
+    # The map of 4 bits a token
+    "a map of 2 bits": (with_tensors(map=torch.zeros(2, 2, 4, dtype=BYTES)), r"'map' has shape .*, not \(2, any, 7\)"),
+    "too many in FP16": ({"data": poked("map", 0, BYTES, 2)}, "more tokens than it has"),
+    "code behind the tiers": ({"data": poked("map", 0x05, BYTES)}, "in no tier"),
+    "another unknown code": ({"data": poked("map", 0xE0, BYTES, 1)}, "in no tier"),
+    "dropped without drops": ({"data": poked("map", 0xF2, BYTES, 2)}, "in no tier"),
+    "tiers that need 2 bits only": ({"edit": edited("tiers", [16, 8, 4])}, "'map' has shape|unknown tensors"),
+    "a nibble after the last token": ({"data": poked("map", 0x10, BYTES, 6)}, "bits after the tier map's last token"),
+    "tiers in another order": ({"edit": edited("tiers", [16, 8, 4, 2, 3])}, "tiers are some of"),
+}
+
+
 @pytest.mark.parametrize("case", LAYER_EDITS)
 def test_layer_frames(data, case):
     changes, message = LAYER_EDITS[case]
@@ -445,12 +592,83 @@ def test_layer_frames(data, case):
     assert_refused(b"".join(frames), message, at=f"layer 0, at byte {len(frames[0])} of")
 
 
-def test_bits_after_the_map(data):
+@pytest.mark.parametrize("case", SPECTRUM2_EDITS)
+def test_layer_frames_of_spectrum2(data2, case):
+    changes, message = SPECTRUM2_EDITS[case]
+    frames = split(data2)
+    frames[1] = forged(frames[1], **changes)
+    assert_refused(b"".join(frames), message, at=f"layer 0, at byte {len(frames[0])} of")
+
+
+@pytest.mark.parametrize(("at", "value"), [(8, 2.0**-96), (8, 2.0**64), (24, 2.0**-96), (24, 2.0**64), (0, -3e38)])
+def test_frames_at_their_limits(data2, at, value):
+    """They are sound, and what they stand for is finite in float32, if not in the model's dtype."""
+    frames = split(data2)
+    frames[1] = forged(frames[1], **poked_frame(value, at))
+    store = read(resealed(b"".join(frames))).layers[0].store
+    assert store.frame.flatten()[at] == value
+    for arena in list(store.arenas.values())[1:]:
+        both = decode(
+            arena.keys, arena.values, arena.positions, arena.tier.bits, store.codec, store.frame, store.rotary
+        )
+        assert all(side.isfinite().all() for side in both)
+
+
+@pytest.mark.parametrize("byte", [0, 1, 128, 254, 255])
+def test_every_one_byte_scale_is_sound(data2, byte):
+    frames = split(data2)
+    frames[1] = forged(frames[1], data=poked("int2.keys.affine", byte, BYTES))
+    cache = read(resealed(b"".join(frames)))
+    assert cache.layers[0].keys.isfinite().all()
+
+
+def test_absent_tokens_of_a_wide_map(data2):
+    """15 stands for a token that is in no tier, where tokens were dropped."""
+    frames = split(data2)
+    frames[1] = forged(frames[1], edited("drops", True), data=poked("map", 0xF2, BYTES, 2))
+    sent = resealed(b"".join(frames))
+    store = read(sent).layers[0].store
+    assert store.tier_map()[0, 0, 4:6].tolist() == [4, 0] and store.ragged
+    assert read(sent).serialize().numpy().tobytes() == sent
+
+
+@pytest.mark.parametrize(
+    ("tier", "channels", "message"),
+    [
+        (INT3, 8, None),
+        (INT3, 12, "int3.keys has 12 channels; codes of 3 bits need multiples of 8"),
+        (INT2, 12, None),
+        (INT2, 10, "int2.keys has 10 channels; codes of 2 bits need multiples of 4"),
+    ],
+)
+@pytest.mark.parametrize("codec", CODECS)
+def test_channels_that_codes_do_not_fill(tier, channels, message, codec):
+    cache = SpectrumCache(CONFIG, codec=codec)
+    layer = cache.layers[0]
+    numbers, dtype = layer.codec.affine
+    side = Quantized(
+        torch.zeros(1, 2, 3, channels * tier.bits // 8, dtype=torch.uint8), torch.ones(1, 2, 3, numbers, dtype=dtype)
+    )
+    frame = torch.ones(1, 2, layer.codec.frame_size(channels, channels)) if layer.codec.center else None
+    arena = Arena(tier, side, side, torch.arange(3, dtype=torch.int32).expand(1, 2, 3))
+    tail = torch.zeros(1, 2, 0, channels).half()
+    store = TieredStore.assemble(
+        tail, tail, layer.codec, layer.rotary, length=3, tail_start=3, arenas=[arena], frame=frame
+    )
+    layer.adopt(store)
+    sent = b"".join(split(cache.serialize().numpy().tobytes())[:2])
+    if message is None:
+        message = "the buffer ends here"  # and nothing was wrong before
+    assert_refused(sent, message)
+
+
+@pytest.mark.parametrize(("golden", "bits"), [("data", 0xC0), ("data2", 0xF0)])
+def test_bits_after_the_map(request, golden, bits):
     def last(entries, raw):
-        raw[entries["map"]["data_offsets"][1] - 1] |= 0xC0
+        raw[entries["map"]["data_offsets"][1] - 1] |= bits
         return raw
 
-    frames = split(data)
+    frames = split(request.getfixturevalue(golden))
     frames[1] = forged(frames[1], data=last)
     assert_refused(b"".join(frames), "bits after the tier map's last token")
 
@@ -532,10 +750,12 @@ class TestWithoutWaiting:
         later.settle()
         return cache
 
-    def test_as_on_a_device(self, data, monkeypatch):
+    @pytest.mark.parametrize("codec", GOLDEN_FILES)
+    def test_as_on_a_device(self, codec, monkeypatch):
         """Every way that a device takes, on the CPU."""
+        data = GOLDEN_FILES[codec].read_bytes()
         monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
-        assert golden_cache().serialize().numpy().tobytes() == data
+        assert golden_cache(codec).serialize().numpy().tobytes() == data
         cache = self.read(data)
         assert cache.serialize().numpy().tobytes() == data
         ours, theirs = read(data).layers[0].store, cache.layers[0].store
@@ -553,13 +773,20 @@ class TestWithoutWaiting:
                 self.read(damaged)
             damaged[byte] ^= 1 << bit
 
-    @pytest.mark.parametrize("name", LAYER_EDITS)
-    def test_checks(self, data, name, monkeypatch):
+    @pytest.mark.parametrize(
+        ("golden", "changes", "message"),
+        [
+            *(("data", *LAYER_EDITS[name]) for name in LAYER_EDITS),
+            *(("data2", *edit) for edit in SPECTRUM2_EDITS.values()),
+        ],
+        ids=[*LAYER_EDITS, *(f"spectrum2: {name}" for name in SPECTRUM2_EDITS)],
+    )
+    def test_checks(self, request, golden, changes, message, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
-        frames = split(data)
+        frames = split(request.getfixturevalue(golden))
         assembler, later = Assembler(SpectrumCache, CONFIG), Later()
-        with pytest.raises(WireError, match=LAYER_EDITS[name][1]):
-            for frame in (frames[0], forged(frames[1], **LAYER_EDITS[name][0])):
+        with pytest.raises(WireError, match=message):
+            for frame in (frames[0], forged(frames[1], **changes)):
                 whole = as_tensor(bytearray(frame))
                 assembler._add(FrameHeader.parse(whole), whole[64:], later=later)
             later.settle()

@@ -4,12 +4,14 @@ import random
 
 import pytest
 import torch
-from families import left_padded, model, prompt
+from every_tier import EveryTierAndDropped, all_in
+from families import config, left_padded, model, prompt
 from test_wire import assert_equal, filled, sized
 from wire_forge import forged
 
 from spectrumkv_hf import SpectrumCache, wire
-from spectrumkv_hf.policy import FP16, INT4, INT8
+from spectrumkv_hf.policy import FP16, INT4, INT8, TIERS
+from spectrumkv_hf.policy.policies import INT2
 from spectrumkv_hf.wire.frame import FrameHeader, Kind, WireError
 from spectrumkv_hf.wire.patch import ExactCopy, pack_bits, request, unpack_bits
 
@@ -59,6 +61,66 @@ def test_all_tokens_lifted_are_a_cache_of_that_tier(tier, policy, budget, start,
         for a, b in ((ours, theirs),):
             for x, y in zip(a.store.dense(first), b.store.dense(first), strict=True):
                 assert torch.equal(x * lifted[:, :, first:], y * lifted[:, :, first:])
+
+
+@pytest.mark.parametrize("tier", TIERS[:4], ids=lambda tier: tier.name)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("lengths", [(300,), (300, 210)], ids=str)
+@pytest.mark.usefixtures("with_every_tier")
+def test_spectrum2_is_lifted_to_any_tier(tier, family, lengths):
+    """Bit for bit what a cache of that tier holds: codes are made in the receiver's frame."""
+    m = model(family, **sized(family))
+    cache, copy, mask = sides(m, lengths, policy=EveryTierAndDropped.name, budget=None, codec="spectrum2")
+    before = [layer.tier_map() for layer in cache.layers]
+    lift(cache, copy, tier.name)
+    ids, _ = left_padded(list(lengths))
+    other = SpectrumCache(m.config, policy=all_in(tier), codec="spectrum2")
+    with torch.no_grad():
+        m(ids, past_key_values=other, attention_mask=mask)
+    for bits, ours, theirs in zip(before, cache.layers, other.layers, strict=True):
+        first = ours.store.first_kept
+        assert torch.equal(ours.tier_map()[..., first:], bits[..., first:].clamp(min=tier.bits))
+        assert torch.equal(ours.store.frame, theirs.store.frame)
+        ours.store.check_integrity()
+        lifted = (ours.tier_map() == tier.bits)[..., first:].unsqueeze(-1)
+        for x, y in zip(ours.store.dense(first), theirs.store.dense(first), strict=True):
+            assert torch.equal(x * lifted, y * lifted)
+    assert_equal(cache, SpectrumCache.deserialize(cache.serialize(), config=m.config))
+
+
+@pytest.mark.usefixtures("with_every_tier")
+@pytest.mark.parametrize("name", ["keys.affine", "values.codes"])
+def test_a_request_knows_tokens_of_spectrum2_again(name):
+    """By their one-byte scales, and by codes, since scales alone may be alike."""
+    cache, copy, _ = sides(model("llama"), policy=EveryTierAndDropped.name, budget=None, codec="spectrum2")
+    patch = copy.patch(request(cache, 0, "int8", positions=range(150, 300), source="int2"))
+    tensor = dict(cache.layers[0].store.arenas[INT2].tensors())[name]
+    tensor.bitwise_xor_(1)
+    with pytest.raises(WireError, match="the tokens have changed"):
+        cache.apply_patch(patch)
+    tensor.bitwise_xor_(1)
+    cache.apply_patch(patch)
+
+
+def test_channels_that_the_tier_can_not_take():
+    cfg = config("llama", head_dim=12)
+    cache = SpectrumCache(cfg, policy=all_in(INT2), codec="spectrum2")
+    copy = ExactCopy(cache)
+    for layer in cache.layers:
+        layer.update(*torch.randn(2, 1, 2, 100, 12))
+    with pytest.raises(WireError, match="keys has 12 channels; codes of 3 bits need multiples of 8"):
+        copy.patch(request(cache, 0, "int3"))
+    cache.apply_patch(copy.patch(request(cache, 0, "int4")))
+    assert list(cache.layers[0].store.arenas) == [INT4]
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, torch.nan), (16, 0.0), (31, -1.0), (48, torch.inf), (48, 1e30)])
+def test_frames_of_requests_are_checked(at, value):
+    cache, copy, _ = sides(model("llama"), policy="uniform_int4", budget=None, codec="spectrum2")
+    store = cache.layers[0].store
+    store.frame[0, 1, at] = value
+    with pytest.raises(WireError, match="'mean' has NaN or infinity|'mean' has scales that are not from"):
+        copy.patch(request(cache, 0, "int8"))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +243,8 @@ def poke(name, byte):
 
 FORGED = {
     "no tier": ({"edit": lambda m: m.update(tier=5)}, "tokens are not lifted to 5 bits"),
-    "lowest tier": ({"edit": lambda m: m.update(tier=4)}, "tokens are not lifted to 4 bits"),
+    "lowest tier": ({"edit": lambda m: m.update(tier=2)}, "tokens are not lifted to 2 bits"),
+    "a lower tier": ({"edit": lambda m: m.update(tier=4)}, "'keys.codes' has shape"),
     "another tier": ({"edit": lambda m: m.update(tier=16)}, "no tensor 'keys'"),
     "beyond the arenas": ({"edit": lambda m: m.update(tokens=m["tokens"] + 1)}, "'tokens' is"),
     "start beyond": ({"edit": lambda m: m.update(start=1)}, "'tokens' is"),
@@ -267,7 +330,8 @@ def test_requests_for_nothing_or_nonsense():
     assert request(cache, 0, "fp16", positions=[299]) is None
     assert request(cache, 0, "fp16", positions=[]) is None
     for kwargs, message in (
-        ({"tier": "int4"}, "lifted to 'fp16' or 'int8', got 'int4'"),
+        ({"tier": "int2"}, "lifted to fp16, int8, int4, int3; got 'int2'"),
+        ({"tier": "dropped"}, "got 'dropped'"),
         ({"tier": "int8", "source": "fp16"}, "source is a tier below 'int8'"),
         ({"tier": "int8", "positions": [300]}, "positions are from 0 to 299"),
         ({"tier": "int8", "positions": [-1]}, "positions are from 0 to 299"),

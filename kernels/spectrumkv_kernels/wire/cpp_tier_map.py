@@ -9,7 +9,9 @@ import torch
 
 from spectrumkv_kernels.backend import build_cpp
 from spectrumkv_kernels.wire import tier_map
-from spectrumkv_kernels.wire.tier_map import CODES
+
+CODES = 16
+"""What a code of 4 bits tells apart; as in tier_map.cpp."""
 
 
 class Request(ctypes.Structure):
@@ -20,6 +22,7 @@ class Request(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
         ("start", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
         ("sizes", ctypes.c_int64 * CODES),
         ("out", ctypes.c_void_p * CODES),
         ("counts", ctypes.c_void_p),
@@ -38,20 +41,21 @@ def library() -> ctypes.CDLL:
 
 
 def tier_positions(
-    packed: torch.Tensor, tokens: int, sizes: Sequence[int], start: int
+    packed: torch.Tensor, tokens: int, sizes: Sequence[int], start: int, bits: int = 2
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """As `tier_map.tier_positions`, which does those of other devices."""
     if not packed.is_cpu:
-        return tier_map.tier_positions(packed, tokens, sizes, start)
+        return tier_map.tier_positions(packed, tokens, sizes, start, bits)
     packed = packed.contiguous()  # named, since only its address is handed over
     rows = packed.shape[:2]
     found = [torch.empty(*rows, size, dtype=torch.int32) for size in sizes]
-    counts = torch.empty(*rows, CODES, dtype=torch.int64)
+    counts = torch.empty(*rows, 2**bits, dtype=torch.int64)
     request = Request(
         packed=packed.data_ptr(),
         rows=rows.numel(),
         tokens=tokens,
         start=start,
+        bits=bits,
         sizes=tuple(sizes),  # of codes that are not asked for: 0
         out=tuple([t.data_ptr() for t in found]),
         counts=counts.data_ptr(),
