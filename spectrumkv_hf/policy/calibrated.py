@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -28,27 +28,42 @@ class LayerShares(Policy):
 
     Attributes:
         shares: As of `Shares`.
+        debt: Exact tokens whose bytes the layer has to save.
     """
 
     name = "calibrated"
     minimum = Fraction(1, 8)
     shares: Shares = (0.0, 0.0, 1.0, 0.0, 0.0)
+    debt: float = 0.0
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        return tuple(tier for tier, share in zip(PLANNED, self.shares, strict=True) if share)
+        return tuple(tier for tier, _ in self._used)
+
+    @property
+    def _used(self) -> list[tuple[Tier, float]]:
+        return [(tier, share) for tier, share in zip(PLANNED, self.shares, strict=True) if share]
+
+    @property
+    def cost(self) -> float:
+        """Mean nominal cost of the tokens but the sinks."""
+        return sum(share * float(tier.cost) for tier, share in self._used)
+
+    @property
+    def spare(self) -> float:
+        """What of it can be saved: nothing where all tokens are in one tier."""
+        return self.cost - float(self._used[-1][0].cost)
 
     def counts(self, tokens: int) -> Counts:
-        """By the shares. What sinks and frame take beyond them is saved again: tokens of the most precise tier go to
-        the next that is used until it is. So a layer keeps to its bytes however short the context is, unless all is in
-        the least tier.
+        """By the shares. To save the debt, tokens of the most precise tier go to the next one that is used; where that
+        is not enough, tokens of that one to the next.
         """
         exact = min(self.sinks, tokens)
-        used = [(tier, share) for tier, share in zip(PLANNED, self.shares, strict=True) if share]
+        used = self._used
         counts = dict.fromkeys(PLANNED, 0) | {tier: int(share * (tokens - exact)) for tier, share in used}
         least = used[-1][0]
         counts[least] += tokens - exact - sum(counts.values())
-        debt = FRAME + exact * (1 - sum(share * float(tier.cost) for tier, share in used))
+        debt = self.debt
         for (tier, _), (lower, _) in itertools.pairwise(used):
             gain = float(tier.cost - lower.cost)
             moved = min(counts[tier], max(math.ceil(debt / gain), 0))
@@ -63,6 +78,9 @@ class LayerShares(Policy):
 class Calibrated(Policy):
     """A probe's plan for a budget of bytes: `budget` is what tiered tokens take of their FP16 bytes, with scales,
     positions and frames.
+
+    What sinks and frames take beyond the shares is saved again, by each layer in proportion to what it can save. So the
+    whole keeps to its bytes however short the context is, unless all is in the least tier.
 
     Attributes:
         layers: `Shares` of each tiered layer, by its index: pairs, or a mapping, held as pairs in the order of layers.
@@ -79,7 +97,8 @@ class Calibrated(Policy):
     def counts(self, tokens: int) -> Counts:
         """Those of a layer with the mean shares of all."""
         columns = zip(*(shares for _, shares in self.layers), strict=True)
-        return self._of(tuple(sum(column) / len(self.layers) for column in columns)).counts(tokens)
+        mean = self._of(tuple(sum(column) / len(self.layers) for column in columns))
+        return replace(mean, debt=self._debt(mean)).counts(tokens)
 
     def for_layer(self, layer: int) -> Policy:
         """The policy of one layer.
@@ -87,11 +106,17 @@ class Calibrated(Policy):
         Raises:
             ValueError: the plan has no such layer.
         """
-        shares = dict(self.layers).get(layer)
-        if shares is None:
-            planned = ", ".join(str(index) for index, _ in self.layers)
+        every = {index: self._of(shares) for index, shares in self.layers}
+        if layer not in every:
+            planned = ", ".join(map(str, every))
             raise ValueError(f"policy {self.name!r} was planned for layers {planned}, not for layer {layer}")
-        return self._of(shares)
+        spare = sum(each.spare for each in every.values())
+        part = every[layer].spare / spare if spare else 0.0
+        return replace(every[layer], debt=part * sum(map(self._debt, every.values())))
+
+    def _debt(self, layer: LayerShares) -> float:
+        """What a layer's sinks and frame take beyond its shares."""
+        return FRAME + self.sinks * (1 - layer.cost)
 
     def _of(self, shares: Shares) -> LayerShares:
         common = {field.name: getattr(self, field.name) for field in fields(Policy)}

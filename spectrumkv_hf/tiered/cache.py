@@ -496,7 +496,7 @@ class TieredCache(Cache):
         """Bytes stored by tier and part, and those of the exact cache that they replace."""
         parts: Counter[str] = Counter()
         tensors: list[torch.Tensor] = []
-        elements = cost = exact = 0.0
+        elements = cost = exact = tiered = replaced = 0.0
         for layer in self._tiered():
             store = layer.store
             for name, size in store.parts():
@@ -509,6 +509,8 @@ class TieredCache(Cache):
             exact += visible * per_token * keys.element_size()
             cost += store.tail_length * per_token
             cost += sum(float(arena.tier.cost) * len(arena) * per_token for arena in store.arenas.values())
+            tiered += store.tiered_bytes()
+            replaced += (store.tail_start - store.first_kept) * per_token * FP16_BYTES
         stock = [t for layer in self.layers for t in _exact_tensors_of(layer)]
         uncompressed = storage_bytes(stock)
         if uncompressed:
@@ -520,6 +522,7 @@ class TieredCache(Cache):
             fp16=int(elements * FP16_BYTES) + uncompressed,
             nominal_ratio=cost / elements if elements else 0.0,
             parts={name: parts[name] for name in order},
+            tiered_ratio=tiered / replaced if replaced else 0.0,
         )
 
     def tier_map(self) -> dict[int, torch.Tensor]:

@@ -24,6 +24,8 @@ class MemoryReport:
         times_smaller: `exact / stored`, what compressing gained; 1 for an empty cache.
         actual_ratio: `stored / fp16`, with scales, zero points, means and positions: what compares codecs whatever the
             model's dtype. Exact tokens of a float32 model take four bytes an element and so count double.
+        tiered_ratio: The same of the tokens that have their tier, without the exact tail and what waits in it, exact
+            numbers at two bytes each: what the budget of `calibrated` binds.
     """
 
     stored: int
@@ -31,6 +33,7 @@ class MemoryReport:
     fp16: int
     nominal_ratio: float
     parts: dict[str, int] = field(default_factory=dict)
+    tiered_ratio: float = 0.0
 
     @property
     def times_smaller(self) -> float:

@@ -500,6 +500,13 @@ class TieredStore:
         for name, tensor in self.tensors():
             yield name, tensor.untyped_storage().nbytes()
 
+    def tiered_bytes(self) -> int:
+        """Bytes of the arenas' tokens and the frame, exact numbers at two bytes each."""
+        tensors = [tensor for arena in self.arenas.values() for _, tensor in arena.tensors()]
+        coded = sum(t.nbytes for t in tensors if not t.is_floating_point() or t.dtype == torch.float16)
+        exact = sum(2 * t.numel() for t in tensors if t.is_floating_point() and t.dtype != torch.float16)
+        return coded + exact + (0 if self.frame is None or not self.arenas else self.frame.nbytes)
+
     def storages(self) -> Iterator[torch.Tensor]:
         """Tensors whose storages are all that the store keeps alive."""
         yield from (tensor for _, tensor in self.tensors())

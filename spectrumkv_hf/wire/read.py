@@ -253,6 +253,7 @@ POLICY_TYPES: dict[str, tuple[type, ...]] = {
     "scope": (str,),
     "seed": (int,),
     "floors": (list,),
+    "layers": (list,),
     "probe_passed": (bool, type(None)),
 }
 
@@ -268,10 +269,18 @@ def _policy(values: dict[str, Any]) -> Policy:
     floors = options.get("floors", [])
     if any(type(pair) is not list or [type(item) for item in pair] != [int, str] for pair in floors):
         raise WireError(f"floors are pairs of a layer and a tier, got {shown(floors)}")
+    if not all(map(_is_planned, options.get("layers", []))):
+        raise WireError(f"layers are pairs of a layer and its shares, got {shown(options['layers'])}")
     try:
         return POLICIES[name](**options)
     except ValueError as error:
         raise WireError(str(error)[:400]) from None  # of numbers, and of text that its `repr` shows
+
+
+def _is_planned(pair: Any) -> bool:
+    """Whether this is a layer with numbers, as the plan of `calibrated` has them."""
+    whole = type(pair) is list and [type(item) for item in pair] == [int, list]
+    return whole and all(type(share) in (int, float) for share in pair[1])
 
 
 def deserialize(

@@ -304,7 +304,7 @@ class TestFromModel:
             ({"codec": "zip"}, ValueError, "unknown codec 'zip'"),
             ({"colour": "red"}, TypeError, "no option colour"),
             ({"floors": {0: "int8"}}, TypeError, "floors come from the probe"),
-            ({"probe": "luck"}, ValueError, "unknown probe 'luck': choose from auto, calibration, paper, plan, or None"),
+            ({"probe": "luck"}, ValueError, "unknown probe 'luck': choose from auto, calibration, pap"),
             ({"probe": PaperProbe()}, ValueError, "measures codec 'absmax', the cache has 'spectrum'"),
         ):
             with pytest.raises(error, match=message):

@@ -26,7 +26,7 @@ def used(batch=1, **options):
         ({"budget": 2}, ValueError, "got 2"),
         ({"policy": "uniform_int4", "budget": 0.5}, ValueError, "has the budget 0.25, got 0.5"),
         ({"policy": "snapkv"}, ValueError, "unknown policy 'snapkv': choose from fp16, greedy, sink_protect"),
-        ({"codec": "zip"}, ValueError, "unknown codec 'zip': choose from spectrum, absmax"),
+        ({"codec": "zip"}, ValueError, "unknown codec 'zip': choose from spectrum, spectrum2, absmax"),
         ({"window": 3}, TypeError, "no option window"),
     ],
 )
@@ -95,7 +95,7 @@ def test_positive_crop():
 
 def test_odd_head_dim():
     layer = SpectrumCache(config("llama")).layers[0]
-    with pytest.raises(ValueError, match="even, got 15 for keys"):
+    with pytest.raises(ValueError, match="a multiple of 2, got 15 for keys"):
         layer.update(torch.zeros(1, 2, 4, 15), torch.zeros(1, 2, 4, 16))
 
 

@@ -61,6 +61,7 @@ class Run:
         """Those that the arguments name; what this model can't have is reported before anything is measured."""
         methods = methods_from(self.args)
         for method in methods:
+            method.prepare(self.model, self.tokenizer)
             method.cache(self.model)
         return methods
 

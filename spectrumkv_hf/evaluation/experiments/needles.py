@@ -151,5 +151,6 @@ class Needles(Experiment):
 
 def _budget(spec: str) -> str:
     """The budget of a spec's policy; of other methods the whole spec."""
-    policy = getattr(parse_method(spec), "policy", None)
-    return spec if policy is None else f"{policy.budget:g}"
+    method = parse_method(spec)
+    budget = getattr(method, "budget", getattr(getattr(method, "policy", None), "budget", None))
+    return spec if budget is None else f"{budget:g}"

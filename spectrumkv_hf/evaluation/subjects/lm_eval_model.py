@@ -110,6 +110,7 @@ class SpectrumLM(HFLM):
         super().__init__(pretrained, **kwargs)
         if self.backend != "causal":
             raise ValueError(f"{type(self.model).__name__} is an encoder-decoder: only decoder-only models run here")
+        self.method.prepare(self.model, self.tokenizer)
         self.chunk = chunk
         self.use = CacheUse()
         self._context = 1

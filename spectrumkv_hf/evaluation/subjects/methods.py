@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from spectrumkv_hf.policy import POLICIES, Policy, get_policy
+from spectrumkv_hf.policy import POLICIES, Calibrated, Policy, get_policy
+from spectrumkv_hf.probe import PlanProbe, PlanVerdict, probe_model
 from spectrumkv_hf.probe.paper import RELEASED
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.tiered.memory import MemoryReport, storage_bytes
@@ -33,6 +34,13 @@ class Method:
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
+
+    def prepare(self, model: PreTrainedModel, tokenizer: Any) -> None:  # noqa: B027  # most need nothing
+        """Find out what the method has to know of a model, once before its caches are made.
+
+        Raises:
+            ValueError: it can't be found out.
+        """
 
     def cache(self, model: PreTrainedModel) -> Cache:
         """An empty cache for `model`.
@@ -75,6 +83,31 @@ class Tiered(Method):
         return SpectrumCache(config=model.config, policy=self.policy, codec=self.codec)
 
 
+class Planned(Method):
+    """A `SpectrumCache` by the plan of a probe, for `prepare` with the model.
+
+    Args:
+        budget: Fraction of the FP16 bytes.
+        codec: Of the cache.
+        options: Further fields of the policy.
+    """
+
+    def __init__(self, spec: str, budget: float, codec: str, options: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self.budget, self._probe, self._options = budget, PlanProbe(codec=codec), options
+        self.policy: Policy | None = None
+
+    def prepare(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        verdict = probe_model(model, tokenizer, self._probe)
+        assert isinstance(verdict, PlanVerdict)
+        self.policy = verdict.policy(self.budget, **self._options)
+
+    def cache(self, model: PreTrainedModel) -> Cache:
+        if self.policy is None:
+            raise RuntimeError(f"method {self.spec!r} was not prepared for the model")
+        return SpectrumCache(config=model.config, policy=self.policy, codec=self._probe.codec)
+
+
 def _family(module: str) -> Callable[[str, str], Method]:
     """The parser of a module of `baselines`, imported when it is called."""
 
@@ -107,6 +140,8 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
     * `NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]]`, a policy of `spectrumkv_hf.POLICIES`, an empty field being the
       default;
     * `paper_NAME[:BUDGET]`, that policy as the paper's released code runs it: codec `absmax`, options `RELEASED`.
+
+    `calibrated` has the codec `spectrum2`, and its plan comes from a probe of the model.
 
     Policies also take fields `OPTION=VALUE`, by the names in `OPTIONS`, after the others: `sink_protect:0.3:sinks=16`.
 
@@ -143,6 +178,8 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
             del options["importance"]
     options |= {key: field for key, field in (("importance", importance), ("scope", scope)) if field}
     options |= dict(_option(spec, field) for field in named)
+    if name == Calibrated.name:
+        return Planned(spec, Calibrated.budget if value is None else value, codec or "spectrum2", options)
     return Tiered(spec, get_policy(name, value, **options), codec or "spectrum")
 
 
