@@ -54,10 +54,22 @@ MEASURED_QUERIES = 1024
 """Queries by whose power keys are balanced, at most; they are taken at equal distances."""
 
 
-def _power(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """`E[q^2]` of each channel, `[batch, kv_heads, dim]`, over the queries `[batch, heads, queries, dim]` of a head."""
-    some = query[:, :, :: -(-query.shape[2] // MEASURED_QUERIES)].float()
-    return some.square().mean(2).unflatten(1, (kv_heads, -1)).mean(2)
+def _power(query: torch.Tensor, kv_heads: int, pads: torch.Tensor | None) -> torch.Tensor:
+    """`E[q^2]` of each channel over the queries of each KV head, `[batch, kv_heads, dim]`.
+
+    Args:
+        query: `[batch, heads, queries, dim]`.
+        kv_heads: How many there are.
+        pads: Queries at the start of each row that are padding, `[batch]`; None: there are none.
+    """
+    every = -(-query.shape[2] // MEASURED_QUERIES)
+    power = query[:, :, ::every].float().square()
+    if pads is None:
+        mean = power.mean(2)
+    else:
+        real = torch.arange(0, query.shape[2], every, device=query.device) >= pads[:, None]
+        mean = (power * real[:, None, :, None]).sum(2) / real.sum(-1).clamp(min=1)[:, None, None]
+    return mean.unflatten(1, (kv_heads, -1)).mean(2)
 
 
 class Attention(NamedTuple):
@@ -551,7 +563,8 @@ class SpectrumLayer(CacheLayerMixin):
             if tokens > 1 and fits and (real := real_tokens(mask, tokens)) is not None:
                 self.store.note_padding(real.expand(self.store.batch_size, -1))
             if self.codec.balanced and self._due():
-                self._open.query_power = _power(query, self.kv_heads)
+                first, pads = self.store.length - query.shape[2], self.store.pads
+                self._open.query_power = _power(query, self.kv_heads, None if pads is None else pads - first)
             reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
             if reads and keys is not None and self._due():
                 score = attention_scores

@@ -28,6 +28,8 @@ def undecodable(policy: Policy, codec: Codec) -> str:
         return ""
     if codec.balanced:
         return f"codec {codec.name!r} is fitted to the tokens by the host"
+    if any(tier.bits == 3 for tier in policy.tiers):
+        return "codes of 3 bits are made by the host"
     if policy.importance not in RANKED:
         return f"importance {policy.importance!r} ranks on the host"
     if policy.scope != "head":

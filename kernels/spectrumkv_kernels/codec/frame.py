@@ -10,6 +10,8 @@ CREDIT = 4
 """Tokens with the mean power of all channels that are added to those there are, so that few tell little."""
 FLOOR = 1e-4
 """Least power of a channel, in the mean of all."""
+FITTED = 4096
+"""Tokens, at equal distances, by which a frame is fitted at most."""
 
 
 class Frame(NamedTuple):
@@ -53,7 +55,10 @@ def fit_frame(
     all channels have the same error, in units of the power of all scaled channels: with scales `1 / b_c` it is
     `sum(E[q_c^2] / b_c^2) * sum(b_c^2 Var[k_c])` on the mean, which is least at `b_c = (E[q_c^2] / Var[k_c])^(1/4)`
     (the inequality of Cauchy and Schwarz). Both channels of a RoPE pair share a value, as positions turn one into the
-    other. A common factor gives what is coded a variance of 1.
+    other. A common factor gives what is coded a power near 1.
+
+    Each token counts by the shape of its vector, not by its length, and lengths by their logarithms: a few tokens that
+    are a thousand times as large as others leave the scales as they were.
 
     Args:
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
@@ -65,23 +70,33 @@ def fit_frame(
         query_power: `E[q^2]` of the queries that will read, `[batch, kv_heads, head_dim]`, in any unit; None: of
             channels alike.
     """
-    tokens = keys.shape[2]
-    counted = keys.new_ones(1, tokens, dtype=torch.float32) if weights is None else weights.float()
+    every = -(-keys.shape[2] // FITTED)
+    keys, values, positions = keys[:, :, ::every], values[:, :, ::every], positions[::every]
+    counted = keys.new_ones(1, keys.shape[2], dtype=torch.float32) if weights is None else weights[:, ::every].float()
     counted = counted[:, None, :, None]
     total = counted.sum(2)
     share = counted / total.where(total > 0, 1.0).unsqueeze(2)
 
-    residual = keys.float() - rotary.rotate(mean.unsqueeze(-2), positions)
-    power = rotary.paired((residual.square() * share).sum(2))
+    residual = (keys.float() - rotary.rotate(mean.unsqueeze(-2), positions)).square()
+    size = residual.mean(-1, keepdim=True)
+    power = rotary.paired((residual / size.where(size > 0, 1.0) * share).sum(2))
     whole = power.mean(-1, keepdim=True)
     steady = ((total * power + CREDIT * whole) / (total + CREDIT)).clamp(min=FLOOR * whole)
     wanted = torch.ones_like(power) if query_power is None else rotary.paired(query_power.float())
     mostly = wanted.mean(-1, keepdim=True)
     wanted = wanted.clamp(min=FLOOR * mostly).where((mostly > 0) & mostly.isfinite(), 1.0)
     balance = (wanted / steady).pow(0.25).where(whole > 0, 1.0)
-    size = (balance.square() * power).mean(-1, keepdim=True).sqrt()
-    key_scale = size.where(size > 0, 1.0) / balance
+    key_scale = _usual((residual * balance.square().unsqueeze(2)).mean(-1, keepdim=True), share) / balance
 
     value_mean = (values.float() * share).sum(2)
-    spread = ((values.float() - value_mean.unsqueeze(2)).square() * share).sum(2).mean(-1, keepdim=True).sqrt()
-    return torch.cat((mean, key_scale, value_mean, spread.where(spread > 0, 1.0)), dim=-1)
+    spread = (values.float() - value_mean.unsqueeze(2)).square().mean(-1, keepdim=True)
+    return torch.cat((mean, key_scale, value_mean, _usual(spread, share)), dim=-1)
+
+
+def _usual(power: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The root of the tokens' geometric mean power, `[batch, kv_heads, 1]`, of `[batch, kv_heads, tokens, 1]`; 1 where
+    there is none."""
+    share = share * (power > 0)
+    total = share.sum(2)
+    mean = (power.clamp(min=torch.finfo(power.dtype).tiny).log2() * share).sum(2) / total.where(total > 0, 1.0)
+    return torch.exp2(mean / 2).where(total > 0, 1.0)
