@@ -562,8 +562,9 @@ class SpectrumLayer(CacheLayerMixin):
         with torch.no_grad():
             if tokens > 1 and fits and (real := real_tokens(mask, tokens)) is not None:
                 self.store.note_padding(real.expand(self.store.batch_size, -1))
-            if self.codec.balanced and self._due():
-                first, pads = self.store.length - query.shape[2], self.store.pads
+            pads = self.store.pads
+            if self.codec.balanced and self._due() and (self.store.frame is None or pads is not None):
+                first = self.store.length - query.shape[2]
                 self._open.query_power = _power(query, self.kv_heads, None if pads is None else pads - first)
             reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
             if reads and keys is not None and self._due():

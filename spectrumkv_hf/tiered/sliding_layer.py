@@ -77,7 +77,8 @@ class SlidingSpectrumLayer(SpectrumLayer):
 
     def _tier(self, scores: torch.Tensor | None) -> None:
         if not self.record_past and self._due():
-            self.store.settle_frame(self.policy.sinks)  # over all tokens at hand, as in a layer without a window
+            # Over all tokens at hand, as in a layer without a window.
+            self.store.settle_frame(self.policy.sinks, self._open.query_power)
             self.store.discard(self._first_needed())
             if scores is not None:
                 scores = scores[..., scores.shape[-1] - self.store.tail_length :]

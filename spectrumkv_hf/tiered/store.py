@@ -290,9 +290,14 @@ class TieredStore:
         positions = torch.arange(self.tail_start, self.tail_start + tokens, device=self.device)
         return positions[None] if self.pads is None else positions - self.pads[:, None]
 
-    def settle_frame(self, sinks: int) -> None:
-        """Fix the frame of rows that have none, from their tokens in the tail but the sinks and padding."""
-        self._now = self._now._replace(frame=self._settled_frame(sinks, None))
+    def settle_frame(self, sinks: int, query_power: torch.Tensor | None = None) -> None:
+        """Fix the frame of rows that have none, from their tokens in the tail but the sinks and padding.
+
+        Args:
+            sinks: First tokens of each row.
+            query_power: As in `fit_frame`.
+        """
+        self._now = self._now._replace(frame=self._settled_frame(sinks, query_power))
 
     def _settled_frame(self, sinks: int, query_power: torch.Tensor | None) -> torch.Tensor | None:
         if not self.codec.center:

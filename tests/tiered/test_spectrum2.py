@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.policy import Calibrated, SinkProtect
+from spectrumkv_kernels import fit_frame, key_mean
 
 SHARES = (0.02, 0.18, 0.3, 0.3, 0.2)
 EVEN = dict.fromkeys(range(8), SHARES)
@@ -140,3 +141,26 @@ def test_a_token_that_no_code_stands_for_stays_exact():
         assert int(bits[0, 1, 123]) == 16 and int((bits == 16).sum()) == 2  # as many in each head
         assert torch.equal(layer.values[0, 1, 123], values[0, 1, 123])
         assert close(layer.values[:, :, :123], values[:, :, :123], 0.2)
+
+
+@pytest.mark.parametrize("length", [150, 400])
+def test_windows_balance_keys_by_the_queries_too(length):
+    """Also where most of the prompt has left the window when it is tiered: scales are those of `fit_frame`."""
+    m, ids, seen = model("gemma3", "sdpa", sliding_window=200), prompt(length), {}
+    cache = cache_for(m, "sink_protect")
+
+    def take(attention):
+        layer = attention.layer
+        power = attention.query[0].square().mean(1).unflatten(0, (layer.kv_heads, -1)).mean(1)
+        seen[layer.layer_idx] = power, *(t.clone() for t in layer.store.tail)
+
+    for layer in cache.layers:
+        layer.on_attention.add(take)
+    forward(m, cache, ids)
+    for layer in cache.layers:
+        power, keys, values = seen[layer.layer_idx]
+        positions, counted = torch.arange(length), (torch.arange(length) >= 4)[None]
+        mean = key_mean(keys, positions, layer.rotary, counted)
+        expected = fit_frame(keys, values, positions, layer.rotary, mean, counted, power[None])
+        assert close(layer.store.frame, expected, 1e-5)
+        assert not close(layer.store.frame, fit_frame(keys, values, positions, layer.rotary, mean, counted), 1e-2)
