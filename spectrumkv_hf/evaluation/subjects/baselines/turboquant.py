@@ -1,4 +1,4 @@
-"""TurboQuant-like: the variant of TurboQuant (arXiv 2504.19874) for least squared error, as its Algorithm 1 has it.
+"""TurboQuant-like: the variant of TurboQuant (arXiv 2504.19874) that is for least squared error.
 
 A vector, a token's key after RoPE or its value, is divided by its norm and multiplied by a random orthogonal matrix. A
 coordinate is then nearly normal with a variance of 1 / head_dim, whatever the vector was, and is rounded to the nearest
