@@ -1,6 +1,7 @@
 """Other people's caches: they run where the methods run, count all their bytes, and refuse what they can't do."""
 
 import gc
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from spectrumkv_hf.evaluation.protocols.needles import ask_over
 from spectrumkv_hf.evaluation.protocols.quality import continuation_quality, exact_logits, prefill
 from spectrumkv_hf.evaluation.subjects.baselines.coded import STEP, CodedCache, TensorFormat
 from spectrumkv_hf.evaluation.subjects.baselines.float8 import Float8
+from spectrumkv_hf.evaluation.subjects.baselines.kivi import KiviKeys, KiviValues
+from spectrumkv_hf.evaluation.subjects.baselines.turboquant import TurboQuant, lloyd_max, rotation
 from spectrumkv_hf.evaluation.subjects.methods import BASELINES, Method, parse_method
 from spectrumkv_hf.probe.divergence import logits_over, mean_kl
 from spectrumkv_hf.probe.needles import NeedlePrompts, found
@@ -48,6 +51,11 @@ SPECS = [
     "fp8_e4m3:unscaled",
     "fp8_e5m2",
     "fp8_e5m2:unscaled",
+    "kivi:4:32:32",
+    "kivi:2:64:0",
+    "turboquant",
+    "turboquant:3",
+    "turboquant:2",
     "snapkv:0.5",
     "expected_attention:0.5",
 ]
@@ -130,7 +138,21 @@ class Words:
         return self.last
 
 
-@pytest.mark.parametrize("spec", ["quanto", "hqq", "fp8", "nf4", "fp8_e4m3", "snapkv:0.5", "expected_attention:0.5"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "quanto",
+        "hqq",
+        "fp8",
+        "nf4",
+        "fp8_e4m3",
+        "kivi",
+        "kivi:4:32:0",
+        "turboquant",
+        "snapkv:0.5",
+        "expected_attention:0.5",
+    ],
+)
 def test_rows_are_retrieved_from_as_if_alone(spec):
     """Past a flush of new tokens. One scale for all rows, as in FP8, lets them differ a little."""
     method, model, ids, words = method_of(spec), llama(), families.prompt(CONTEXT + 1, 2), Words()
@@ -217,7 +239,7 @@ def test_a_lossless_codec_is_exact(family, context):
             torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
             at += count
     assert caches[1].get_seq_length() == at == ids.shape[1]
-    assert all(layer.coded and layer.keys.shape[-2] <= 8 + STEP for layer in caches[1].layers)
+    assert all(all(layer.coded) and layer.keys.shape[-2] <= 8 + STEP for layer in caches[1].layers)
 
 
 def test_sliding_layers_count_their_window():
@@ -230,6 +252,181 @@ def test_sliding_layers_count_their_window():
     sinks = CodedCache(model, Same(), sinks=4, recent=0)
     prefill(model, families.prompt(100), sinks)
     assert [layer.exact_start[0].shape[-2] for layer in sinks.layers] == [0, 4]
+
+
+def kivi_of(groups: torch.Tensor, bits: int) -> torch.Tensor:
+    """Groups of the last dimension, coded and decoded by the paper's formulas in float64; and each one's step."""
+    low, high = groups.double().aminmax(dim=-1, keepdim=True)
+    zero, scale = low.half().double(), ((high - low) / (2**bits - 1)).half().double()
+    codes = ((groups.double() - zero) / scale).round().clamp(0, 2**bits - 1)
+    return torch.stack((codes * scale + zero, scale.expand_as(codes)))
+
+
+@pytest.mark.parametrize("bits, group", [(4, 32), (2, 32), (4, 64), (2, 128)])
+@pytest.mark.parametrize("channels", [128, 256])
+def test_kivi_groups_keys_by_channel_and_values_by_token(bits, group, channels):
+    """Numbers may differ by a scale that is rounded to the next float16, which is far less than a step of the codes."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 2 * group, channels) * torch.logspace(-1, 2, channels)
+    keys = KiviKeys(bits, group)
+    got = [codec.decode(codec.encode(x), x.shape, torch.float32) for codec in (keys, keys.for_values)]
+    by_channel = kivi_of(x.transpose(2, 3).unflatten(-1, (2, group)), bits).flatten(-2).transpose(-1, -2)
+    by_token = kivi_of(x.unflatten(-1, (-1, group)), bits).flatten(-2)
+    for mine, (theirs, step) in zip(got, (by_channel, by_token), strict=True):
+        assert ((mine - theirs).abs() <= 0.02 * step).all()
+
+
+def test_kivi_keeps_groups_of_equal_elements():
+    x = torch.full((1, 1, 32, 64), 3.5)
+    for codec in (KiviKeys(2, 32), KiviValues(2, 32)):
+        assert torch.equal(codec.decode(codec.encode(x), x.shape, torch.float32), x)
+
+
+@pytest.mark.parametrize(
+    "residual, tokens, keys, values",
+    [
+        (128, 0, 0, 0),
+        (128, 127, 0, 0),
+        (128, 128, 128, 0),
+        (128, 129, 128, 1),
+        (128, 255, 128, 127),
+        (128, 256, 256, 128),
+        (32, 31, 0, 0),
+        (32, 32, 32, 0),
+        (32, 33, 32, 1),
+        (0, 1, 0, 1),
+        (0, 31, 0, 31),
+        (0, 32, 32, 32),
+        (0, 33, 32, 33),
+    ],
+)
+def test_kivi_codes_what_it_would_have_coded_token_by_token(residual, tokens, keys, values):
+    """Of a prompt as many keys and values as of tokens one after another, and with the same result."""
+    torch.manual_seed(0)
+    states = torch.randn(2, 2, 2, tokens + 1, 64)  # keys and values, two rows, two heads
+    seen = []
+    for steps in ([tokens, 1], [1] * (tokens + 1), [tokens // 2, tokens - tokens // 2, 1]):
+        cache = CodedCache(families.model("llama", num_hidden_layers=1), KiviKeys(4, 32), sinks=0, recent=residual)
+        for end, count in zip(itertools.accumulate(steps), steps, strict=True):
+            if tokens and end == tokens + 1:  # before the last
+                (layer,) = cache.layers
+                coded = [sum(part.shape[2] for part in side) for side in layer.coded]
+                assert coded == [keys, values]
+                assert [layer.keys.shape[2], layer.values.shape[2]] == [tokens - n for n in coded]
+            got = cache.update(*states[:, :, :, end - count : end], 0)
+        seen.append(torch.stack(got))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    for side, coded in zip((0, 1), (keys, values), strict=True):
+        same = (seen[0][side] == states[side]).all(-1).all(0).all(0)
+        assert same.tolist() == [False] * coded + [True] * (tokens + 1 - coded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits, group, residual", [(4, 32, 128), (2, 64, 64), (2, 32, 0)])
+def test_bytes_of_kivi(bits, group, residual, dtype):
+    """Codes, two float16 for each group, and the last tokens as they are."""
+    method, heads, layers, tokens = parse_method(f"kivi:{bits}:{group}:{residual}"), 2, 2, 300
+    model = type(llama())(llama().config).to(dtype).eval()
+    memory = method.memory(prefilled(method, model, families.prompt(tokens)))
+    exact = tokens % (residual or group) + residual  # keys, then values
+    elements = (2 * tokens - exact) * 64
+    assert memory.stored == layers * heads * (elements * bits / 8 + elements // group * 4 + exact * 64 * dtype.itemsize)
+    assert memory.nominal_ratio == pytest.approx((exact + (2 * tokens - exact) * bits / 16) / (2 * tokens))
+
+
+@pytest.mark.parametrize("spec", ["kivi:4:128:128", "kivi:4:64", "turboquant:4", "turboquant:3"])
+@pytest.mark.parametrize("channels", [128, 256])
+def test_heads_of_more_channels(spec, channels):
+    model = families.model("llama", head_dim=channels)
+    assert 0 < continuation_quality(model, families.prompt(CONTEXT + 40), CONTEXT, parse_method(spec)).kl < 0.2
+
+
+def test_kivi_needs_whole_groups_of_channels():
+    with pytest.raises(ValueError, match="a head_dim of 64 is no multiple of the group of 128"):
+        prefilled(parse_method("kivi:4:128"), llama(), families.prompt(130))
+
+
+@pytest.mark.parametrize("spec", ["kivi:4:32:0", "turboquant:4"])
+def test_sliding_layers_code_what_their_window_holds(spec):
+    """Window 24, of whose 23 tokens KIVI can't group the keys; then over the window's end, token by token."""
+    method, model, ids = parse_method(spec), families.model("gemma3"), families.prompt(130, 2)
+    cache = prefilled(method, model, ids[:, :100])
+    keys = (0, 96) if spec.startswith("kivi") else (23, 100)
+    assert [[sum(part.shape[2] for part in side) for side in layer.coded] for layer in cache.layers] == [
+        [keys[0], 23],
+        [keys[1], 100],
+    ]
+    exact = prefilled(parse_method("exact"), model, ids[:, :100])
+    for at in range(100, 130):
+        with torch.inference_mode():
+            logits = [model(input_ids=ids[:, at : at + 1], past_key_values=x).logits[:, -1] for x in (exact, cache)]
+        assert mean_kl(*logits) < 0.2
+
+
+@pytest.mark.parametrize(
+    "bits, positive",
+    [(1, [0.7979]), (2, [0.4528, 1.5104]), (3, [0.2451, 0.7560, 1.3439, 2.1519])],
+)
+def test_levels_of_lloyd_and_max(bits, positive):
+    """As J. Max's tables of 1960 have them."""
+    levels = lloyd_max(bits)
+    assert levels == pytest.approx([-x for x in reversed(positive)] + positive, abs=1e-4)
+
+
+@pytest.mark.parametrize("bits, error", [(4, 0.0095), (3, 0.0345), (2, 0.1175)])
+@pytest.mark.parametrize("channels", [64, 96, 128, 256])
+def test_turboquant_loses_what_theory_says(bits, error, channels):
+    """In whatever direction a vector is; of few dimensions, whose tails are shorter, a little less is lost."""
+    torch.manual_seed(0)
+    codec = TurboQuant(bits)
+    for x in (torch.randn(1, 2, 500, channels), torch.randn(1, 2, 500, channels) * torch.logspace(-2, 2, channels)):
+        lost = (codec.decode(codec.encode(x), x.shape, torch.float32) - x).square().sum(-1) / x.square().sum(-1)
+        assert lost.mean().item() == pytest.approx(error, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_turboquant_takes_the_nearest_levels(bits):
+    torch.manual_seed(0)
+    x, turn = torch.randn(2, 2, 50, 128) * 9, rotation(128, torch.device("cpu")).double()
+    torch.testing.assert_close(turn @ turn.T, torch.eye(128, dtype=torch.float64), rtol=0, atol=1e-6)
+    codec, levels = TurboQuant(bits), torch.tensor(lloyd_max(bits), dtype=torch.float64) / 128**0.5
+    norms = x.double().norm(dim=-1, keepdim=True)
+    nearest = ((x.double() / norms @ turn).unsqueeze(-1) - levels).abs().argmin(-1)
+    expected = levels[nearest] @ turn.T * norms.half().double()
+    got = codec.decode(codec.encode(x), x.shape, torch.float32)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_turboquant_of_no_and_of_too_long_vectors():
+    x = torch.stack((torch.zeros(64), torch.full((64,), 1e5))).expand(1, 1, 2, 64)
+    got = TurboQuant(4).decode(TurboQuant(4).encode(x), x.shape, torch.float32)
+    assert not got[0, 0, 0].any()
+    assert got[0, 0, 1].norm().item() == pytest.approx(65504, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_bytes_of_turboquant(bits):
+    """Codes, and a float16 for each vector."""
+    method, heads, layers = parse_method(f"turboquant:{bits}"), 2, 2
+    memory = method.memory(prefilled(method, llama(), families.prompt(100)))
+    assert memory.stored == 2 * layers * heads * 100 * (64 * bits // 8 + 2)
+    assert memory.nominal_ratio == bits / 16
+
+
+def test_turboquant_codes_later_tokens_alike():
+    """A step more than 64 stay exact; those before are as if they had all been coded at once."""
+    torch.manual_seed(0)
+    states, codec = torch.randn(2, 2, 2, 10 + 2 * STEP + 2, 64), TurboQuant(4)
+    cache = CodedCache(families.model("llama", num_hidden_layers=1), codec, sinks=0, recent=0)
+    for at in (slice(0, 10), *(slice(i, i + 1) for i in range(10, states.shape[3]))):
+        keys, values = cache.update(*states[:, :, :, at], 0)
+    for got, given in zip((keys, values), states, strict=True):
+        old = given[:, :, : 10 + 2 * STEP]
+        expected = torch.cat(
+            (codec.decode(codec.encode(old), old.shape, torch.float32), given[:, :, old.shape[2] :]), 2
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert [len(side) for side in cache.layers[0].coded] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["snapkv", "expected_attention"])
@@ -269,6 +466,13 @@ def test_missing_package(name, monkeypatch):
         ("nf4:4:5:6", "nf4:SINKS:RECENT|nf4.:SINKS"),
         ("fp4:-1", "whole numbers"),
         ("fp8_e4m3:raw", "fp8_e4m3:unscaled"),
+        ("kivi:3", "bits is one of 4, 2, got 3"),
+        ("kivi:4:16", "group is one of 32, 64, 128, got 16"),
+        ("kivi:4:64:32", "32 tokens, is no multiple of the group of 64"),
+        ("kivi:4:32:128:1", "write kivi.:BITS.:GROUP.:RESIDUAL"),
+        ("kivi:-4", "whole numbers"),
+        ("turboquant:8", "turboquant takes 4, 3, 2 bits, got '8'"),
+        ("turboquant:4:1", "got '4:1'"),
         ("snapkv", "snapkv:BUDGET"),
         ("snapkv:0", "above 0"),
         ("expected_attention:1.5", "up to 1"),
@@ -291,6 +495,7 @@ def test_every_baseline_is_tested():
         ("quanto", "gemma3", "full attention"),
         ("hqq", "mistral", "full attention"),
         ("nf4", "qwen3_next", "layer 0 of Qwen3NextForCausalLM is a LinearAttentionLayer"),
+        ("kivi", "qwen3_next", "layer 0 of Qwen3NextForCausalLM is a LinearAttentionLayer"),
         ("snapkv:0.5", "gpt2", "kvpress supports LlamaForCausalLM, .* not GPT2LMHeadModel"),
         ("snapkv:0.5", "mistral", "DynamicSlidingWindowLayer"),
     ],

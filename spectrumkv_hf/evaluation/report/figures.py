@@ -28,7 +28,7 @@ PEERS = {
     "paper_balanced": "#00a2c7", "drop_window": "#6b4423", "paper_two_tier": "#b565a7", "fp8": "#5a5a5a",
     "quanto": "#ff7f0e", "nf4": "#00574b", "expected_attention": "#93c13d", "paper_uniform_int8": "#0b2a5b",
     "fp8_e4m3": "#f47fd0", "fp4": "#47b5a0", "hqq": "#f2c200", "paper_random": "#8a94a6", "fp8_e5m2": "#9c2a86",
-    "paper_uniform_int4": "#7f9bd1",
+    "paper_uniform_int4": "#7f9bd1", "kivi": "#6e7a00", "turboquant": "#c3a6ff",
 }  # fmt: skip
 """Of methods that are not this package's; what has no name here takes from those that are free, in this order."""
 

@@ -122,6 +122,8 @@ BASELINES: dict[str, Callable[[str, str], Method]] = {
     **dict.fromkeys(("quanto", "hqq", "fp8"), _family("quantized")),
     **dict.fromkeys(("nf4", "fp4"), _family("blocks")),
     **dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), _family("float8")),
+    "kivi": _family("kivi"),
+    "turboquant": _family("turboquant"),
     **dict.fromkeys(("snapkv", "expected_attention"), _family("presses")),
 }
 """Methods other than `SpectrumCache`: name to a function of the whole spec and of what follows the name."""
@@ -136,6 +138,7 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
 
     * `exact`; `quanto[:BITS]`, `hqq[:BITS[:AXIS]]`, `fp8`: Transformers' `QuantizedCache`;
       `nf4[:SINKS[:RECENT]]` and `fp4`, the same; `fp8_e4m3[:unscaled]` and `fp8_e5m2`, the same;
+      `kivi[:BITS[:GROUP[:RESIDUAL]]]`; `turboquant[:BITS]`;
       `snapkv:BUDGET` and `expected_attention:BUDGET`; see `baselines`;
     * `NAME[:BUDGET[:CODEC[:IMPORTANCE[:SCOPE]]]]`, a policy of `spectrumkv_hf.POLICIES`, an empty field being the
       default;

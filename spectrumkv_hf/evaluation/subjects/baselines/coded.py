@@ -1,7 +1,8 @@
 """A cache of one codec for all tokens but the sinks and the last ones, for formats that Transformers has no cache for.
 
 The rules are `SpectrumCache`'s, so that only the format differs: the prefill attends over exact keys and values and is
-encoded after it; new tokens are exact and encoded in batches of 64; nothing is encoded twice.
+encoded after it; new tokens are exact and encoded in batches of 64, unless the format says when (`TensorFormat.due`);
+nothing is encoded twice.
 """
 
 from abc import ABC, abstractmethod
@@ -25,9 +26,11 @@ class TensorFormat(ABC):
 
     Attributes:
         bits: Of an element, without scales.
+        joins: What is stored has the tokens in dimension 2 throughout, so that later tokens can be appended to it.
     """
 
     bits: int
+    joins = False
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -37,17 +40,38 @@ class TensorFormat(ABC):
     def decode(self, stored: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The tensor again."""
 
+    @property
+    def for_values(self) -> "TensorFormat":
+        """The format of the values, where this one is that of the keys."""
+        return self
+
+    def due(self, tokens: int, recent: int, prefill: bool) -> int:
+        """How many of the last `tokens` tokens, exact so far, are encoded now: the oldest of them.
+
+        Args:
+            recent: Last tokens that stay exact.
+            prefill: They are those of the prefill, else some have come since.
+        """
+        excess = tokens - recent
+        return max(excess, 0) if prefill else max(excess - 1, 0) // STEP * STEP
+
 
 class _Coded(NamedTuple):
     stored: tuple[torch.Tensor, ...]
     shape: torch.Size
+
+    def joined(self, later: "_Coded") -> "_Coded":
+        """With later tokens behind these."""
+        stored = tuple(torch.cat(pair, dim=2) for pair in zip(self.stored, later.stored, strict=True))
+        batch, heads, tokens, channels = self.shape
+        return _Coded(stored, torch.Size((batch, heads, tokens + later.shape[2], channels)))
 
 
 class CodedLayer(DynamicLayer):
     """A layer with full attention.
 
     Args:
-        codec: Of keys and values.
+        codec: Of the keys; that of the values is its `for_values`.
         sinks: First tokens that stay exact.
         recent: Last tokens that stay exact.
     """
@@ -56,9 +80,9 @@ class CodedLayer(DynamicLayer):
 
     def __init__(self, codec: TensorFormat, sinks: int, recent: int) -> None:
         super().__init__()
-        self.codec, self.sinks, self.recent = codec, sinks, recent
+        self.codecs, self.sinks, self.recent = (codec, codec.for_values), sinks, recent
         self.length = 0
-        self.coded: list[tuple[_Coded, _Coded]] = []
+        self.coded: tuple[list[_Coded], list[_Coded]] = [], []
         self.exact_start: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -79,9 +103,7 @@ class CodedLayer(DynamicLayer):
         self.length += key_states.shape[-2]
         keys, values = (torch.cat((*self._held(side), x), dim=-2)[:, :, -reach:] for side, x in enumerate(new))
         self.keys, self.values = (torch.cat((tail, x), dim=-2) for tail, x in zip(self._tail, new, strict=True))
-        excess = self.keys.shape[-2] - self.recent
-        if excess > STEP:
-            self._encode_oldest((excess - 1) // STEP * STEP)
+        self._encode_due(prefill=False)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -89,10 +111,10 @@ class CodedLayer(DynamicLayer):
         return self.length
 
     def nominal(self) -> tuple[float, int]:
-        """Sum of the stored tokens' costs (exact 1), and their number."""
-        coded = sum(keys.shape[-2] for keys, _ in self.coded)
-        exact = sum(x[0].shape[-2] for x in (self.exact_start, self._tail) if x is not None)
-        return exact + coded * self.codec.bits / 16, exact + coded
+        """Sum of the costs of the stored tokens' keys and values (exact 1), and the number of both."""
+        coded = sum(part.shape[-2] for side in self.coded for part in side)
+        exact = sum(x.shape[-2] for part in (self.exact_start, self._tail) if part is not None for x in part)
+        return exact + coded * self.codecs[0].bits / 16, exact + coded
 
     @property
     def _tail(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,21 +130,23 @@ class CodedLayer(DynamicLayer):
         # Clones, since a view would keep everything that the model computed alive.
         self.exact_start = keys[:, :, left:sinks].clone(), values[:, :, left:sinks].clone()
         self.keys, self.values = keys[:, :, sinks:], values[:, :, sinks:]
-        self._encode_oldest(max(self.keys.shape[-2] - self.recent, 0))
+        self._encode_due(prefill=True)
 
-    def _encode_oldest(self, count: int) -> None:
-        if count:
-            old = [x[:, :, :count].contiguous() for x in self._tail]
-            keys, values = (_Coded(self.codec.encode(x), x.shape) for x in old)
-            self.coded.append((keys, values))
-        self.keys, self.values = (x[:, :, count:].clone() for x in self._tail)
+    def _encode_due(self, prefill: bool) -> None:
+        left = []
+        for codec, coded, tail in zip(self.codecs, self.coded, self._tail, strict=True):
+            if count := codec.due(tail.shape[-2], self.recent, prefill):
+                old = tail[:, :, :count].contiguous()
+                new = _Coded(codec.encode(old), old.shape)
+                coded.append(coded.pop().joined(new) if codec.joins and coded else new)
+            left.append(tail[:, :, count:].clone())
+        self.keys, self.values = left
 
     def _held(self, side: int) -> list[torch.Tensor]:
         """Keys (side 0) or values (1) in order."""
         assert self.exact_start is not None
-        decoded = [
-            self.codec.decode(pair[side].stored, pair[side].shape, self.exact_start[side].dtype) for pair in self.coded
-        ]
+        codec, dtype = self.codecs[side], self.exact_start[side].dtype
+        decoded = [codec.decode(part.stored, part.shape, dtype) for part in self.coded[side]]
         return [self.exact_start[side], *decoded, self._tail[side]]
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
