@@ -157,7 +157,8 @@ def with_fillers(segment, seed):
         """What lies in an empty place was a token once: finite, though maybe far larger than the others."""
         if not isinstance(stored, Quantized):
             return garbage(stored, large)
-        spoilt = [garbage(t, value) for t, value in zip(stored.affine.unbind(-1), (300.0, -large), strict=False)]
+        most = 254 if stored.affine.dtype == torch.uint8 else 300.0
+        spoilt = [garbage(t, value) for t, value in zip(stored.affine.unbind(-1), (most, -large), strict=False)]
         return Quantized(garbage(stored.codes, 0xA7), torch.stack(spoilt, dim=-1))
 
     return Segment(bits, spoilt(keys, 1e4), spoilt(values, -2e4), positions.masked_fill(filler, -1))
