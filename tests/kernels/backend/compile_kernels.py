@@ -48,17 +48,17 @@ from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: 
 
 attention_triton._overlaps = lambda device: True
 
-for head_dim, codec, fillers, options in (
-    (128, "spectrum", False, {}),
-    (256, "spectrum", False, {"softcap": 30.0, "window": 20}),
-    (80, "absmax", True, {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
-    (64, "rotated", False, {"mask": randn(1, 4, 1, 176).bfloat16()}),
-    (128, "spectrum2", False, {}),
-    (80, "spectrum2", True, {"softcap": 30.0, "sinks": randn(4)}),
+TIERS = (16, 5), (8, 67), (4, 71), (16, 33)
+SMALL = (16, 5), (3, 67), (2, 71), (16, 33)
+for head_dim, codec, tiers, fillers, options in (
+    (128, "spectrum", TIERS, False, {}),
+    (256, "spectrum", TIERS, False, {"softcap": 30.0, "window": 20}),
+    (80, "absmax", TIERS, True, {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
+    (64, "rotated", TIERS, False, {"mask": randn(1, 4, 1, 176).bfloat16()}),
+    (128, "spectrum2", TIERS, False, {}),
+    (80, "spectrum2", SMALL, True, {"softcap": 30.0, "sinks": randn(4)}),
 ):
-    case = build(
-        ((16, 5), (8, 67), (4, 71), (16, 33)), head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16
-    )
+    case = build(tiers, head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16)
     fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
     query = randn(1, 4, 1, head_dim).bfloat16()
     more = {"length": case.length, "ragged": fillers, "scale": 0.1, **fields, **options}
