@@ -205,7 +205,7 @@ def tiered_attention(
         value_dim=value_dim,
         length=length,
         scale=scale,
-        frame=frame,
+        frame=frame if centred else None,
         rotary=rotary,
         mask=mask,
         window=window,

@@ -90,7 +90,7 @@ def _unbiased(x, scales, tokens, inside, DIM: tl.constexpr, BITS: tl.constexpr):
         finite = tl.sum(tl.abs(x), 1) < float("inf")  # maxima pass over NaN
         most = tl.where(finite, tl.max(tl.abs(x), 1), float("inf"))
         byte = _byte(tl.ceil(_exponent(most * (1 / (MIDDLE - 0.5)), BITS)))
-        step = scale_of(byte, BITS)
+        step, _ = affine_of(byte, BITS)
     else:
         real = (tl.arange(0, x.shape[1]) < DIM)[None, :]
         square = tl.sum(x * x, 1)
@@ -155,9 +155,10 @@ def _pack(code, codes, tokens, inside, SIZE: tl.constexpr, DIM: tl.constexpr, BI
 
 
 @triton.jit
-def scale_of(byte, BITS: tl.constexpr):
-    """The scales that bytes stand for, float32."""
-    return tl.exp2(byte.to(tl.float32) * (1 / OCTAVE) + _smallest(BITS))
+def affine_of(byte, BITS: tl.constexpr):
+    """Scale and zero that one-byte scales stand for, float32."""
+    scale = tl.exp2(byte.to(tl.float32) * (1 / OCTAVE) + _smallest(BITS))
+    return scale, scale * (0.5 - 2.0 ** (BITS - 1))
 
 
 @triton.jit
@@ -166,8 +167,7 @@ def load_affine(scales, zeros, tokens, inside, BITS: tl.constexpr):
     STEP: tl.constexpr = 1 if zeros is None else 2
     scale = tl.load(scales + tokens * STEP, mask=inside, other=0)
     if scales.dtype.element_ty == tl.uint8:
-        scale = scale_of(scale, BITS)
-        zero = scale * (0.5 - 2.0 ** (BITS - 1))
+        scale, zero = affine_of(scale, BITS)
     elif zeros is None:
         scale = scale.to(tl.float32)
         zero = scale * -(2.0 ** (BITS - 1))
