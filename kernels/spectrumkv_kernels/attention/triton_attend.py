@@ -5,7 +5,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, tokens_of
-from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane
+from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three
+from spectrumkv_kernels.codec.triton_quantize import affine_of, load_affine
 
 WEIGHT_PEAK = tl.constexpr(14)
 """Binary logarithm of the largest weight on a value code; float16 then holds weights down to 2**-38 of it."""
@@ -60,14 +61,29 @@ def _hidden(
 
 @triton.jit
 def _affine(stored, token, live, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
-    """Scale and zero point of `token`, float32, by one read."""
-    if SYMMETRIC:
-        scale = tl.load(stored + token, mask=live, other=0.0).to(tl.float32)
-        return scale, scale * -(2.0 ** (BITS - 1))
-    both = tl.load(stored.to(tl.pointer_type(tl.uint32)) + token, mask=live, other=0)
-    scale = both.to(tl.uint16).to(tl.float16, bitcast=True)
-    zero = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32), zero.to(tl.float32)
+    """Scale and zero point of `token`, float32, by one read: of 4 bytes if it can be, as no fewer are pipelined."""
+    if stored.dtype.element_ty == tl.uint8:
+        address = stored.to(tl.int64)
+        words = (address - address % 4).to(tl.pointer_type(tl.uint32))
+        at = (address % 4).to(tl.int32) + token
+        scale, zero = affine_of(tl.load(words + at // 4, mask=live, other=0) >> (at % 4 * 8) & 255, BITS)
+    elif SYMMETRIC:
+        scale, zero = load_affine(stored, None, token, live, BITS)
+    else:
+        both = tl.load(stored.to(tl.pointer_type(tl.uint32)) + token, mask=live, other=0)
+        scale = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        zero = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def _plane(words, lowest, j: tl.constexpr, BITS: tl.constexpr):
+    """The `j`th code of every word; `lowest` is read for codes of 3 bits only."""
+    if BITS == 3:
+        x = plane_of_three(words, lowest, 8 * (j % 2), 1 << (2 * (j // 2)))
+    else:
+        x = plane(words, 8 * (j % 2), (2**BITS - 1) << (BITS * (j // 2)))
+    return x
 
 
 INTEGERS = [
@@ -210,13 +226,16 @@ def attend_kernel(
                     acc = dot(v, p.to(v.dtype), acc * alpha)
                 tl.store(out + dv[:, None], acc, mask=real[None, :] & (dv < DV)[:, None])
             else:
-                B: tl.constexpr = BITS[i]
+                # Of codes of 3 bits these are the words of the upper two; those of the lowest lie behind them.
+                B: tl.constexpr = 2 if BITS[i] == 3 else BITS[i]
                 WK: tl.constexpr = D * B // 16
                 WV: tl.constexpr = DV * B // 16
+                KEY: tl.constexpr = D * BITS[i] // 16
+                VALUE: tl.constexpr = DV * BITS[i] // 16
                 wk, wv = tl.arange(0, pad(WK)), tl.arange(0, pad(WV))
                 WIDE: tl.constexpr = 1 if SYMMETRIC else 2
-                keys = segments[i][0].to(tl.pointer_type(tl.int16)) + base * WK
-                values = segments[i][1].to(tl.pointer_type(tl.int16)) + base * WV
+                keys = segments[i][0].to(tl.pointer_type(tl.int16)) + base * KEY
+                values = segments[i][1].to(tl.pointer_type(tl.int16)) + base * VALUE
                 key_affine = segments[i][3] + base * WIDE
                 value_affine = segments[i][4] + base * WIDE
                 unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
@@ -238,12 +257,18 @@ def attend_kernel(
                 for start in tl.range(0, count, N, num_stages=STAGES):
                     token = start + tl.arange(0, N)
                     live = token < count
-                    k = tl.load(keys + token[:, None] * WK + wk[None, :], mask=live[:, None] & (wk < WK), other=0)
-                    ks, kz = _affine(key_affine, token, live, SYMMETRIC, B)
-                    vs, vz = _affine(value_affine, token, live, SYMMETRIC, B)
+                    k = tl.load(keys + token[:, None] * KEY + wk[None, :], mask=live[:, None] & (wk < WK), other=0)
+                    kl = k
+                    if BITS[i] == 3:
+                        kl = tl.load(
+                            keys + token[:, None] * KEY + (WK + wk % (WK // 2))[None, :],
+                            mask=live[:, None] & (wk < WK), other=0,
+                        ) >> (wk // (WK // 2))[None, :].to(tl.int16)  # fmt: skip
+                    ks, kz = _affine(key_affine, token, live, SYMMETRIC, BITS[i])
+                    vs, vz = _affine(value_affine, token, live, SYMMETRIC, BITS[i])
                     s = tl.zeros([N, R], tl.float32)
                     for j in tl.static_range(16 // B):
-                        s = dot(plane(k, 8 * (j % 2), (2**B - 1) << (B * (j // 2))), planes[j], s)
+                        s = dot(_plane(k, kl, j, BITS[i]), planes[j], s)
                     bias = tl.where(live, 0.0, float("-inf"))[:, None]
                     s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
                     if MEAN:
@@ -269,12 +294,17 @@ def attend_kernel(
                     zeros = zeros * alpha + p * vz[:, None]
                     w = (p * vs[:, None]).to(tl.float16)
                     v = tl.load(
-                        values + token[None, :] * WV + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0
+                        values + token[None, :] * VALUE + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0
                     )
+                    vl = v
+                    if BITS[i] == 3:
+                        vl = tl.load(
+                            values + token[None, :] * VALUE + (WV + wv % (WV // 2))[:, None],
+                            mask=live[None, :] & (wv < WV)[:, None], other=0,
+                        ) >> (wv // (WV // 2))[:, None].to(tl.int16)  # fmt: skip
                     new = ()
                     for j in tl.static_range(16 // B):
-                        x = plane(v, 8 * (j % 2), (2**B - 1) << (B * (j // 2)))
-                        new = new + (dot(x, w, accs[j] * alpha),)
+                        new = new + (dot(_plane(v, vl, j, BITS[i]), w, accs[j] * alpha),)
                     accs = new
                 low = tl.sum(zeros, axis=0)[None, :]
                 for j in tl.static_range(16 // B):

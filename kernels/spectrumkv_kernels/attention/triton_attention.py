@@ -20,6 +20,7 @@ from spectrumkv_kernels.attention.triton_merge import merge_kernel
 from spectrumkv_kernels.attention.triton_prepare import prepare_kernel
 from spectrumkv_kernels.backend.launch_triton import Held, Launcher, on_device, shared, trait
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
+from spectrumkv_kernels.codec.frame import frame_size
 from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import Codec, dims
 from spectrumkv_kernels.rotation.rotary import Rotary
@@ -38,7 +39,7 @@ TURNED = 16
 """Query rows that are rotated together."""
 SHARE_BYTES = 1 << 14
 """A program reads this much at least."""
-TILE = {16: 16, 8: 64, 4: 64, 2: 64}
+TILE = {16: 16, 8: 64, 4: 64, 3: 64, 2: 64}
 """Tokens of an iteration, by bits."""
 STAGES = 3
 """Depth of the pipeline of loads."""
@@ -168,7 +169,7 @@ def tiered_attention(
     flat, rows = batch * kv_heads, heads // kv_heads * queries
     device, query = query.device, query.contiguous()
     plan = plan_of(rows, dim, value_dim, bits, query.dtype, device)
-    if plan is None or codec.balanced:
+    if plan is None:
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
@@ -182,6 +183,7 @@ def tiered_attention(
     kernels = kernels_of(
         plan,
         codec.symmetric,
+        codec.balanced,
         codec.hadamard,
         centred,
         len(rotary.inv_freq),
@@ -203,7 +205,7 @@ def tiered_attention(
         value_dim=value_dim,
         length=length,
         scale=scale,
-        mean=frame,
+        frame=frame if centred else None,
         rotary=rotary,
         mask=mask,
         window=window,
@@ -224,7 +226,7 @@ def launch(
     value_dim: int,
     length: int,
     scale: float,
-    mean: torch.Tensor | Held | None,
+    frame: torch.Tensor | Held | None,
     rotary: Rotary,
     mask: torch.Tensor | None,
     window: int | None,
@@ -245,7 +247,7 @@ def launch(
         kv_heads, value_dim: Of the segments.
         length: Tokens seen, or where they are counted on the device, those that there is room for.
         scale, window, softcap, sinks: As in `tiered_attention`.
-        mean, rotary: As in `tiered_attention`.
+        frame, rotary: As in `tiered_attention`.
         mask: As in `tiered_attention`; where tokens are counted on the device its columns are the first positions.
         traits: What of the query, `work`, `counts` and `totals` decides which code is compiled.
         segment_traits: Likewise of the segments.
@@ -268,16 +270,14 @@ def launch(
         mask_trait = trait((masked, *strides, columns))
     mask_batch, mask_head, mask_query, mask_stride = strides
     with on_device(query):
+        fitted: torch.Tensor | Held = query if frame is None else frame
         if work.coded_splits:
-            centre: torch.Tensor | Held = query
-            fine, coarse = query, query
-            if mean is not None:
-                centre, (fine, coarse) = mean, tables(length, rotary, device)
+            fine, coarse = (query, query) if frame is None else tables(length, rotary, device)
             kernels.prepare(
                 (work.turning + work.scoring, 1, 1),
                 {
                     "query": query,
-                    "mean": centre,
+                    "frame": fitted,
                     "fine": fine,
                     "coarse": coarse,
                     "halves": halves,
@@ -301,7 +301,7 @@ def launch(
                     "mask_columns": columns,
                     "scale": units,
                 },
-                (traits, centre.data_ptr() % 16, mask_trait),
+                (traits, fitted.data_ptr() % 16, mask_trait),
             )
         known = (traits, segment_traits, mask_trait)
         kernels.attend(
@@ -339,15 +339,16 @@ def launch(
             },
             known,
         )
-        known = traits
+        known = (traits, fitted.data_ptr() % 16)
         if sinks is not None:
             check_device("sinks", sinks, device)
-            known = (traits, trait(sinks))
+            known = (*known, trait(sinks))
         kernels.merge(
             (work.flat * rows, 1, 1),
             {
                 "partial": floats,
                 "sinks": query if sinks is None else sinks,
+                "frame": fitted,
                 "counts": counted,
                 "totals": query if totals is None else totals,
                 "out": out,
@@ -468,6 +469,7 @@ class Kernels(NamedTuple):
 def kernels_of(
     plan: Plan,
     symmetric: bool,
+    balanced: bool,
     hadamard: bool,
     centred: bool,
     pairs: int,
@@ -483,8 +485,10 @@ def kernels_of(
     kv_heads: int = 1,
 ) -> Kernels:
     """The kernels for a kind of call; `counted` is what they take as `COUNTED`, and `mask` its kind."""
+    frame = {"FRAME": frame_size(balanced, plan.dim, plan.value_dim), "FITTED": balanced and centred}
     prepare = {
         "D": plan.dim,
+        **frame,
         "PAIRS": pairs,
         "INTERLEAVED": interleaved,
         "HADAMARD": hadamard,
@@ -520,6 +524,7 @@ def kernels_of(
     merge = {
         "DV": plan.value_dim,
         "BLOCK": plan.block,
+        **frame,
         "HADAMARD": hadamard and plan.coded > 0,
         "SINKS": sinks,
         "S": MERGED,

@@ -39,3 +39,29 @@ def plane(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
             "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     return ((words >> SHIFT) & MASK).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def plane_of_three(upper, lowest, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """As `plane`, for codes of 3 bits.
+
+    Args:
+        upper: Words of their upper two bits, side by side.
+        lowest: Words in which the lowest bit stands where `upper` has the lower one of the two.
+        MASK: That one bit.
+    """
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            f"""{{
+                .reg .b32 t, u;
+                shr.b32 t, $1, {SHIFT};
+                and.b32 t, t, {3 * MASK * 0x10001};
+                shl.b32 t, t, 1;
+                shr.b32 u, $2, {SHIFT};
+                and.b32 u, u, {MASK * 0x10001};
+                or.b32 $0, t, u;
+            }}""",
+            "=r,r,r", [upper, lowest], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    codes = ((upper >> SHIFT) & (3 * MASK)) << 1 | ((lowest >> SHIFT) & MASK)
+    return codes.to(tl.float16, bitcast=True)

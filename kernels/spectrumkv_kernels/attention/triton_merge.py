@@ -16,6 +16,7 @@ INTEGERS = ["state_at", "rows", "queries", "kv_heads", "splits", "coded", "share
 def merge_kernel(
     partial,  # of `attend_kernel`
     sinks,  # [heads]
+    frame,  # FITTED: [batch * kv_heads, FRAME] float32, whose last ones are the mean of values and their scale
     counts,  # COUNTED: of `counted`
     totals,  # COUNTED: as in `attend_kernel`
     out,  # [batch * kv_heads, rows, DV]
@@ -31,6 +32,8 @@ def merge_kernel(
     coded,  # the first splits that hold sums of codes, which are to be rotated back
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
+    FRAME: tl.constexpr,
+    FITTED: tl.constexpr,
     HADAMARD: tl.constexpr,
     SINKS: tl.constexpr,
     S: tl.constexpr,
@@ -70,22 +73,31 @@ def merge_kernel(
     total = tl.zeros([S], tl.float32)
     turned = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([S], tl.float32)  # of coded tokens
     for start in range(0, parts, S):
         i = start + tl.arange(0, S)
         there = i < parts
         at = (bh * splits + i) * rows + row
         weight = tl.exp2(tl.load(state + at * 2, mask=there, other=float("-inf")) - peak)
-        total += weight * tl.load(state + at * 2 + 1, mask=there, other=0.0)
+        weights = weight * tl.load(state + at * 2 + 1, mask=there, other=0.0)
+        total += weights
         x = tl.load(partial + at[:, None] * DV + d[None, :], mask=there[:, None] & (d < DV)[None, :], other=0.0)
         x *= weight[:, None]
-        if HADAMARD:
+        if FITTED:
+            mass += tl.where(i < coded, weights, 0.0)
+        if HADAMARD or FITTED:
             turned += tl.sum(tl.where((i < coded)[:, None], x, 0.0), axis=0)
             plain += tl.sum(tl.where((i < coded)[:, None], 0.0, x), axis=0)
         else:
             plain += tl.sum(x, axis=0)
     if HADAMARD:
         SIZE: tl.constexpr = DV & -DV
-        plain += tl.reshape(hadamard(tl.reshape(turned, (1, BLOCK)), SIZE), (BLOCK,)) * SIZE**-0.5
+        turned = tl.reshape(hadamard(tl.reshape(turned, (1, BLOCK)), SIZE), (BLOCK,)) * SIZE**-0.5
+    if FITTED:
+        values = frame + bh * FRAME + (FRAME - DV - 1)
+        turned = turned * tl.load(values + DV) + tl.sum(mass, axis=0) * tl.load(values + d, mask=d < DV, other=0.0)
+    if HADAMARD or FITTED:
+        plain += turned
     norm = tl.sum(total, axis=0)
     if SINKS:
         norm += tl.exp2(sink - peak)

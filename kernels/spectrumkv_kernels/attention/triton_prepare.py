@@ -17,7 +17,7 @@ INTEGERS = [
 @triton.jit(do_not_specialize=INTEGERS)
 def prepare_kernel(
     query,  # [flat, rows, D]
-    mean,  # [flat, D] float32
+    frame,  # [flat, FRAME] float32: mean of keys; FITTED: the scales of their channels, then more
     fine,  # [POSITIONS, 2 * PAIRS] float16: cos and sin of t f
     coarse,  # [positions / POSITIONS, 2 * PAIRS] float32: cos and sin of POSITIONS t f
     halves,
@@ -39,6 +39,8 @@ def prepare_kernel(
     mask_columns,
     scale,
     D: tl.constexpr,
+    FRAME: tl.constexpr,
+    FITTED: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HADAMARD: tl.constexpr,
@@ -71,6 +73,9 @@ def prepare_kernel(
         line = tl.program_id(0).to(tl.int64) * TURNED + tl.arange(0, TURNED)
         given = line < flat * rows
         x = tl.load(query + line[:, None] * D + d[None, :], mask=given[:, None] & (d < D), other=0.0).to(tl.float32)
+        if FITTED:
+            key_scale = frame + (line // rows)[:, None] * FRAME + (D + d)[None, :]
+            x *= tl.load(key_scale, mask=given[:, None] & (d < D), other=0.0)
         if HADAMARD:
             x = hadamard(x, D & -D)  # its norm comes with the factor below
         peak = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
@@ -97,7 +102,7 @@ def prepare_kernel(
         if 2 * PAIRS < D:
             fixed = ((d >= 2 * PAIRS) & (d < D))[None, :] & real[:, None]
             q = tl.load(query + at[:, None] * D + d[None, :], mask=fixed, other=0.0).to(tl.float32) * scale
-            rest = tl.sum(q * tl.load(mean + head[:, None] * D + d[None, :], mask=fixed, other=0.0), axis=1)
+            rest = tl.sum(q * tl.load(frame + head[:, None] * FRAME + d[None, :], mask=fixed, other=0.0), axis=1)
         pair = tl.arange(0, pad(PAIRS))
         live = pair < PAIRS
         first, second = pair[:, None], pair[:, None] + PAIRS
@@ -106,8 +111,8 @@ def prepare_kernel(
         known = live[:, None] & real[None, :]
         qx = tl.load(query + at[None, :] * D + first, mask=known, other=0.0).to(tl.float32) * scale
         qy = tl.load(query + at[None, :] * D + second, mask=known, other=0.0).to(tl.float32) * scale
-        mx = tl.load(mean + head[None, :] * D + first, mask=known, other=0.0)
-        my = tl.load(mean + head[None, :] * D + second, mask=known, other=0.0)
+        mx = tl.load(frame + head[None, :] * FRAME + first, mask=known, other=0.0)
+        my = tl.load(frame + head[None, :] * FRAME + second, mask=known, other=0.0)
         # q . R(t) m = sum over pairs of cos(t f) (qx mx + qy my) + sin(t f) (qy mx - qx my)
         along, across = qx * mx + qy * my, qy * mx - qx * my  # [PAIRS, R]
         # float16 holds them after division by the largest there can be.

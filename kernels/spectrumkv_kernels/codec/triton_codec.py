@@ -8,10 +8,10 @@ import triton.language as tl
 
 from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, shared
 from spectrumkv_kernels.codec import reference as twin
-from spectrumkv_kernels.codec.quantize import Quantized
+from spectrumkv_kernels.codec.quantize import WIDTHS, Quantized, divisor
 from spectrumkv_kernels.codec.reference import Codec
 from spectrumkv_kernels.codec.triton_mean import mean_kernel, sums_kernel
-from spectrumkv_kernels.codec.triton_quantize import load_codes, store_codes
+from spectrumkv_kernels.codec.triton_quantize import load_affine, load_codes, store_codes
 from spectrumkv_kernels.rotation.rotary import Rotary
 from spectrumkv_kernels.rotation.triton_hadamard import hadamard, join_quarters
 from spectrumkv_kernels.rotation.triton_rotary import rotated_mean, turns
@@ -28,59 +28,83 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _load_residual(
-    x, inside, positions, mean, table, channels, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
-):
-    """These channels of tokens that begin at `x`, less those of `R(t) mean`: float32 `[tokens, channels]`."""
+    x, inside, positions, mean, scale, table, channels,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """These channels of tokens that begin at `x`, less those of `R(t) mean` and divided by the scale.
+
+    float32 `[tokens, channels]`; mean and scale may be None.
+    """
     y = tl.load(x + channels[None, :], mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
     if mean is not None:
         y -= rotated_mean(mean, table, positions, channels, DIM, PAIRS, INTERLEAVED)
+    if scale is not None:
+        y /= _load_scale(scale, channels, DIM, EACH)
     return y
 
 
 @triton.jit
+def _load_scale(scale, channels, DIM: tl.constexpr, EACH: tl.constexpr):
+    """Of the frame, for these channels: `[1, channels]`, or where they share one its number."""
+    if EACH:
+        return tl.load(scale + channels, mask=channels < DIM, other=1.0)[None, :]
+    else:
+        return tl.load(scale)
+
+
+@triton.jit
 def encode_rows(
-    x, inside, positions, mean, table, codes, scales, zeros, places,
+    x, inside, positions, mean, scale, table, codes, scales, zeros, places,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Quantise the keys or values that begin at `x`, `[tokens, 1]`, and store them in `places`, where `inside`."""
+    """Quantise the keys or values that begin at `x`, `[tokens, 1]`, and store them in `places`, where `inside`.
+
+    Args:
+        mean, scale: Of the frame, or None. `EACH` channel has a scale, or all of them share one.
+    """
     if WIDTH == DIM and WIDTH >= 32:
-        channels = tl.arange(0, WIDTH // 4)
-        y0 = _load_residual(x, inside, positions, mean, table, channels, DIM, PAIRS, INTERLEAVED)
-        y1 = _load_residual(x, inside, positions, mean, table, channels + WIDTH // 4, DIM, PAIRS, INTERLEAVED)
-        y2 = _load_residual(x, inside, positions, mean, table, channels + WIDTH // 2, DIM, PAIRS, INTERLEAVED)
-        y3 = _load_residual(x, inside, positions, mean, table, channels + 3 * WIDTH // 4, DIM, PAIRS, INTERLEAVED)
+        part = tl.arange(0, WIDTH // 4)
+        y0 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        part += WIDTH // 4
+        y1 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        part += WIDTH // 4
+        y2 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        part += WIDTH // 4
+        y3 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
         y = join_quarters(y0, y1, y2, y3)
     else:
-        y = _load_residual(x, inside, positions, mean, table, tl.arange(0, WIDTH), DIM, PAIRS, INTERLEAVED)
+        channels = tl.arange(0, WIDTH)
+        y = _load_residual(x, inside, positions, mean, scale, table, channels, DIM, PAIRS, INTERLEAVED, EACH)
     BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
     store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
 
 
 @triton.jit
 def _encode_tokens(
-    x, stride, index, positions, mean, table, codes, scales, zeros, first, block, n,
+    x, stride, index, positions, mean, scale, table, codes, scales, zeros, first, block, n,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on."""
     token = block * TOKENS + tl.arange(0, TOKENS)
     inside = token < n
-    at = tl.load(positions + first + token, mask=inside, other=0) if mean is not None else token
+    at = tl.load(positions + first + token, mask=inside, other=0) if table is not None else token
     source = token if index is None else tl.load(index + token, mask=inside, other=0)
     encode_rows(
-        x + source.to(tl.int64)[:, None] * stride, inside, at, mean, table, codes, scales, zeros, first + token,
-        DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED,
+        x + source.to(tl.int64)[:, None] * stride, inside, at, mean, scale, table, codes, scales, zeros, first + token,
+        DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, EACH,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["index", "n", "index_batch", "index_head"])
 def _encode_kernel(
-    keys, values, index, positions, mean, table,
+    keys, values, index, positions, frame, table,
     key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, n, heads,
     key_batch, key_head, key_token, value_batch, value_head, value_token, index_batch, index_head,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, FRAME: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens x batch x heads, keys and values."""
     blocks = tl.cdiv(n, TOKENS)
@@ -90,27 +114,29 @@ def _encode_kernel(
     first = row * n
     if index is not None:
         index += batch * index_batch + head * index_head
+    if frame is not None:
+        frame += row * FRAME
+    FITTED: tl.constexpr = FRAME > KEY_DIM
     if tl.program_id(1) == 0:
         keys += batch * key_batch + head * key_head
-        if mean is not None:
-            mean += row * KEY_DIM
         _encode_tokens(
-            keys, key_token, index, positions, mean, table, key_codes, key_scale, key_zero, first, block, n,
-            KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
+            keys, key_token, index, positions, frame, frame + KEY_DIM if FITTED else None, table, key_codes, key_scale,
+            key_zero, first, block, n, KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, True, TOKENS,
         )  # fmt: skip
     else:
         values += batch * value_batch + head * value_head
         _encode_tokens(
-            values, value_token, index, positions, None, None, value_codes, value_scale, value_zero, first, block, n,
-            VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, TOKENS,
+            values, value_token, index, positions, frame + 2 * KEY_DIM if FITTED else None,
+            frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, None, value_codes, value_scale,
+            value_zero, first, block, n, VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, 0, False, False, TOKENS,
         )  # fmt: skip
 
 
 @triton.jit
 def _decode_tokens(
-    x, stride, scales, zeros, positions, mean, table, out, row, block, n, start, size,
+    x, stride, scales, zeros, positions, mean, spread, table, out, row, block, n, start, size,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCATTER: tl.constexpr, TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr, SCATTER: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Write `TOKENS` keys or values of one row and segment to where they belong."""
     token = block * TOKENS + tl.arange(0, TOKENS)
@@ -123,12 +149,7 @@ def _decode_tokens(
         y = tl.load(place, mask=inside[:, None] & real, other=0.0)
     else:
         stored = row * n + token
-        STEP: tl.constexpr = 1 if zeros is None else 2
-        scale = tl.load(scales + stored * STEP, mask=inside, other=0.0).to(tl.float32)
-        if zeros is None:
-            zero = scale * -(2.0 ** (BITS - 1))
-        else:
-            zero = tl.load(zeros + stored * STEP, mask=inside, other=0.0).to(tl.float32)
+        scale, zero = load_affine(scales, zeros, stored, inside, BITS)
         if WIDTH == DIM and WIDTH >= 32:
             part = tl.arange(0, WIDTH // 4)
             y0 = load_codes(x, scale, zero, stored, inside, part, DIM, BITS)
@@ -140,6 +161,8 @@ def _decode_tokens(
             y = load_codes(x, scale, zero, stored, inside, channels, DIM, BITS)
         BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
         y = hadamard(y, BLOCK) * BLOCK**-0.5
+        if spread is not None:
+            y *= _load_scale(spread, channels, DIM, EACH)
         if mean is not None:
             y += rotated_mean(mean, table, at, channels, DIM, PAIRS, INTERLEAVED)
     slot = at - start if SCATTER else token
@@ -151,14 +174,14 @@ def _decode_tokens(
 @triton.jit(do_not_specialize=["count0", "count1", "count2", "count3", "start", "size"])
 def _dense_kernel(
     segments,  # of each: keys, their scale and zero, values, their scale and zero, positions
-    out_keys, out_values, mean, table,
+    out_keys, out_values, frame, table,
     strides,  # of 16-bit keys and values: batch, head, token
     count0, count1, count2, count3, start, size, heads,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     BITS: tl.constexpr,  # of each segment
     SHARED: tl.constexpr,  # whether all rows of the segment have the same positions
-    HADAMARD: tl.constexpr, SCATTER: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HADAMARD: tl.constexpr, SCATTER: tl.constexpr, FRAME: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens of all segments x batch x heads, keys and values."""
     counts = (count0, count1, count2, count3)
@@ -168,6 +191,9 @@ def _dense_kernel(
     block = tl.program_id(0) % all_blocks
     row = (tl.program_id(0) // all_blocks).to(tl.int64)
     batch, head = row // heads, row % heads
+    if frame is not None:
+        frame += row * FRAME
+    FITTED: tl.constexpr = FRAME > KEY_DIM
     for i in tl.static_range(len(BITS)):
         n = counts[i]
         blocks = tl.cdiv(n, TOKENS)
@@ -178,17 +204,17 @@ def _dense_kernel(
                 positions += row * n
             if tl.program_id(1) == 0:
                 keys += batch * key_batch + head * key_head
-                if mean is not None:
-                    mean += row * KEY_DIM
                 _decode_tokens(
-                    keys, key_token, key_scale, key_zero, positions, mean, table, out_keys, row, block, n, start,
-                    size, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
+                    keys, key_token, key_scale, key_zero, positions, frame, frame + KEY_DIM if FITTED else None, table,
+                    out_keys, row, block, n, start, size, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED,
+                    True, SCATTER, TOKENS,
                 )  # fmt: skip
             else:
                 values += batch * value_batch + head * value_head
                 _decode_tokens(
-                    values, value_token, value_scale, value_zero, positions, None, None, out_values, row, block, n,
-                    start, size, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, PAIRS, INTERLEAVED, SCATTER, TOKENS,
+                    values, value_token, value_scale, value_zero, positions, frame + 2 * KEY_DIM if FITTED else None,
+                    frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, None, out_values, row, block, n, start,
+                    size, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, 0, False, False, SCATTER, TOKENS,
                 )  # fmt: skip
         block -= blocks
 
@@ -211,9 +237,14 @@ def _rotation(rotary: Rotary, centred: bool, device: torch.device) -> tuple[torc
     return turns(rotary, device) if pairs else None, {"PAIRS": pairs, "INTERLEAVED": rotary.interleaved}
 
 
+def _size(frame: torch.Tensor | None) -> int:
+    """Numbers of the frame of a row and KV head. The kernels know by them whether it is more than the mean of keys."""
+    return 0 if frame is None else frame.shape[-1]
+
+
 def _fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
     """Whether the kernels can do it; what they can't is the twin's, errors included."""
-    whole = bits in (2, 4, 8) and all(t.shape[-1] * bits % 8 == 0 for t in tensors)
+    whole = bits in WIDTHS and all(t.shape[-1] % divisor(bits) == 0 for t in tensors)
     return whole and all(t.dtype in DTYPES for t in tensors) and 2 * len(rotary.inv_freq) <= tensors[0].shape[-1]
 
 
@@ -258,7 +289,7 @@ def encode(
     index: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """As `codec.encode`. Reads the tokens once."""
-    if codec.balanced or not _fits(rotary, bits, keys, values):
+    if not _fits(rotary, bits, keys, values):
         return twin.encode(keys, values, positions, bits, codec, frame, rotary, index)
     batch, heads, n = positions.shape
     keys, values = contiguous_rows(keys), contiguous_rows(values)
@@ -267,8 +298,8 @@ def encode(
 
     def allocate(dim: int) -> Quantized:
         codes = torch.empty(batch, heads, n, dim * bits // 8, dtype=torch.uint8, device=keys.device)
-        shape = (batch, heads, n, 1 if codec.symmetric else 2)
-        return Quantized(codes, torch.empty(shape, dtype=torch.float16, device=keys.device))
+        numbers, dtype = codec.affine
+        return Quantized(codes, torch.empty(batch, heads, n, numbers, dtype=dtype, device=keys.device))
 
     sizes = _widths(keys.shape[-1], values.shape[-1])
     k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
@@ -278,7 +309,7 @@ def encode(
             "values": values,
             "index": index,
             "positions": positions.contiguous(),
-            "mean": None if frame is None else frame.contiguous(),
+            "frame": None if frame is None else frame.contiguous(),
             "table": table,
             "key_codes": k.codes,
             "key_scale": k.scale,
@@ -289,7 +320,8 @@ def encode(
         }
         strides = {**_strides("key", keys.stride()[:3]), **_strides("value", values.stride()[:3])}
         strides |= _strides("index", (0, 0) if index is None else index.stride()[:2])
-        Launcher(_encode_kernel, {**sizes, "BITS": bits, "HADAMARD": codec.hadamard, **rotation})(
+        modes = {"BITS": bits, "HADAMARD": codec.hadamard, "FRAME": _size(frame)}
+        Launcher(_encode_kernel, {**sizes, **modes, **rotation})(
             (triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2), tensors, {"n": n, "heads": heads, **strides}
         )
     return k, v
@@ -306,7 +338,7 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `codec.decode`."""
     key_dim, value_dim = keys.codes.shape[-1] * 8 // bits, values.codes.shape[-1] * 8 // bits
-    if codec.balanced or (frame is not None and 2 * len(rotary.inv_freq) > key_dim):
+    if frame is not None and 2 * len(rotary.inv_freq) > key_dim:
         return twin.decode(keys, values, positions, bits, codec, frame, rotary)
     out = [torch.empty(*positions.shape, dim, device=positions.device) for dim in (key_dim, value_dim)]
     _read([Segment(bits, keys, values, positions)], out, 0, codec, frame, rotary, scatter=False)
@@ -325,7 +357,7 @@ def dense(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `codec.dense`, in one launch."""
     dims = twin.dims(segments[0])
-    if codec.balanced or (frame is not None and 2 * len(rotary.inv_freq) > dims[0]):
+    if frame is not None and 2 * len(rotary.inv_freq) > dims[0]:
         return twin.dense(segments, start, size, dtype, codec, frame, rotary, complete)
     positions = segments[0].positions
     new = torch.empty if complete else torch.zeros
@@ -354,13 +386,14 @@ def _read(
         tensors, strides, bits, once = zip(*part, strict=True)
         with on_device(out[0]):
             modes = {"BITS": bits, "SHARED": once, "HADAMARD": codec.hadamard, "SCATTER": scatter}
+            modes["FRAME"] = _size(frame)
             Launcher(_dense_kernel, {**sizes, **modes, **rotation})(
                 (blocks * batch * heads, 2),
                 {
                     "segments": tensors,
                     "out_keys": out[0],
                     "out_values": out[1],
-                    "mean": None if frame is None else frame.contiguous(),
+                    "frame": None if frame is None else frame.contiguous(),
                     "table": table,
                 },
                 {

@@ -1,39 +1,71 @@
 """Rounding, packing and unpacking inside Triton kernels."""
 
+import math
+
 import triton
 import triton.language as tl
+
+from spectrumkv_kernels.codec import quantize
 
 ROUND = tl.constexpr(1.5 * 2.0**23)
 """Float32 that leaves no fraction where it is added: rounds to the nearest integer, ties to even."""
 FLOAT16_MAX = tl.constexpr(65504.0)
+OCTAVE, SATURATED = tl.constexpr(quantize.OCTAVE), tl.constexpr(quantize.SATURATED)
+TRIES = tl.constexpr(len(quantize.TRIED))
+STEPS = {bits: [step * multiple for multiple in quantize.TRIED] for bits, step in quantize.STEPS.items()}
+"""The steps of unbiased codes that are tried, in units of the root mean square, by bits."""
+SMALLEST = {bits: math.log2(quantize.unit(bits)) - quantize.ONE / quantize.OCTAVE for bits in quantize.WIDTHS}
+"""Binary logarithm of the scale that the byte 0 stands for, by bits."""
+
+
+@triton.constexpr_function
+def _tried(bits, i):
+    return STEPS[bits][i]
+
+
+@triton.constexpr_function
+def _smallest(bits):
+    return SMALLEST[bits]
 
 
 @triton.jit
 def store_codes(
     y, codes, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """Quantise `NORM * y`, float32 `[tokens, channels]` of which `DIM` channels are real, as `quantize` does.
+    """Quantise `NORM * y`, float32 `[tokens, channels]` of which `DIM` channels are real.
 
     Args:
-        codes, scales, zeros: Where to; `zeros` is None for symmetric codes, else the two lie side by side.
+        codes, scales, zeros: Where to. Where `scales` are bytes it is done as `quantize_unbiased` does, else as
+            `quantize`: `zeros` is None for symmetric codes, else the two lie side by side.
         tokens: Their places there.
         inside: Which of them are stored.
     """
-    ROWS: tl.constexpr = y.shape[0]
-    WIDTH: tl.constexpr = y.shape[1]
-    PARTS: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = DIM // PARTS
+    if scales.dtype.element_ty == tl.uint8:
+        code = _unbiased(y * NORM, scales, tokens, inside, DIM, BITS)
+    else:
+        code = _nearest(y, scales, zeros, tokens, inside, NORM, DIM, BITS)
+    SIZE: tl.constexpr = DIM * BITS // 8
+    if BITS == 3:
+        _pack(code >> 1, codes, tokens, inside, SIZE, DIM, 2)
+        _pack(code & 1, codes + DIM // 4, tokens, inside, SIZE, DIM, 1)
+    else:
+        _pack(code, codes, tokens, inside, SIZE, DIM, BITS)
+
+
+@triton.jit
+def _nearest(y, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Codes of `NORM * y`, in the lowest bytes of uint32 `[tokens, channels]`; scales and zeros are stored."""
     TOP: tl.constexpr = 2**BITS - 1
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     STEP: tl.constexpr = 1 if zeros is None else 2
     finite = tl.sum(tl.abs(y), 1) < float("inf")  # minima and maxima pass over NaN
     if zeros is None:
         scale = tl.max(tl.abs(y), 1) * NORM * (1 / (MIDDLE - 1))
-        zero = tl.zeros([ROWS], tl.float32)
+        zero = tl.zeros([y.shape[0]], tl.float32)
         offset = ROUND + MIDDLE
         lowest = ROUND + 1
     else:
-        real = (tl.arange(0, WIDTH) < DIM)[None, :]
+        real = (tl.arange(0, y.shape[1]) < DIM)[None, :]
         low = tl.where(finite, tl.min(tl.where(real, y, float("inf")), 1) * NORM, 0.0)
         high = tl.max(tl.where(real, y, float("-inf")), 1) * NORM
         scale = (high - low) * (1 / TOP)
@@ -47,8 +79,67 @@ def store_codes(
     step = scale.to(tl.float32)
     inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
     y = (y * NORM - zero[:, None]) * inverse[:, None] + offset
-    code = tl.minimum(tl.maximum(y, lowest), ROUND + TOP).to(tl.uint32, bitcast=True)  # in the lowest byte
+    return tl.minimum(tl.maximum(y, lowest), ROUND + TOP).to(tl.uint32, bitcast=True)
 
+
+@triton.jit
+def _unbiased(x, scales, tokens, inside, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Codes of `x`, in the lowest bytes of uint32 `[tokens, channels]`; the bytes of their scales are stored."""
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
+    if BITS == 8:
+        finite = tl.sum(tl.abs(x), 1) < float("inf")  # maxima pass over NaN
+        most = tl.where(finite, tl.max(tl.abs(x), 1), float("inf"))
+        byte = _byte(tl.ceil(_exponent(most * (1 / (MIDDLE - 0.5)), BITS)))
+        step, _ = affine_of(byte, BITS)
+    else:
+        real = (tl.arange(0, x.shape[1]) < DIM)[None, :]
+        square = tl.sum(x * x, 1)
+        root = tl.sqrt(square * (1 / DIM))
+        step = tl.zeros([x.shape[0]], tl.float32)
+        along = tl.zeros([x.shape[0]], tl.float32)
+        best = tl.zeros([x.shape[0]], tl.float32)
+        for i in tl.static_range(TRIES):
+            tried = root * _tried(BITS, i)
+            levels = tl.where(real, _floor(x, tried, MIDDLE) + 0.5, 0.0)
+            product = tl.sum(x * levels, 1)
+            gain = product * product / tl.sum(levels * levels, 1)
+            better = gain > best
+            step = tl.where(better, tried, step)
+            along = tl.where(better, product, along)
+            best = tl.where(better, gain, best)
+        scale = square / tl.where(along > 0, along, float("inf"))
+        byte = _byte(_exponent(tl.where(square < float("inf"), scale, float("inf")), BITS))
+    tl.store(scales + tokens, byte, mask=inside)
+    return (_floor(x, step, MIDDLE) + (ROUND + MIDDLE)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _floor(x, step, MIDDLE: tl.constexpr):
+    """`x` in units of the vectors' steps, rounded down to what a code can stand for: float32 `[tokens, channels]`."""
+    inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
+    return tl.minimum(tl.maximum(tl.floor(x * inverse[:, None]), -MIDDLE), MIDDLE - 1)
+
+
+@triton.jit
+def _exponent(scale, BITS: tl.constexpr):
+    """The byte of a scale, before it is rounded and clamped. What is below any scale, 0 too, has one below 0."""
+    return (tl.log2(tl.maximum(scale, 2.0**-100)) - _smallest(BITS)) * OCTAVE
+
+
+@triton.jit
+def _byte(exponent):
+    """Rounded to the nearest byte; what is beyond the largest scale takes the one of what is not represented."""
+    byte = tl.where(exponent <= SATURATED - 0.5, tl.maximum(exponent, 0.0), SATURATED) + ROUND
+    return (byte.to(tl.uint32, bitcast=True) & 255).to(tl.uint8)
+
+
+@triton.jit
+def _pack(code, codes, tokens, inside, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Store codes, in the lowest bytes of uint32 `[tokens, channels]`, for vectors that are `SIZE` bytes apart."""
+    ROWS: tl.constexpr = code.shape[0]
+    WIDTH: tl.constexpr = code.shape[1]
+    PARTS: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = DIM // PARTS
     if WIDTH == DIM:
         byte = tl.arange(0, BYTES)
         shift = BITS * tl.arange(0, PARTS)[None, :, None]
@@ -59,16 +150,49 @@ def store_codes(
         for part in tl.static_range(1, PARTS):
             there = tl.broadcast_to(tl.minimum(byte + part * BYTES, WIDTH - 1)[None, :], [ROWS, WIDTH])
             packed += tl.gather(code, there, 1) << (BITS * part)
-    place = codes + tokens[:, None] * BYTES + byte[None, :]
+    place = codes + tokens[:, None] * SIZE + byte[None, :]
     tl.store(place, (packed & 255).to(tl.uint8), mask=inside[:, None] & (byte < BYTES)[None, :])
+
+
+@triton.jit
+def affine_of(byte, BITS: tl.constexpr):
+    """Scale and zero that one-byte scales stand for, float32."""
+    scale = tl.exp2(byte.to(tl.float32) * (1 / OCTAVE) + _smallest(BITS))
+    return scale, scale * (0.5 - 2.0 ** (BITS - 1))
+
+
+@triton.jit
+def load_affine(scales, zeros, tokens, inside, BITS: tl.constexpr):
+    """Scale and zero of tokens, float32; `zeros` is None for codes that store none."""
+    STEP: tl.constexpr = 1 if zeros is None else 2
+    scale = tl.load(scales + tokens * STEP, mask=inside, other=0)
+    if scales.dtype.element_ty == tl.uint8:
+        scale, zero = affine_of(scale, BITS)
+    elif zeros is None:
+        scale = scale.to(tl.float32)
+        zero = scale * -(2.0 ** (BITS - 1))
+    else:
+        scale = scale.to(tl.float32)
+        zero = tl.load(zeros + tokens * STEP, mask=inside, other=0).to(tl.float32)
+    return scale, zero
 
 
 @triton.jit
 def load_codes(codes, scale, zero, tokens, inside, channels, DIM: tl.constexpr, BITS: tl.constexpr):
     """`codes * scale + zero` at these channels: float32 `[tokens, channels]`, 0 for channels past `DIM`."""
-    BYTES: tl.constexpr = DIM * BITS // 8
     real = (channels < DIM)[None, :]
-    place = codes + tokens[:, None] * BYTES + (channels % BYTES)[None, :]
-    packed = tl.load(place, mask=inside[:, None] & real, other=0).to(tl.int32)
-    code = (packed >> (channels // BYTES * BITS)[None, :]) & (2**BITS - 1)
+    first = codes + tokens[:, None] * (DIM * BITS // 8)
+    there = inside[:, None] & real
+    if BITS == 3:
+        code = _unpack(first, there, channels, DIM, 2) << 1 | _unpack(first + DIM // 4, there, channels, DIM, 1)
+    else:
+        code = _unpack(first, there, channels, DIM, BITS)
     return tl.where(real, code.to(tl.float32) * scale[:, None] + zero[:, None], 0.0)
+
+
+@triton.jit
+def _unpack(first, there, channels, DIM: tl.constexpr, BITS: tl.constexpr):
+    """The codes of vectors that begin at `first`, `[tokens, 1]`, at these channels: int32 `[tokens, channels]`."""
+    BYTES: tl.constexpr = DIM * BITS // 8
+    packed = tl.load(first + (channels % BYTES)[None, :], mask=there, other=0).to(tl.int32)
+    return (packed >> (channels // BYTES * BITS)[None, :]) & (2**BITS - 1)

@@ -174,8 +174,8 @@ def _store(
     else:
         scales = _tensor(buffer, affine, tl.float16)
         encode_rows(
-            x, inside, positions, mean, table, _tensor(buffer, stored, tl.uint8), scales,
-            None if SYMMETRIC else scales + 1, places, DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED,
+            x, inside, positions, mean, None, table, _tensor(buffer, stored, tl.uint8), scales,
+            None if SYMMETRIC else scales + 1, places, DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, True,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class _Call(NamedTuple):
         recent: Tokens that decoding leaves in the tail; where it tiers nothing, as many as there may be.
         order: Places of the arenas in the order of the kernel's segments.
         segments: First bytes of each segment's tensors in the buffer, as the kernel takes them.
-        totals, mean: First bytes of these.
+        totals, frame: First bytes of these.
     """
 
     kernels: Kernels
@@ -49,7 +49,7 @@ class _Call(NamedTuple):
     order: tuple[int, ...]
     segments: tuple[tuple[int, ...], ...]
     totals: int
-    mean: int
+    frame: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,7 +78,7 @@ def _call(
     scored = layout.capacity if centred else 0
     work = work_of(plan, flat, rows, scored, tokens, tokens, device, (*order, 0))
     kernels = kernels_of(
-        plan, codec.symmetric, codec.hadamard, centred, len(rotary.inv_freq), rotary.interleaved,
+        plan, codec.symmetric, codec.balanced, codec.hadamard, centred, len(rotary.inv_freq), rotary.interleaved,
         (False,) * len(bits), mask, False, window, layout.ragged, softcap, sinks, COUNTED, layout.kv_heads,
     )  # fmt: skip
     starts = {name: start for name, _, _, start in layout.places}
@@ -139,7 +139,7 @@ def attend(
         value_dim=layout.value_dim,
         length=layout.capacity,
         scale=scale,
-        mean=Held(functools.partial(_view, layout, buffer, "frame"), first + call.mean) if call.centred else None,
+        frame=Held(functools.partial(_view, layout, buffer, "frame"), first + call.frame) if call.centred else None,
         rotary=layout.rotary,
         mask=mask,
         window=window,

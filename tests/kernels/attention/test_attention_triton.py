@@ -81,11 +81,70 @@ def test_tiers_empty_or_not(present, device):
     check(build(tiers, head_dim=32), randn(1, 4, 1, 32, seed=6), device)
 
 
-@pytest.mark.parametrize("codec", ["spectrum", "absmax", "rotated", "centred"])
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2", "absmax", "rotated", "centred"])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_codecs(codec, interleaved, device):
     case = build(ALL_TIERS, codec=codec, head_dim=32, value_dim=48, interleaved=interleaved, batch=3)
     check(case, randn(3, 4, 1, 32, seed=7), device)
+
+
+ALL_WIDTHS = ((16, 5), (8, 67), (4, 41), (3, 70), (2, 35), (16, 9))
+
+
+@pytest.fixture
+def no_twin(monkeypatch):
+    monkeypatch.setattr(attention_triton.attention, "tiered_attention", lambda *a, **k: pytest.fail("the twin's"))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dims", [(64, 128), (80, 48), (128, 128), (16, 112)], ids=str)
+def test_frames_and_one_byte_scales(dims, dtype, device, no_twin):
+    case = build(ALL_WIDTHS, codec="spectrum2", head_dim=dims[0], value_dim=dims[1], dtype=dtype)
+    check(case, randn(1, 6, 1, dims[0], seed=3).to(dtype), device)
+
+
+@pytest.mark.parametrize("bits", [(8,), (4,), (3,), (2,), (3, 2), (3, 16), (16,)], ids=str)
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+def test_widths(codec, bits, device, no_twin):
+    case = build([(b, 70) for b in bits], codec=codec, head_dim=48, value_dim=32, batch=2)
+    check(case, randn(2, 4, 2, 48, seed=7), device)
+
+
+@pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+@pytest.mark.parametrize("count", [1, 63, 65, 129])
+def test_counts_around_tiles_of_few_bits(count, codec, device, monkeypatch, no_twin):
+    monkeypatch.setattr(attention_triton, "SHARE_BYTES", 1)
+    case = build(((3, count), (2, count + 1), (16, 1)), codec=codec, batch=2, head_dim=32, value_dim=16)
+    check(case, randn(2, 4, 1, 32, seed=8), device)
+
+
+@pytest.mark.parametrize("options", [{"window": 60}, {"softcap": 3.0}, {"sinks": randn(4, seed=11) * 3}], ids=list)
+@pytest.mark.parametrize("fillers", [False, True])
+def test_options_with_frames(options, fillers, device, no_twin):
+    case = build(ALL_WIDTHS, codec="spectrum2", head_dim=32, value_dim=48, batch=2, fillers=fillers, dropped=11)
+    check(case, randn(2, 4, 3, 32, seed=9), device, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16], ids=str)
+def test_masks_with_frames(dtype, device, no_twin):
+    """The first row of the batch sees no token in codes but one; its second query sees none at all."""
+    case = build(((4, 70), (3, 40), (16, 9)), codec="spectrum2", head_dim=32, batch=2, fillers=True)
+    seen = torch.rand(2, 1, 2, case.length, generator=torch.Generator().manual_seed(12)) < 0.7
+    seen[0] = False
+    seen[0, :, 0, int(case.segments[0].positions[0, 0, 9])] = True
+    mask = seen if dtype == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(dtype).min).to(dtype)
+    out = check(case, randn(2, 4, 2, 32, seed=14), device, mask=mask)
+    assert not out[0, :, 1].any()
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1e-6, 0.0), (1e3, 0.0), (1.0, 50.0)], ids=str)
+def test_frames_of_any_size(factor, offset, device, no_twin):
+    """Values that are small, large, or nearly alike."""
+    case = build(((8, 40), (4, 40), (3, 40)), codec="spectrum2", head_dim=32)
+    frame = case.frame.clone()
+    frame[..., 64:] *= factor
+    frame[..., 64:96] += offset
+    check(case._replace(frame=frame), randn(1, 4, 1, 32, seed=17), device)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 64, 65, 129, 300])

@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from reference import frequencies  # noqa: E402
 from test_attention import build, randn  # noqa: E402
 
-from spectrumkv_kernels import CODECS, Rotary  # noqa: E402
+from spectrumkv_kernels import CODECS, Rotary, Segment  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
 from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
@@ -48,15 +48,17 @@ from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: 
 
 attention_triton._overlaps = lambda device: True
 
-for head_dim, codec, fillers, options in (
-    (128, "spectrum", False, {}),
-    (256, "spectrum", False, {"softcap": 30.0, "window": 20}),
-    (80, "absmax", True, {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
-    (64, "rotated", False, {"mask": randn(1, 4, 1, 176).bfloat16()}),
+TIERS = (16, 5), (8, 67), (4, 71), (16, 33)
+SMALL = (16, 5), (3, 67), (2, 71), (16, 33)
+for head_dim, codec, tiers, fillers, options in (
+    (128, "spectrum", TIERS, False, {}),
+    (256, "spectrum", TIERS, False, {"softcap": 30.0, "window": 20}),
+    (80, "absmax", TIERS, True, {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
+    (64, "rotated", TIERS, False, {"mask": randn(1, 4, 1, 176).bfloat16()}),
+    (128, "spectrum2", TIERS, False, {}),
+    (80, "spectrum2", SMALL, True, {"softcap": 30.0, "sinks": randn(4)}),
 ):
-    case = build(
-        ((16, 5), (8, 67), (4, 71), (16, 33)), head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16
-    )
+    case = build(tiers, head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16)
     fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
     query = randn(1, 4, 1, head_dim).bfloat16()
     more = {"length": case.length, "ragged": fillers, "scale": 0.1, **fields, **options}
@@ -64,8 +66,11 @@ for head_dim, codec, fillers, options in (
     codec_triton.dense(case.segments, 0, case.length, torch.bfloat16, *fields.values())
     keys, positions = randn(1, 2, 40, head_dim).bfloat16(), torch.arange(40, dtype=torch.int32)
     codec_triton.key_mean(keys, positions, case.rotary)
-    for bits in (8, 4, 2):
-        codec_triton.encode(keys, keys, positions.expand(1, 2, -1).contiguous(), bits, *fields.values())
+    each, segments = positions.expand(1, 2, -1).contiguous(), []
+    for bits in (8, 4, 3, 2):
+        stored = codec_triton.encode(keys, keys, each, bits, *fields.values())
+        segments.append(Segment(bits, *stored, each))
+    codec_triton.dense(segments, 0, 40, torch.bfloat16, *fields.values())
     many = randn(1, 4, 90, head_dim).bfloat16()
     scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
 # Most query rows of a KV head: 48 heads and 32 queries.
