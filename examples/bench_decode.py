@@ -38,13 +38,17 @@ FILL_TOKENS = 4096
 """Tokens of a chunk where caches are filled with random keys and values."""
 
 
-def cache_maker(name: str, model: PreTrainedModel, capacity: int | None = None) -> Callable[[], Cache]:
-    """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, or `BACKEND:BITS` of `QuantizedCache`.
+def cache_maker(
+    name: str, model: PreTrainedModel, capacity: int | None = None, tokenizer: Any = None
+) -> Callable[[], Cache]:
+    """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, `plan:BUDGET` for one by the probe's plan
+    with the codec `spectrum2`, or `BACKEND:BITS` of `QuantizedCache`.
 
     Args:
         name: With `capacity` also `static` and `static-flex`, for `StaticCache` under sdpa and flex_attention.
         model: Whose config they take.
         capacity: Tokens that a cache takes which has to know.
+        tokenizer: For the probe.
 
     Raises:
         ValueError: none of those.
@@ -58,11 +62,17 @@ def cache_maker(name: str, model: PreTrainedModel, capacity: int | None = None) 
     backend, colon, bits = name.partition(":")
     if colon and bits.isdigit():
         return lambda: QuantizedCache(backend=backend, config=model.config, nbits=int(bits))
+    plan = name.startswith("plan:")
     try:
-        budget = float(name)
+        budget = float(name.removeprefix("plan:"))
     except ValueError:
-        known = f"{BASELINE}, fp16, a budget such as 0.3, or quanto:4; with --compile also {' or '.join(STATIC)}"
+        known = f"{BASELINE}, fp16, a budget such as 0.3, plan:0.2, quanto:4; with --compile also {' or '.join(STATIC)}"
         raise ValueError(f"cache {name!r}: choose {known}") from None
+    if plan:
+        policy = SpectrumCache.from_model(model, tokenizer, budget, codec="spectrum2").policy
+        return lambda: SpectrumCache(
+            config=model.config, policy=policy, codec="spectrum2", model=model, max_cache_len=capacity
+        )
     return lambda: SpectrumCache(config=model.config, budget=budget, max_cache_len=capacity)
 
 
@@ -173,7 +183,7 @@ def main() -> None:
         model, tokenizer = load_from(args)
         names = [BASELINE, *(name for name in args.caches if name != BASELINE)]
         capacity = args.context + WARM + args.steps + 1 if args.compile else None
-        makers = {name: cache_maker(name, model, capacity) for name in names}
+        makers = {name: cache_maker(name, model, capacity, tokenizer) for name in names}
         caches = {name: make() for name, make in makers.items()}
     except (ImportError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
