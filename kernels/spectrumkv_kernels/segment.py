@@ -11,6 +11,41 @@ def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+TILE = 64
+"""Tokens of a tile of packed positions, in which the steps from token to token take a byte each."""
+START = 4
+"""Bytes of the position of a tile's first token, which come before them."""
+
+
+def pack_positions(positions: torch.Tensor) -> torch.Tensor | None:
+    """Ascending positions, int32 `[batch, kv_heads, tokens]`, in about a quarter of the bytes, or None.
+
+    A tile is the position of its first token, an int32, and a step for each of its tokens: 0 for the first, then how
+    far the position is ahead of the one before.
+
+    Returns:
+        uint8 `[batch, kv_heads, ceil(tokens / TILE), START + TILE]`; None where a step does not fit a byte, a place has
+        no token, or nothing would be gained.
+    """
+    tokens = positions.shape[-1]
+    tiles = -(-tokens // TILE)
+    if tiles * (START + TILE) >= 4 * tokens or not positions.numel():
+        return None
+    steps = torch.nn.functional.pad(positions.diff(dim=-1), (1, tiles * TILE - tokens)).unflatten(-1, (tiles, TILE))
+    starts = positions[..., ::TILE].unsqueeze(-1).contiguous()
+    steps[..., 0] = 0
+    least, most = steps.aminmax()
+    if bool((least < 0) | (most > 255) | (starts.amin() < 0)):
+        return None
+    return torch.cat((starts.view(torch.uint8), steps.to(torch.uint8)), dim=-1)
+
+
+def unpack_positions(packed: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The positions that `pack_positions` took, int32 `[batch, kv_heads, tokens]`."""
+    starts = packed[..., :START].contiguous().view(torch.int32)
+    return (starts + packed[..., START:].cumsum(-1, dtype=torch.int32)).flatten(-2)[..., :tokens]
+
+
 class _Fields(NamedTuple):
     bits: int
     keys: Any
@@ -25,9 +60,25 @@ class Segment(_Fields):
         bits: 16 for exact tokens, else the width of a code.
         keys: A tensor `[batch, kv_heads, tokens, head_dim]` in the model's dtype for 16 bits, else `Quantized`.
         values: Likewise.
-        positions: int32 `[batch, kv_heads, tokens]`, the slots of the tokens, ascending, -1 where a row has no token.
+        positions: int32 `[batch, kv_heads, tokens]`, the slots of the tokens, ascending, -1 where a row has no token;
+            or as `pack_positions` has them.
         known: What an implementation has found out about these tensors and need not find out at every read.
     """
+
+    @property
+    def tokens(self) -> int:
+        return (self.keys if isinstance(self.keys, torch.Tensor) else self.keys.codes).shape[2]
+
+    @property
+    def packed(self) -> bool:
+        """Whether its positions are."""
+        return self.positions.dtype == torch.uint8
+
+    def unpacked(self) -> "Segment":
+        """The same with plain positions."""
+        if not self.packed:
+            return self
+        return Segment(self.bits, self.keys, self.values, unpack_positions(self.positions, self.tokens))
 
     @functools.cached_property
     def known(self) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any, Self, cast, get_args, get_origin
 from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, Calibrated, SinkProtect
 from spectrumkv_hf.policy.calibrated import PLANNED, LayerCost, Shares, allocate
 from spectrumkv_kernels.codec.quantize import divisor
+from spectrumkv_kernels.segment import START, TILE
 
-BESIDE = 6
+BESIDE = 2 + (START + TILE) / TILE
 """Bytes that a token of a head has beside its codes: a scale for the key and one for the value, and its position."""
 
 

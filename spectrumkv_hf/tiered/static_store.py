@@ -1,14 +1,14 @@
 """A store of fixed capacity, which decoding can change without the host: inside a compiled graph, or a captured one."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from spectrumkv_hf.policy import DROPPED, TIERS, Counts, Policy, Tier, increments, lifted
-from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore, sizes_of
+from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore, by_tier, sizes_of
 from spectrumkv_kernels import Codec, Rotary
 from spectrumkv_kernels.backend.tensor_cache import keep
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, number_of
@@ -117,7 +117,7 @@ class StaticStore(TieredStore):
 
     def take(self, other: TieredStore) -> None:
         """Hold what another store holds, whose tensors are copied when this one is published."""
-        self._now = other.contents
+        self._now = other.contents._replace(arenas=self._stored(other.arenas.values()))
 
     def succeed(self, before: "StaticStore | None") -> None:
         """Use the buffer of a store that is no longer used, where it fits: graphs that were captured read it there."""
@@ -175,12 +175,16 @@ class StaticStore(TieredStore):
             prepare(buffer, layout)
         return self._views
 
+    def _stored(self, arenas: Iterable[Arena]) -> dict[Tier, Arena]:
+        """Plain, as steps on the device keep them."""
+        return by_tier(arena.unpacked() for arena in arenas)
+
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
         had = 0 if old is None else len(old)
         views = self._lay_out({new.tier: had + len(new)})
         room = next(room for room in views.arenas if room.bits == new.tier.bits)
         whole = Arena(new.tier, *room[1:])
-        if old is not None and old.positions.data_ptr() != whole.positions.data_ptr():
+        if old is not None and old.places.data_ptr() != whole.places.data_ptr():
             return super()._joined(old, new)
         _copy(new, whole, had)
         return _narrowed(whole, had + len(new))
@@ -213,7 +217,7 @@ class StaticStore(TieredStore):
             if arena is None or room is None:
                 continue
             whole = Arena(tier, *room[1:])
-            if arena.positions.data_ptr() != whole.positions.data_ptr():
+            if arena.places.data_ptr() != whole.places.data_ptr():
                 _copy(arena, whole, 0)
             arenas[tier] = _narrowed(whole, len(arena))
         tail = now.length - now.tail_start

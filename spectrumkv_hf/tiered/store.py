@@ -22,6 +22,7 @@ from spectrumkv_kernels import (
     take,
 )
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
+from spectrumkv_kernels.segment import pack_positions
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens at most, and decoding tiers this many at a time."""
@@ -33,15 +34,35 @@ TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Arena:
-    """The tokens of one tier in one layer: as `spectrumkv_kernels.Segment`, whose fields these are."""
+    """The tokens of one tier in one layer: as `spectrumkv_kernels.Segment`, whose fields these are.
+
+    Attributes:
+        places: Positions as they are stored: plain, or packed.
+    """
 
     tier: Tier
     keys: torch.Tensor | Quantized
     values: torch.Tensor | Quantized
-    positions: torch.Tensor
+    places: torch.Tensor
 
     def __len__(self) -> int:
-        return self.positions.shape[-1]
+        return self.segment.tokens
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int32 `[batch, kv_heads, tokens]`, ascending, behind -1 where a row has fewer tokens."""
+        return self.segment.unpacked().positions
+
+    def packed(self) -> "Arena":
+        """With packed positions, where that takes fewer bytes; only what is coded is worth it."""
+        if self.tier == FP16 or self.segment.packed:
+            return self
+        places = pack_positions(self.places)
+        return self if places is None else replace(self, places=places)
+
+    def unpacked(self) -> "Arena":
+        """With plain positions, as is needed wherever tokens move: a tile has no meaning for some of its tokens."""
+        return replace(self, places=self.positions) if self.segment.packed else self
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -49,7 +70,7 @@ class Arena:
     @functools.cached_property
     def segment(self) -> Segment:
         """What attention reads; an arena's tensors are never replaced."""
-        return Segment(self.tier.bits, self.keys, self.values, self.positions)
+        return Segment(self.tier.bits, self.keys, self.values, self.places)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor with its name: `keys.codes`, `keys.affine`, ..., `positions`."""
@@ -59,7 +80,7 @@ class Arena:
                 yield side, stored
             else:
                 yield from ((f"{side}.{name}", t) for name, t in stored._asdict().items())
-        yield "positions", self.positions
+        yield "positions", self.places
 
     def map(self, function: TensorMap) -> "Arena":
         """A new arena of `function` of every tensor, called in the order of `tensors`."""
@@ -69,22 +90,24 @@ class Arena:
                 return function(stored)
             return Quantized(function(stored.codes), function(stored.affine))
 
-        return replace(self, keys=side(self.keys), values=side(self.values), positions=function(self.positions))
+        return replace(self, keys=side(self.keys), values=side(self.values), places=function(self.places))
 
     def extended(self, other: "Arena") -> "Arena":
         """A new arena with the tokens of `other` behind its own."""
 
-        theirs = (tensor for _, tensor in other.tensors())  # in the order in which `map` visits its own
-        return self.map(lambda own: torch.cat((own, next(theirs)), dim=2))
+        theirs = (tensor for _, tensor in other.unpacked().tensors())  # in the order in which `map` visits its own
+        return self.unpacked().map(lambda own: torch.cat((own, next(theirs)), dim=2))
 
     def kept(self, keep: torch.Tensor) -> "Arena":
         """A new arena of the tokens where `keep`, bool `[batch, kv_heads, tokens]`; rows with fewer start with -1."""
+        if self.segment.packed:
+            return self.unpacked().kept(keep)
         counts = keep.sum(-1, keepdim=True)
         size = int(counts.max()) if keep.numel() else 0
         order = torch.argsort(keep.to(torch.uint8), dim=-1, stable=True)[..., len(self) - size :]  # kept ones last
         arena = self.map(lambda t: take(t, order))
         empty = torch.arange(size, device=keep.device) < size - counts
-        arena.positions.masked_fill_(empty, -1)
+        arena.places.masked_fill_(empty, -1)
         return arena
 
 
@@ -177,7 +200,17 @@ class TieredStore:
                 f"before {first_kept} are missing from it"
             )
         store._now = Contents(
-            keys, values, _by_tier(arenas), length, tail_start, first_kept, frame, pads, ragged, drops, borrowed=True
+            keys,
+            values,
+            store._stored(arenas),
+            length,
+            tail_start,
+            first_kept,
+            frame,
+            pads,
+            ragged,
+            drops,
+            borrowed=True,
         )
         return store
 
@@ -359,11 +392,15 @@ class TieredStore:
         left = self.tail_length - tokens
         now = _with_capacity(self._now, left, self.length, skip=tokens)
         self._now = now._replace(
-            arenas=_by_tier(grown.values()),
+            arenas=self._stored(grown.values()),
             tail_start=self.tail_start + tokens,
             frame=frame,
             drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
         )
+
+    def _stored(self, arenas: Iterable[Arena]) -> dict[Tier, Arena]:
+        """Arenas by tier, their positions packed where the codec counts bytes."""
+        return by_tier(arena.packed() for arena in arenas) if self.codec.balanced else by_tier(arenas)
 
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
         """What a tier holds once more tokens have come."""
@@ -524,7 +561,8 @@ class TieredStore:
         if length < now.tail_start:
             arenas, ragged = _filtered(now.arenas, lambda positions: positions < length)
             keys, values = (t[:, :, :0].clone() for t in (now.keys, now.values))
-            now = now._replace(keys=keys, values=values, arenas=arenas, ragged=ragged, tail_start=length)
+            stored = self._stored(arenas.values())
+            now = now._replace(keys=keys, values=values, arenas=stored, ragged=ragged, tail_start=length)
         elif now.keys.shape[2] > 2 * _capacity(length - now.tail_start, length):
             now = _with_capacity(now, length - now.tail_start, length)
         pads = None if now.pads is None else now.pads.clamp(max=length)
@@ -542,7 +580,8 @@ class TieredStore:
         if gone:
             now = _with_capacity(now, self.tail_length - gone, now.length, skip=gone)
         arenas, ragged = _filtered(now.arenas, lambda positions: positions >= start)
-        self._now = now._replace(arenas=arenas, ragged=ragged, first_kept=start, tail_start=now.tail_start + gone)
+        stored = self._stored(arenas.values())
+        self._now = now._replace(arenas=stored, ragged=ragged, first_kept=start, tail_start=now.tail_start + gone)
 
     def lift(self, wanted: torch.Tensor, arena: Arena) -> None:
         """Put the tokens of `arena` in the place of those `wanted`, bool `[batch, kv_heads, tail_start]`."""
@@ -552,19 +591,19 @@ class TieredStore:
             stays = (old.positions >= 0) & ~leaves
             arenas[tier] = old if bool(stays.all()) else old.kept(stays)
         # `extended` copies, so that nothing of what was given stays alive.
-        empty = arena.map(lambda t: t[:, :, :0])
+        empty = arena.unpacked().map(lambda t: t[:, :, :0])
         joined = arenas.get(arena.tier, empty).extended(arena)
         order = torch.argsort(joined.positions, dim=-1, stable=True)
         joined = joined.map(lambda t: take(t, order))
         arenas[arena.tier] = joined.kept(joined.positions >= 0)
-        arenas = _by_tier(arena for arena in arenas.values() if len(arena))
-        self._now = self._now._replace(arenas=arenas, ragged=_ragged(arenas))
+        arenas = {tier: arena for tier, arena in arenas.items() if len(arena)}
+        self._now = self._now._replace(arenas=self._stored(arenas.values()), ragged=_ragged(arenas))
 
     def with_arenas(self, arenas: Sequence[Arena]) -> "TieredStore":
         """A store that shares all with this one but its arenas, which have to hold the same tokens."""
         keys, values = self.tail
         other = TieredStore(keys, values, self.codec, self.rotary)
-        other._now = self._now._replace(arenas=_by_tier(arenas))
+        other._now = self._now._replace(arenas=self._stored(arenas))
         return other
 
     def replace_tail(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
@@ -606,7 +645,7 @@ class TieredStore:
             assert arena.tier == tier and len(arena)
             positions = arena.positions.cpu()
             assert positions.dtype == torch.int32 and positions.shape == (batch, heads, len(arena))
-            assert all(t.shape[:3] == positions.shape for _, t in arena.tensors())
+            assert all(t.shape[:3] == positions.shape for _, t in arena.unpacked().tensors())
             assert int(positions.amin()) >= -1
             empty = positions < 0
             assert now.ragged or not bool(empty.any())
@@ -652,7 +691,7 @@ def _with_capacity(now: Contents, held: int, length: int, skip: int = 0) -> Cont
     return now._replace(keys=resized(now.keys), values=resized(now.values), borrowed=False)
 
 
-def _by_tier(arenas: Iterable[Arena]) -> dict[Tier, Arena]:
+def by_tier(arenas: Iterable[Arena]) -> dict[Tier, Arena]:
     """Arenas by their tiers, the most precise first."""
     return {arena.tier: arena for arena in sorted(arenas, key=lambda arena: TIERS.index(arena.tier))}
 

@@ -251,7 +251,7 @@ def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:
         if not bool(chosen.any()):
             continue
         state.update(tier.name.encode() if tier.bits < target.bits else b"there already")
-        for name, tensor in arena.tensors():
+        for name, tensor in arena.unpacked().tensors():
             if name == "positions" or name.endswith(".affine"):
                 state.update(host_bytes(tensor[chosen].view(torch.uint8)))
             elif name.endswith(".codes"):

@@ -14,6 +14,8 @@ namespace {
 
 constexpr Int BLOCK = 32;   // tokens converted at a time
 constexpr Int SHARE = 256;  // tokens of one unit of work, at least
+constexpr Int TILE = 64;    // tokens of a tile of packed positions, and
+constexpr Int START = 4;    // bytes before their steps; as in segment.py
 constexpr Int FINE = 256;   // positions in the table of fine angles; as in cpp.py
 constexpr float HIDDEN = -INFINITY;
 
@@ -33,8 +35,9 @@ struct Tokens {  // of one segment
     Int bits;  // 16: exact
     Int kind;  // of exact tokens
     Int tokens;
+    Int packed;         // its positions are
     View keys, values;  // [batch, kv_heads, tokens, dim], or packed codes
-    View positions;     // int32 [batch, kv_heads, tokens]
+    View positions;     // int32 [batch, kv_heads, tokens], or uint8 [batch, kv_heads, tiles, START + TILE]
     View key_affine, value_affine;
     const float *scales;  // what each byte of a one-byte scale stands for: [256], or null
 };
@@ -162,6 +165,7 @@ class Reader {
     const Problem &p;
     Scratch s;
     Int row = 0, head = 0, run = -1;  // run: position / FINE, for which the queries are turned
+    int32_t unpacked[BLOCK];
     Kept kept{p, nullptr};
 
     void prepare() {
@@ -206,10 +210,23 @@ class Reader {
 
     Int place(int32_t position) const { return std::clamp<Int>(position, 0, p.length - 1); }
 
+    // Positions from `t` on: as they lie, or from the steps of packed tiles.
+    const int32_t *positions_of(const Tokens &segment, Int t, Int count) {
+        if (!segment.packed) return segment.positions.at<int32_t>(row, head, t);
+        int32_t position = 0;
+        for (Int at = t / TILE * TILE; at < t + count; ++at) {
+            const uint8_t *tile = segment.positions.at<uint8_t>(row, head, at / TILE);
+            if (at % TILE == 0) std::memcpy(&position, tile, START);
+            position += tile[START + at % TILE];
+            if (at >= t) unpacked[at - t] = position;
+        }
+        return unpacked;
+    }
+
     // Reads tokens from `t` on, and says how many.
     Int block(const Tokens &segment, Int t, Int stop) {
-        const int32_t *positions = segment.positions.at<int32_t>(row, head, t);
         Int count = std::min(BLOCK, stop - t), width = p.width();
+        const int32_t *positions = positions_of(segment, t, count);
         bool coded = segment.bits < 16;
         if (coded && p.turns()) {
             Int to = place(positions[0]) / FINE, same = 1;

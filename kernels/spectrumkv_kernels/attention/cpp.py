@@ -37,6 +37,7 @@ class Tokens(ctypes.Structure):
         ("bits", INTEGER),
         ("kind", INTEGER),
         ("tokens", INTEGER),
+        ("packed", INTEGER),
         ("keys", View),
         ("values", View),
         ("positions", View),
@@ -102,8 +103,8 @@ def tiered_attention(
 
     The result depends on neither the number of threads nor the size of the batch.
     """
-    held = [s for s in segments if s.bits < 16 and s.positions.shape[-1]]
-    held += [s for s in segments if s.bits == 16 and s.positions.shape[-1]]
+    held = [s for s in segments if s.bits < 16 and s.tokens]
+    held += [s for s in segments if s.bits == 16 and s.tokens]
     if not _covers(query, held, mask):
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
@@ -187,8 +188,8 @@ def _tokens(segment: Segment, table: torch.Tensor | None) -> Tokens:
     bits, keys, values, positions = segment
     if isinstance(keys, Quantized):
         views = (_view(keys.codes), _view(values.codes), _view(positions), _view(keys.affine), _view(values.affine))
-        return Tokens(bits, 0, positions.shape[2], *views, _address(table))
-    return Tokens(bits, KINDS[keys.dtype], positions.shape[2], _view(keys), _view(values), _view(positions))
+        return Tokens(bits, 0, segment.tokens, segment.packed, *views, _address(table))
+    return Tokens(bits, KINDS[keys.dtype], segment.tokens, segment.packed, _view(keys), _view(values), _view(positions))
 
 
 def _view(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def tiered_attention(
     kv_heads = segments[0].positions.shape[1]
     group, rows = heads // kv_heads, heads // kv_heads * queries
     q = (query.float() * scale).reshape(batch, kv_heads, rows, head_dim)  # a group's heads and queries as rows
-    segments = [s for s in segments if s.positions.shape[-1]]
+    segments = [s.unpacked() for s in segments if s.tokens]
     coded = [s for s in segments if isinstance(s.keys, Quantized)]
     exact = _joined([s for s in segments if not isinstance(s.keys, Quantized)])
     sizes = [s.positions.shape[-1] for s in exact]

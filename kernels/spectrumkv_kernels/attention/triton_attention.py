@@ -161,7 +161,7 @@ def tiered_attention(
     Nothing is compiled anew as lengths grow, and the host waits for nothing. A CUDA graph can be captured: replays
     read what lies in the same tensors then; positions of -1, with `ragged`, mark places that no token has taken yet.
     """
-    held = [s for s in segments if s.positions.shape[-1]]
+    held = [s.unpacked() for s in segments if s.tokens]
     held.sort(key=_is_exact)
     laid = [_laid(s) for s in held]
     batch, heads, queries, dim = query.shape

@@ -187,6 +187,7 @@ def dense(
         for dim in dims(segments[0])
     )  # the last slot takes what lies elsewhere, and rows' empty places
     for segment in segments:
+        segment = segment.unpacked()
         k, v, positions = segment.keys, segment.values, segment.positions
         if isinstance(k, Quantized):
             k, v = decode(k, v, positions, segment.bits, codec, frame, rotary)

@@ -362,7 +362,7 @@ def dense(
     positions = segments[0].positions
     new = torch.empty if complete else torch.zeros
     out = [new(*positions.shape[:2], size, dim, dtype=dtype, device=positions.device) for dim in dims]
-    _read([s for s in segments if s.positions.shape[-1]], out, start, codec, frame, rotary, scatter=True)
+    _read([s.unpacked() for s in segments if s.tokens], out, start, codec, frame, rotary, scatter=True)
     return out[0], out[1]
 
 
