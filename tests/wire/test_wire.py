@@ -29,8 +29,11 @@ def sized(family):
     return {"sliding_window": WINDOW} if family in SLIDING else {}
 
 
+PLAN = dict.fromkeys(range(8), (0.0, 0.1, 0.3, 0.2, 0.4))
+
+
 def options(policy):
-    extra = {"probe_passed": True} if policy == "adaptive" else {}
+    extra = {"adaptive": {"probe_passed": True}, "calibrated": {"layers": PLAN}}.get(policy, {})
     return {"policy": policy, "budget": BUDGETS.get(policy), "recent_window": 8, **extra}
 
 

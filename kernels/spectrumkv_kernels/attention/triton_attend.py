@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from spectrumkv_kernels import segment
 from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, tokens_of
 from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three
 from spectrumkv_kernels.codec.triton_quantize import affine_of, load_affine
 
+TILE = tl.constexpr(segment.TILE)
+START = tl.constexpr(segment.START)
 WEIGHT_PEAK = tl.constexpr(14)
 """Binary logarithm of the largest weight on a value code; float16 then holds weights down to 2**-38 of it."""
 
@@ -24,16 +27,20 @@ def _capped(s, bias, softcap, SOFTCAP: tl.constexpr):
 def _hidden(
     s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, COUNTED: tl.constexpr,
-    RING: tl.constexpr,
+    RING: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores `[N, R]`, in units of log2, with what a row may not see at -inf.
 
-    `positions` are those of the tokens; of a ring, where one follows another, the first.
+    `positions` is where those of the tokens lie; of a ring, where one follows another, the first; where they are
+    packed, what `_unpacked` has found.
     """
     if CAUSAL or WINDOW or RAGGED or MASK != "none":
-        position = positions + token
-        if not RING:
-            position = tl.load(position, mask=live, other=-1)
+        if PACKED:
+            position = positions
+        else:
+            position = positions + token
+            if not RING:
+                position = tl.load(position, mask=live, other=-1)
         position = position[:, None]
         seen = live[:, None]
         if RAGGED:
@@ -57,6 +64,24 @@ def _hidden(
                 seen = seen & (entry.to(tl.float32) > mask_lowest)
         s = tl.where(seen, s, float("-inf"))
     return s
+
+
+@triton.jit
+def _unpacked(tiles, first, N: tl.constexpr):
+    """Positions, int32 `[N]`, of the tokens from `first` on, a multiple of `N`, from packed tiles; see `segment.py`.
+
+    Whole words are read, since loads of less are not pipelined. Behind the last token steps are 0.
+    """
+    words = (tiles + first // TILE * (START + TILE)).to(tl.pointer_type(tl.int32))
+    lane = tl.arange(0, TILE)
+    steps = (tl.load(words + START // 4 + lane // 4) >> (lane % 4 * 8)) & 255
+    found = tl.load(words) + tl.cumsum(steps, 0)
+    if N == TILE:
+        return found
+    else:
+        PARTS: tl.constexpr = TILE // N
+        part = tl.arange(0, PARTS)[:, None] == first // N % PARTS
+        return tl.sum(tl.where(part, tl.reshape(found, [PARTS, N]), 0), 0)
 
 
 @triton.jit
@@ -124,6 +149,7 @@ def attend_kernel(
     softcap,
     BITS: tl.constexpr,
     SHARED: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     R: tl.constexpr,
@@ -188,6 +214,8 @@ def attend_kernel(
             else:
                 base = bh * room + begin
                 positions = segments[i][2] + (begin if SHARED[i] else base)
+                if PACKED[i]:
+                    positions = segments[i][2] + bh * (tl.cdiv(size, TILE) * (START + TILE))
             out = floats + at_row[None, :] * DV
             m = tl.full([R], float("-inf"), tl.float32)
             total = tl.zeros([N, R], tl.float32)
@@ -212,7 +240,7 @@ def attend_kernel(
                     s = _capped(s, bias, softcap, SOFTCAP)
                     s = _hidden(
                         s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
-                        window, CAUSAL, WINDOW, RAGGED, "bool" if MASK == "folded" else MASK, COUNTED, RING,
+                        window, CAUSAL, WINDOW, RAGGED, "bool" if MASK == "folded" else MASK, COUNTED, RING, False,
                     )  # fmt: skip
                     peak = tl.maximum(m, tl.max(s, axis=0))
                     safe = tl.where(peak == float("-inf"), 0.0, peak)
@@ -271,8 +299,13 @@ def attend_kernel(
                         s = dot(_plane(k, kl, j, BITS[i]), planes[j], s)
                     bias = tl.where(live, 0.0, float("-inf"))[:, None]
                     s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
+                    where = positions
+                    if PACKED[i]:
+                        where = _unpacked(positions, begin + start, N)
                     if MEAN:
-                        at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
+                        at = where
+                        if not PACKED[i]:
+                            at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
                         place = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
                         c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
                         s += dot(c, pick, tl.zeros([N, R], tl.float32))
@@ -280,8 +313,8 @@ def attend_kernel(
                             s = tl.where(s < -32752.0, float("-inf"), s)
                     s = _capped(s, bias, softcap, SOFTCAP)
                     s = _hidden(
-                        s, token, live, positions, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
-                        window, CAUSAL, WINDOW, RAGGED, "none" if MASK == "folded" else MASK, COUNTED, RING,
+                        s, token, live, where, q_at, row_mask, mask_stride, mask_columns, mask_lowest, length,
+                        window, CAUSAL, WINDOW, RAGGED, "none" if MASK == "folded" else MASK, COUNTED, RING, PACKED[i],
                     )  # fmt: skip
                     # The reference exponent is that of p times the value's scale, so that float16 holds the product.
                     t = s + tl.log2(tl.maximum(vs, 2.0**-24))[:, None]

@@ -90,6 +90,7 @@ class _Laid(NamedTuple):
         room: Tokens that the buffers behind it hold for each row and head.
         dims: Head dims of keys and values.
         shared: All rows and heads have the same positions.
+        packed: They are packed.
         trait: What of it decides which code is compiled.
     """
 
@@ -98,6 +99,7 @@ class _Laid(NamedTuple):
     room: int
     dims: tuple[int, int]
     shared: bool
+    packed: bool
     trait: Any
 
 
@@ -107,10 +109,11 @@ def _laid(segment: Segment) -> _Laid:
         room = _room(segment)
         if room is None:
             segment = _contiguous(segment)
-            room = segment.positions.shape[-1]
+            room = segment.tokens
         held = _held(segment)
-        traits = (held.made()[0].dtype, *[address % 16 for address in held.addresses])
-        found = _Laid(held, segment.positions.shape[-1], room, dims(segment), shared(segment.positions), traits)
+        traits = (held.made()[0].dtype, segment.packed, *[address % 16 for address in held.addresses])
+        alike = not segment.packed and shared(segment.positions)
+        found = _Laid(held, segment.tokens, room, dims(segment), alike, segment.packed, traits)
         segment.known[__name__] = found
     return found
 
@@ -118,10 +121,14 @@ def _laid(segment: Segment) -> _Laid:
 def _room(segment: Segment) -> int | None:
     """Tokens that the buffers behind a segment hold for each row and head; None where they are laid out otherwise."""
     _, keys, values, positions = segment
-    batch, heads, tokens = positions.shape
+    (batch, heads), tokens = positions.shape[:2], segment.tokens
     sides = (*keys, *values) if isinstance(keys, Quantized) else (keys, values)
+    if segment.packed and not positions.is_contiguous():
+        return None
+    if not segment.packed and not shared(positions):
+        sides = (*sides, positions.unsqueeze(-1))
     rooms = set()
-    for t in sides if shared(positions) else (*sides, positions.unsqueeze(-1)):
+    for t in sides:
         strides, dim = t.stride(), t.shape[3]
         room = strides[1] // dim if heads > 1 else strides[0] // dim if batch > 1 else tokens
         if (dim > 1 and strides[3] != 1) or (tokens > 1 and strides[2] != dim):
@@ -161,7 +168,7 @@ def tiered_attention(
     Nothing is compiled anew as lengths grow, and the host waits for nothing. A CUDA graph can be captured: replays
     read what lies in the same tensors then; positions of -1, with `ragged`, mark places that no token has taken yet.
     """
-    held = [s.unpacked() for s in segments if s.tokens]
+    held = [s for s in segments if s.tokens]
     held.sort(key=_is_exact)
     laid = [_laid(s) for s in held]
     batch, heads, queries, dim = query.shape
@@ -189,6 +196,7 @@ def tiered_attention(
         len(rotary.inv_freq),
         rotary.interleaved,
         tuple([s.shared for s in laid]),
+        tuple([s.packed for s in laid]),
         mask_kind(mask),
         queries > 1 and mask is None,
         window is not None and mask is None,
@@ -475,6 +483,7 @@ def kernels_of(
     pairs: int,
     interleaved: bool,
     shared: tuple[bool, ...],
+    packed: tuple[bool, ...],
     mask: str,
     causal: bool,
     window: bool,
@@ -505,6 +514,7 @@ def kernels_of(
     attend = {
         "BITS": plan.bits,
         "SHARED": shared,
+        "PACKED": packed,
         "D": plan.dim,
         "DV": plan.value_dim,
         "R": plan.columns,

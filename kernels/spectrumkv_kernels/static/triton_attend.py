@@ -79,7 +79,8 @@ def _call(
     work = work_of(plan, flat, rows, scored, tokens, tokens, device, (*order, 0))
     kernels = kernels_of(
         plan, codec.symmetric, codec.balanced, codec.hadamard, centred, len(rotary.inv_freq), rotary.interleaved,
-        (False,) * len(bits), mask, False, window, layout.ragged, softcap, sinks, COUNTED, layout.kv_heads,
+        (False,) * len(bits), (False,) * len(bits), mask, False, window, layout.ragged, softcap, sinks, COUNTED,
+        layout.kv_heads,
     )  # fmt: skip
     starts = {name: start for name, _, _, start in layout.places}
     segments: list[tuple[int, ...]] = []

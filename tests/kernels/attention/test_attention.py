@@ -10,8 +10,9 @@ from spectrumkv_kernels.attention import cpp as attention_cpp
 from spectrumkv_kernels.attention import reference as attention
 from spectrumkv_kernels.backend import build_cpp
 from spectrumkv_kernels.backend.dispatch import VARIABLE
-from spectrumkv_kernels.codec.reference import decode, encode
+from spectrumkv_kernels.codec.reference import decode, dense, encode
 from spectrumkv_kernels.rotation.rotary import LARGEST_TABLE
+from spectrumkv_kernels.segment import pack_positions
 
 ALL_TIERS = ((16, 5), (8, 7), (4, 11), (2, 3), (16, 4))
 ALL_WIDTHS = (*ALL_TIERS, (3, 9))
@@ -142,6 +143,48 @@ def build(
         segment = Segment(bits, keys, values, positions)
         segments.append(with_fillers(segment, seed + i) if fillers and count else segment)
     return Case(segments, length, codec, frame, rotary, fillers)
+
+
+def packed(case):
+    """The case with packed positions in its tiers of codes, all of which can be."""
+    segments = [s if s.bits == 16 else s._replace(positions=pack_positions(s.positions)) for s in case.segments]
+    assert any(s.packed for s in segments)
+    return case._replace(segments=[Segment(*s) for s in segments])
+
+
+PACKED_CASES = {
+    "one query": {},
+    "several": {"queries": 3},
+    "window": {"queries": 2, "window": 100},
+    "mask": {"queries": 2, "columns": 290, "mask": True},
+    "sinks": {"sinks": True, "softcap": 5.0},
+}
+
+
+def packed_case(name, **options):
+    """Two cases, plain and packed, a query and what goes with it; tiles are full, and not."""
+    more = dict(PACKED_CASES[name])
+    tiers = ((16, 5), (8, 64), (4, 131), (3, 70), (2, 20))
+    case = build(tiers, codec="spectrum2", batch=2, head_dim=options.pop("head_dim", 32), **options)
+    heads, dim = 4, case.segments[0].keys.shape[-1]
+    query = randn(2, heads, more.pop("queries", 1), dim, seed=8)
+    if more.pop("mask", False):
+        seen = torch.rand(2, 1, query.shape[2], more.pop("columns"), generator=torch.Generator().manual_seed(1)) < 0.7
+        more["mask"] = seen
+    if more.pop("sinks", False):
+        more["sinks"] = randn(heads, seed=9)
+    return case, packed(case), query, {"scale": 0.3, **more}
+
+
+@pytest.mark.parametrize("name", PACKED_CASES)
+def test_packed_positions(name):
+    plain, tiled, query, options = packed_case(name)
+    out = tiled.attend(query, **options)
+    assert torch.equal(out, plain.attend(query, **options))
+    assert error(out, plain.expected(query, **options)) < 1e-5
+    dense_fields = (torch.float32, plain.codec, plain.frame, plain.rotary)
+    for a, b in zip(*(dense(c.segments, 3, c.length - 3, *dense_fields) for c in (plain, tiled)), strict=True):
+        assert torch.equal(a, b)
 
 
 def with_fillers(segment, seed):

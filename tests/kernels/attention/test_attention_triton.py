@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import error
-from test_attention import ALL_TIERS, build, randn
+from test_attention import ALL_TIERS, PACKED_CASES, build, packed_case, randn
 
 from spectrumkv_kernels import Quantized, Segment
 from spectrumkv_kernels import tiered_attention as twin
@@ -351,3 +351,13 @@ def test_a_token_that_is_not_a_number_is_not_hidden(side, masked, device):
     out = attend(case, query, device, scale=0.2, mask=mask)
     assert out[:, :2].isnan().all()
     assert torch.equal(out[:, 2:], sound[:, 2:])
+
+
+@pytest.mark.parametrize("head_dim", [32, 128, 256])
+@pytest.mark.parametrize("name", PACKED_CASES)
+def test_packed_positions(name, head_dim, device):
+    """Tiles of 64 tokens and, from 256 channels on, of which a kernel takes a half at a time."""
+    plain, tiled, query, options = packed_case(name, head_dim=head_dim)
+    out = attend(tiled, query, device, **options)
+    assert torch.equal(out, attend(plain, query, device, **options))
+    assert error(out, plain.expected(query, **options)) < TOLERANCE[query.dtype]
