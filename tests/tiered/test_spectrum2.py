@@ -10,8 +10,9 @@ from families import left_padded, model, prompt
 from transformers import DynamicCache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.policy import Calibrated, SinkProtect
-from spectrumkv_kernels import fit_frame, key_mean
+from spectrumkv_hf.policy import INT4, Calibrated, SinkProtect, UniformInt4
+from spectrumkv_hf.tiered.store import TieredStore
+from spectrumkv_kernels import CODECS, Rotary, fit_frame, key_mean
 
 SHARES = (0.02, 0.18, 0.3, 0.3, 0.2)
 EVEN = dict.fromkeys(range(8), SHARES)
@@ -164,3 +165,16 @@ def test_windows_balance_keys_by_the_queries_too(length):
         expected = fit_frame(keys, values, positions, layer.rotary, mean, counted, power[None])
         assert close(layer.store.frame, expected, 1e-5)
         assert not close(layer.store.frame, fit_frame(keys, values, positions, layer.rotary, mean, counted), 1e-2)
+
+
+@pytest.mark.parametrize(("head_dim", "most"), [(64, 0.262), (128, 0.256)])
+def test_bytes_of_int4(head_dim, most):
+    """Codes, scales and positions of all tokens in 4 bits, over their FP16 bytes."""
+    keys, values = (torch.randn(1, 2, 1024, head_dim, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    store = TieredStore(keys, values, CODECS["spectrum2"], Rotary())
+    store.append(keys, values)
+    store.compress(1024, UniformInt4(), torch.rand(1, 2, 1024))
+    arena = store.arenas[INT4]
+    assert sum(t.nbytes for _, t in arena.tensors()) <= most * 2 * (keys.numel() + values.numel())
+    assert torch.equal(arena.positions, torch.arange(1024, dtype=torch.int32).expand(1, 2, -1))
+    store.check_integrity()
