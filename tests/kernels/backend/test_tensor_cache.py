@@ -40,7 +40,7 @@ KEPT = {
     "hadamard_matrix": lambda: hadamard.hadamard_matrix(64, CPU),
     "probes": lambda: scores._probes_of_all(100, 8, 8, CPU),
     "row_weights": lambda: checksum.row_weights(CPU),
-    "codes_of_bytes": lambda: tier_map._codes_of_bytes(CPU),
+    "codes_of_bytes": lambda: tier_map._codes_of_bytes(2, CPU),
     "table": lambda: ROTARY.table(100, CPU),
     "steps": lambda: ROTARY.steps(256, 100, CPU),
     "counting": lambda: store._counting_to(100, CPU),

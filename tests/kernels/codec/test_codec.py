@@ -1,8 +1,10 @@
 import pytest
 import torch
-from reference import error, frequencies, rotated, rounding_bound, sylvester
+from reference import error, frame_for, frequencies, rotated, rounding_bound, sylvester
 
-from spectrumkv_kernels import CODECS, Quantized, Rotary
+from spectrumkv_kernels import CODECS, Quantized, Rotary, dequantize
+from spectrumkv_kernels.codec.frame import split_frame
+from spectrumkv_kernels.codec.quantize import quantize_unbiased
 from spectrumkv_kernels.codec.reference import decode, encode, key_mean
 
 BITS = (2, 4, 8)
@@ -27,15 +29,27 @@ def keys_with_offset(offset, rotary, positions, noise=1.0, seed=0):
 
 def assert_bounded(keys, values, positions, bits, codec, mean, rotary):
     """Round trip within what rounding allows, channel by channel in the frame where it happens."""
-    encoded = encode(keys, values, positions, bits, codec, mean, rotary)
-    restored = decode(*encoded, positions, bits, codec, mean, rotary)
-    shift = 0 if mean is None else rotated(rotary, mean.unsqueeze(-2).expand(keys.shape), positions)
-    for original, result, center in ((keys, restored[0], shift), (values, restored[1], 0)):
+    frame = frame_for(codec, mean, values.shape[-1])
+    encoded = encode(keys, values, positions, bits, codec, frame, rotary)
+    restored = decode(*encoded, positions, bits, codec, frame, rotary)
+    shift = rotated(rotary, mean.unsqueeze(-2).expand(keys.shape), positions) if codec.center else 0
+    sides = [(keys, shift, 1.0), (values, 0, 1.0)]
+    if codec.balanced:
+        parts = [part.double().unsqueeze(-2) for part in split_frame(frame, keys.shape[-1])]
+        sides = [(keys, shift, parts[1]), (values, parts[2], parts[3])]
+    for (original, center, scale), result, stored in zip(sides, restored, encoded, strict=True):
         assert result.dtype == torch.float32
-        frame = sylvester(original.shape[-1]) if codec.hadamard else torch.eye(original.shape[-1]).double()
-        coded = (original.double() - center) @ frame
-        bound = rounding_bound(coded, bits, codec.symmetric) + 1e-6 * original.double().norm(dim=-1)
-        assert bool((((result.double() - original.double()) @ frame).abs() <= bound.unsqueeze(-1)).all())
+        turn = sylvester(original.shape[-1]) if codec.hadamard else torch.eye(original.shape[-1]).double()
+        coded, back = (((x.double() - center) / scale) @ turn for x in (original, result))
+        if codec.balanced:
+            expected = quantize_unbiased(coded.float(), bits)
+            same = (expected.codes == stored.codes).all(-1) & (expected.affine == stored.affine).all(-1)
+            assert same.float().mean() > 0.97  # others have a channel on an edge between two codes
+            assert error(back[same], dequantize(expected, bits)[same]) < 1e-5
+            assert error(back, coded) < {2: 0.4, 3: 0.2, 4: 0.11, 8: 0.01}[bits]
+        else:
+            bound = rounding_bound(coded, bits, codec.symmetric) + 1e-6 * original.double().norm(dim=-1)
+            assert bool(((back - coded).abs() <= bound.unsqueeze(-1)).all())
 
 
 @PAIRING
@@ -45,8 +59,8 @@ def assert_bounded(keys, values, positions, bits, codec, mean, rotary):
 def test_round_trip(name, head_dim, bits, interleaved):
     codec, rotary = CODECS[name], Rotary(frequencies(head_dim // 4), interleaved)
     positions = scattered(2, 3, 37)
-    mean = 3 * randn(2, 3, head_dim) if codec.center else None
-    keys = keys_with_offset(3 * randn(2, 3, head_dim), rotary, positions)
+    mean = 3 * randn(2, 3, head_dim)
+    keys = keys_with_offset(mean, rotary, positions)
     values = randn(2, 3, 37, 48, seed=1)
     assert_bounded(keys, values, positions, bits, codec, mean, rotary)
 
@@ -70,10 +84,10 @@ def test_wrong_mean_or_rotary_still_round_trips(wrong, bits):
 def test_model_dtypes(dtype, name, bits):
     """Keys of a model's dtype are coded as their float32 values are."""
     codec, rotary, positions = CODECS[name], Rotary(frequencies(8)), scattered(2, 3, 9)
-    mean = randn(2, 3, 16) if codec.center else None
+    frame = frame_for(codec, randn(2, 3, 16), 16)
     keys, values = randn(2, 3, 9, 16).to(dtype), randn(2, 3, 9, 16, seed=1).to(dtype)
-    low = encode(keys, values, positions, bits, codec, mean, rotary)
-    full = encode(keys.float(), values.float(), positions, bits, codec, mean, rotary)
+    low = encode(keys, values, positions, bits, codec, frame, rotary)
+    full = encode(keys.float(), values.float(), positions, bits, codec, frame, rotary)
     for a, b in zip((*low[0], *low[1]), (*full[0], *full[1]), strict=True):
         assert (a is b is None) or torch.equal(a, b)
 
@@ -155,13 +169,13 @@ def gathered(stored, index):
 
 def assert_subsets_bit_equal(bits, codec, rotary):
     positions = scattered(2, 3, 53)
-    mean = 10 * randn(2, 3, 40) if codec.center else None
-    keys, values = encode(randn(2, 3, 53, 40), randn(2, 3, 53, 40, seed=1), positions, bits, codec, mean, rotary)
-    whole = decode(keys, values, positions, bits, codec, mean, rotary)
+    frame = frame_for(codec, 10 * randn(2, 3, 40), 40)
+    keys, values = encode(randn(2, 3, 53, 40), randn(2, 3, 53, 40, seed=1), positions, bits, codec, frame, rotary)
+    whole = decode(keys, values, positions, bits, codec, frame, rotary)
     for size in (1, 2, 3, 7, 8, 31):
         index = torch.rand(2, 3, 53, generator=torch.Generator().manual_seed(size)).argsort(-1)[..., :size]
         k, v, where = (gathered(stored, index) for stored in (keys, values, positions))
-        part = decode(k, v, where, bits, codec, mean, rotary)
+        part = decode(k, v, where, bits, codec, frame, rotary)
         assert torch.equal(part[0], gathered(whole[0], index)), f"keys of {size} tokens"
         assert torch.equal(part[1], gathered(whole[1], index)), f"values of {size} tokens"
 
