@@ -35,7 +35,7 @@ JITFunction.run = compile_only
 
 import torch  # noqa: E402
 from reference import frequencies  # noqa: E402
-from test_attention import build, randn  # noqa: E402
+from test_attention import build, packed, randn  # noqa: E402
 
 from spectrumkv_kernels import CODECS, Rotary, Segment  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
@@ -50,24 +50,28 @@ attention_triton._overlaps = lambda device: True
 
 TIERS = (16, 5), (8, 67), (4, 71), (16, 33)
 SMALL = (16, 5), (3, 67), (2, 71), (16, 33)
-for head_dim, codec, tiers, fillers, options in (
-    (128, "spectrum", TIERS, False, {}),
-    (256, "spectrum", TIERS, False, {"softcap": 30.0, "window": 20}),
-    (80, "absmax", TIERS, True, {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
-    (64, "rotated", TIERS, False, {"mask": randn(1, 4, 1, 176).bfloat16()}),
-    (128, "spectrum2", TIERS, False, {}),
-    (80, "spectrum2", SMALL, True, {"softcap": 30.0, "sinks": randn(4)}),
+for head_dim, codec, tiers, fillers, widths, options in (
+    (128, "spectrum", TIERS, False, (8, 4, 2), {}),
+    (256, "spectrum", TIERS, False, (4,), {"softcap": 30.0, "window": 20}),
+    (80, "absmax", TIERS, True, (4,), {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
+    (64, "rotated", TIERS, False, (3,), {"mask": randn(1, 4, 1, 176).bfloat16()}),
+    (128, "spectrum2", TIERS, False, (8, 4, 3, 2), {}),
+    (256, "spectrum2", SMALL, False, (), {"softcap": 30.0, "sinks": randn(4), "window": 20}),
 ):
     case = build(tiers, head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16)
+    if codec == "spectrum2":
+        case = packed(case)
     fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
     query = randn(1, 4, 1, head_dim).bfloat16()
     more = {"length": case.length, "ragged": fillers, "scale": 0.1, **fields, **options}
     attention_triton.tiered_attention(query, case.segments, **more)
+    if not widths:
+        continue
     codec_triton.dense(case.segments, 0, case.length, torch.bfloat16, *fields.values())
     keys, positions = randn(1, 2, 40, head_dim).bfloat16(), torch.arange(40, dtype=torch.int32)
     codec_triton.key_mean(keys, positions, case.rotary)
     each, segments = positions.expand(1, 2, -1).contiguous(), []
-    for bits in (8, 4, 3, 2):
+    for bits in widths:
         stored = codec_triton.encode(keys, keys, each, bits, *fields.values())
         segments.append(Segment(bits, *stored, each))
     codec_triton.dense(segments, 0, 40, torch.bfloat16, *fields.values())
