@@ -33,12 +33,13 @@ lint: $(BIN)/installed
 	$(BIN)/mypy
 
 # Other versions of Transformers and Triton than those of constraints.txt, in pairs. Tests that need
-# neither run in `make test` only, as do the longest ones. TESTS=tests runs everything on one:
+# neither run in `make test` only, as do the longest ones: Triton's interpreter is slow, and what counts
+# of another Triton is that it compiles the kernels (test_compiles). TESTS=tests runs everything on one:
 # make test-with-5.23.0+3.9.0 TESTS=tests
 MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
-LONG := tests/tiered/test_interruption.py tests/tiered/test_tiered_triton.py tests/kernels/static/test_static_triton.py
-TESTS ?= $(filter-out $(LONG), $(wildcard tests/tiered/test_*.py tests/kernels/*/*triton*.py)) \
-	tests/probe tests/evaluation/test_baselines.py \
+LONG := tests/tiered/test_interruption.py tests/tiered/test_tiered_triton.py
+TESTS ?= $(filter-out $(LONG), $(wildcard tests/tiered/test_*.py)) \
+	tests/probe tests/evaluation/test_baselines.py tests/kernels/rotation tests/kernels/wire \
 	tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
 

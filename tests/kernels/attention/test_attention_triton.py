@@ -353,8 +353,13 @@ def test_a_token_that_is_not_a_number_is_not_hidden(side, masked, device):
     assert torch.equal(out[:, 2:], sound[:, 2:])
 
 
-@pytest.mark.parametrize("head_dim", [32, 128, 256])
-@pytest.mark.parametrize("name", PACKED_CASES)
+OTHERS = [(name, dim) for name in PACKED_CASES for dim in (32, 128, 256)]
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("mask", 32), ("several", 256), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
+)
 def test_packed_positions(name, head_dim, device):
     """Tiles of 64 tokens and, from 256 channels on, of which a kernel takes a half at a time."""
     plain, tiled, query, options = packed_case(name, head_dim=head_dim)
