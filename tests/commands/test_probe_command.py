@@ -63,6 +63,18 @@ def test_tables(capsys):
     assert "yes" in run(capsys, *SHORT).split("int4")[1]
 
 
+def test_plan(capsys, probed):
+    plan = [*SHORT, "--probe", "plan", "--budget", "0.35", "--budget", "0.5"]
+    said = run(capsys, *plan)
+    assert "codec spectrum2, 40 tokens over the cache of 200 (random tokens), 3 layers tiered" in said
+    assert "KL at 2 bits" in said and "b=0.35" in said and "policy at b=0.5: calibrated b=0.5" in said
+    rows = [line for line in said.splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == 3 and all("%" in row for row in rows)
+    found = json.loads(run(capsys, *plan, "--json"))
+    assert found["probe"] == "plan" and found["policies"]["0.35"]["budget"] == 0.35
+    assert [layer["layer"] for layer in found["verdict"]["layers"]] == [0, 1, 2]
+
+
 def test_fresh(capsys, monkeypatch):
     seconds = [json.loads(run(capsys, *SHORT, "--json", *more))["verdict"]["seconds"] for more in ([], [], ["--fresh"])]
     assert seconds[0] == seconds[1] != seconds[2]
