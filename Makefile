@@ -38,8 +38,7 @@ lint: $(BIN)/installed
 # make test-with-5.23.0+3.9.0 TESTS=tests
 MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
 LONG := tests/tiered/test_interruption.py tests/tiered/test_tiered_triton.py
-TESTS ?= $(filter-out $(LONG), $(wildcard tests/tiered/test_*.py)) \
-	tests/probe tests/evaluation/test_baselines.py tests/kernels/rotation tests/kernels/wire \
+TESTS ?= $(filter-out $(LONG), $(wildcard tests/tiered/test_*.py)) tests/probe/test_probe.py \
 	tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
 

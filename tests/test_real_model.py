@@ -53,6 +53,7 @@ def test_examples_report_bad_arguments():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_reduced_evaluation(tmp_path):
     """`make eval`: every experiment on a small grid, with the numbers that even such a grid must give."""
     try:

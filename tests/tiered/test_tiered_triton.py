@@ -45,6 +45,7 @@ def test_like_plain_pytorch(family, sizes, budget, monkeypatch):
     assert close(out, expected)
 
 
+@pytest.mark.slow
 def test_padded_batch(monkeypatch):
     m, ids = model("llama", "sdpa").to(DEVICE), torch.cat((prompt(300), prompt(300).flip(1))).to(DEVICE)
     mask = torch.ones_like(ids)
