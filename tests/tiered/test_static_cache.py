@@ -43,7 +43,7 @@ def assert_alike(cache, other):
     maps, others = cache.tier_map(), other.tier_map()
     for index in maps.keys() & others.keys():
         assert maps[index].sum() == others[index].sum()
-        assert (maps[index] != others[index]).float().mean() < 0.05  # a model that repeats itself has many alike
+        assert (maps[index] != others[index]).float().mean() < 0.1  # a model that repeats itself has many alike
     for a, b in zip(cache.layers, other.layers, strict=True):
         keys = a.as_growing().keys if hasattr(a, "as_growing") else a.keys
         assert (keys - b.keys).norm() <= 3e-2 * b.keys.norm()  # 4 bits in the place of 8, for those few
