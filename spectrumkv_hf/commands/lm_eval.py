@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.results import Cell, Results
 from spectrumkv_hf.evaluation.report.tables import check_folders, print_table, shown
-from spectrumkv_hf.evaluation.subjects.methods import Tiered, parse_method
+from spectrumkv_hf.evaluation.subjects.methods import Planned, Tiered, parse_method
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 from spectrumkv_hf.support.extras import required
 
@@ -145,7 +145,7 @@ def evaluate(lm: "SpectrumLM", task: str, tasks: "TaskManager", args: argparse.N
 def _stayed_exact(spec: str, cell: Cell) -> bool:
     """Whether nothing that was measured says anything about the policy, because its tiers stayed empty."""
     method = parse_method(spec)
-    tiered = isinstance(method, Tiered) and not method.policy.lossless
+    tiered = isinstance(method, Planned) or (isinstance(method, Tiered) and not method.policy.lossless)
     return tiered and cell["cache"]["nominal_ratio"] in (0, 1)
 
 

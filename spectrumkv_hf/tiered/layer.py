@@ -594,7 +594,8 @@ class SpectrumLayer(CacheLayerMixin):
         """Tier what is due. After an error it is still due."""
         with torch.no_grad():
             self._tier(self._open.scores)
-        self._open.stage, self._open.scores, self._open.query_power = Stage.SETTLED, None, None
+        # The power of the queries stays: where all layers share a ranking, tokens may not have their tiers yet.
+        self._open.stage, self._open.scores = Stage.SETTLED, None
         self._publish()
 
     def _publish(self) -> None:

@@ -144,7 +144,7 @@ def _tier_codes(store: TieredStore, bits: int, shared: bool) -> torch.Tensor:
     Tokens that the layer does not hold have the largest code of `bits`.
     """
     size = store.tail_start - store.first_kept
-    first = next(iter(store.arenas.values())).positions
+    first = store.tail[0]
     codes = torch.full((*first.shape[:2], 1 + size), 2**bits - 1, dtype=torch.uint8, device=first.device)
     for code, arena in enumerate(store.arenas.values()):
         # What is not a place of the map goes into the first column.
@@ -190,6 +190,9 @@ def _decode_tiered(layer: SpectrumLayer, fields: Fields, held: Tensors, batch: i
     value_dim = values.shape[3]
     if not lossless and (key_dim % 2 or value_dim % 2):
         raise WireError(f"head_dim must be even, got {key_dim} for keys and {value_dim} for values")
+    for tier in layer.policy.tiers:  # those to come, too
+        check_channels("tail.keys", tier, key_dim)
+        check_channels("tail.values", tier, value_dim)
     if not heads or not value_dim or key_dim < max(2 * len(layer.rotary.inv_freq), 1):
         raise WireError(f"{heads} KV heads, {key_dim} channels in keys and {value_dim} in values, not this model's")
 

@@ -9,6 +9,7 @@ from families import model, prompt
 from transformers import DynamicCache
 
 from spectrumkv_hf import cache_argument
+from spectrumkv_hf.evaluation.experiments import needles
 from spectrumkv_hf.evaluation.protocols.quality import Quality, continuation_quality, measure, summarise, with_error
 from spectrumkv_hf.evaluation.report.results import Results
 from spectrumkv_hf.evaluation.report.tables import markdown_table
@@ -166,3 +167,11 @@ def test_damaged_results_are_refused(tmp_path, content):
 
 def test_markdown_table():
     assert markdown_table(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x/y | 1 |\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "budget"),
+    [("sink_protect:0.3", "0.3"), ("calibrated:0.2", "0.2"), ("snapkv:0.3", "snapkv:0.3"), ("kivi:2", "kivi:2")],
+)
+def test_figures_name_policies_by_budget_and_others_whole(spec, budget):
+    assert needles._budget(spec) == budget

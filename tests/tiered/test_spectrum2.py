@@ -178,3 +178,14 @@ def test_bytes_of_int4(head_dim, most):
     assert sum(t.nbytes for _, t in arena.tensors()) <= most * 2 * (keys.numel() + values.numel())
     assert torch.equal(arena.positions, torch.arange(1024, dtype=torch.int32).expand(1, 2, -1))
     store.check_integrity()
+
+
+def test_one_ranking_for_all_layers_balances_keys_alike():
+    """Layers are tiered when the last of them has been ranked, each by the queries that it has seen."""
+    m, ids = model("llama", "sdpa"), prompt(300)
+    caches = [SpectrumCache(m.config, policy=replace(POLICIES["sink_protect"], scope=scope), codec="spectrum2")
+              for scope in ("head", "token")]  # fmt: skip
+    for cache in caches:
+        forward(m, cache, ids)
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.store.frame, other.store.frame)

@@ -15,7 +15,8 @@ from families import FAMILIES, config, left_padded, model, prompt
 from safetensors.torch import load as load_safetensors
 
 from spectrumkv_hf import POLICIES, SpectrumCache, cache_argument, wire
-from spectrumkv_hf.policy import TIERS
+from spectrumkv_hf.policy import INT3, TIERS
+from spectrumkv_hf.policy.calibrated import LayerShares
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.wire import Assembler, Emitter, FrameHeader, Kind, WireError
 
@@ -582,3 +583,15 @@ def test_layers_and_policies_that_can_not_travel():
     cache.layers[1] = object()
     with pytest.raises(WireError, match="layers of class object can't be serialised"):
         cache.serialize()
+
+
+def test_a_plan_for_codes_that_the_channels_do_not_fill(monkeypatch):
+    """Refused when it is read, though no token is in a tier yet."""
+    m = model("llama", head_dim=12)
+    plan = options("calibrated") | {"layers": dict.fromkeys(range(8), (0.0, 0.0, 1.0, 0.0, 0.0))}
+    cache = filled(m, prompt(5), codec="spectrum2", **plan)
+    assert sent(cache, m.config).policy == cache.policy
+    data = cache.serialize()
+    monkeypatch.setattr(LayerShares, "tiers", (INT3,))
+    with pytest.raises(WireError, match="tail.keys has 12 channels; codes of 3 bits need multiples of 8"):
+        SpectrumCache.deserialize(data, m.config)

@@ -10,7 +10,14 @@ from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Ru
 from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over
 from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
-from spectrumkv_hf.evaluation.subjects.methods import Method, at_budgets, family_of, parse_method
+from spectrumkv_hf.evaluation.subjects.methods import (
+    Method,
+    Planned,
+    Tiered,
+    at_budgets,
+    family_of,
+    parse_method,
+)
 from spectrumkv_hf.probe.needles import NEEDLES, Needle, NeedlePrompts, found, needle_prompts
 
 FAMILIES = ("sink_protect", "paper_greedy", "paper_balanced", "paper_two_tier", "drop_window", "drop_scored")
@@ -152,5 +159,4 @@ class Needles(Experiment):
 def _budget(spec: str) -> str:
     """The budget of a spec's policy; of other methods the whole spec."""
     method = parse_method(spec)
-    budget = getattr(method, "budget", getattr(getattr(method, "policy", None), "budget", None))
-    return spec if budget is None else f"{budget:g}"
+    return f"{method.budget:g}" if isinstance(method, Tiered | Planned) else spec

@@ -77,7 +77,7 @@ class Tiered(Method):
 
     def __init__(self, spec: str, policy: Policy, codec: str = "spectrum") -> None:
         super().__init__(spec)
-        self.policy, self.codec = policy, codec
+        self.policy, self.codec, self.budget = policy, codec, policy.budget
 
     def cache(self, model: PreTrainedModel) -> Cache:
         return SpectrumCache(config=model.config, policy=self.policy, codec=self.codec)
