@@ -69,10 +69,7 @@ def cache_maker(
         known = f"{BASELINE}, fp16, a budget such as 0.3, plan:0.2, quanto:4; with --compile also {' or '.join(STATIC)}"
         raise ValueError(f"cache {name!r}: choose {known}") from None
     if plan:
-        policy = SpectrumCache.from_model(model, tokenizer, budget, codec="spectrum2").policy
-        return lambda: SpectrumCache(
-            config=model.config, policy=policy, codec="spectrum2", model=model, max_cache_len=capacity
-        )
+        return lambda: SpectrumCache.from_model(model, tokenizer, budget, codec="spectrum2", max_cache_len=capacity)
     return lambda: SpectrumCache(config=model.config, budget=budget, max_cache_len=capacity)
 
 

@@ -98,9 +98,9 @@ class SpectrumCache(TieredCache):
             budget = 0.5 if budget is None else budget
             if probe is not None and "floors" in policy_options:
                 raise TypeError("floors come from the probe: give a policy too, or probe=None")
-            by_bytes = probe == "auto" and codec in CODECS and CODECS[codec].balanced
-            kind = "plan" if by_bytes else getattr(probe, "kind", probe)
-            least = "two_tier" if kind in ("paper", "plan") else "sink_protect"
+            if probe == "auto":
+                probe = "plan" if codec in CODECS and CODECS[codec].balanced else "calibration"
+            least = "two_tier" if getattr(probe, "kind", probe) in ("paper", "plan") else "sink_protect"
             # Complains before anything is measured.
             cls(model.config, least, budget, codec, max_cache_len=max_cache_len, **policy_options)
             if probe is None:

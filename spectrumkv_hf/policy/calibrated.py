@@ -1,5 +1,6 @@
 """The policy of a probe's plan: each layer has its own shares of tokens in each tier, and the budget means bytes."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,13 +107,17 @@ class Calibrated(Policy):
         Raises:
             ValueError: the plan has no such layer.
         """
-        every = {index: self._of(shares) for index, shares in self.layers}
-        if layer not in every:
-            planned = ", ".join(map(str, every))
+        if layer not in self._each:
+            planned = ", ".join(map(str, self._each))
             raise ValueError(f"policy {self.name!r} was planned for layers {planned}, not for layer {layer}")
-        spare = sum(each.spare for each in every.values())
-        part = every[layer].spare / spare if spare else 0.0
-        return replace(every[layer], debt=part * sum(map(self._debt, every.values())))
+        return self._each[layer]
+
+    @functools.cached_property
+    def _each(self) -> dict[int, LayerShares]:
+        """Every layer, with its part of what all have to save."""
+        every = {index: self._of(shares) for index, shares in self.layers}
+        spare, debt = sum(each.spare for each in every.values()), sum(map(self._debt, every.values()))
+        return {i: replace(each, debt=debt * each.spare / spare if spare else 0.0) for i, each in every.items()}
 
     def _debt(self, layer: LayerShares) -> float:
         """What a layer's sinks and frame take beyond its shares."""

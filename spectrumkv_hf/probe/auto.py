@@ -129,16 +129,12 @@ def probed_policy(
 ) -> Policy:
     """The policy that a probe names for a model at a budget; see `SpectrumCache.from_model`.
 
-    `auto` is the plan for a codec that balances, the calibration for others.
-
     Where the model can't be probed, or can't retrieve even over the exact cache, a warning says what stands in.
 
     Raises:
         ValueError: an unknown probe, or one of another codec than the cache's.
     """
     if isinstance(probe, str):
-        if probe == "auto":
-            probe = PlanProbe.kind if CODECS[codec].balanced else CalibrationProbe.kind
         if probe not in PROBES:
             raise ValueError(f"unknown probe {probe!r}: choose from auto, {', '.join(PROBES)}, or None for no probe")
         probe = PROBES[probe](codec=codec)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrumkv_hf.policy import FP16, INT4, INT8, Tier
-from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, token_ids
+from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, check_least, check_length, token_ids
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, LayerError, TierReport
 from spectrumkv_kernels import CODECS
 
@@ -47,9 +47,7 @@ class CalibrationProbe:
             raise ValueError(f"unknown codec {self.codec!r}: choose from {', '.join(CODECS)}")
         if not 0 < self.loss < float("inf"):
             raise ValueError(f"loss is a positive number of nats, got {self.loss!r}")
-        for name, least in (("context", 64), ("continuation", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} is a number of tokens, {least} or more, got {getattr(self, name)!r}")
+        check_least(self, "a number of tokens", context=64, continuation=1)
 
     def forwards(self, model: PreTrainedModel) -> int:
         """Of the model, where every tier is safe: three over the exact cache, the control, the errors, three a tier."""
@@ -62,12 +60,8 @@ class CalibrationProbe:
             ProbeError: the model or the text is too short for them.
         """
         tokens = self.context + self.continuation
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or tokens
-        if tokens > longest:
-            raise ProbeError(
-                f"the model takes {longest} tokens, context and continuation of the probe are {self.context} and "
-                f"{self.continuation}"
-            )
+        needed = f"context and continuation of the probe are {self.context} and {self.continuation}"
+        check_length(model, tokens, needed)
         return token_ids(model, tokenizer, tokens)[0]
 
     def measure(self, model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor) -> CalibrationVerdict:
@@ -108,7 +102,7 @@ class CalibrationProbe:
 
     def _report(
         self,
-        measured: "Measurement",
+        measured: Measurement,
         tier: Tier,
         better: Tier,
         errors: Sequence[LayerError],

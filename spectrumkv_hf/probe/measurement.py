@@ -22,6 +22,20 @@ class ProbeError(ValueError):
     """A model that can't be probed."""
 
 
+def check_least(probe: Any, what: str, **least: int) -> None:
+    """Refuse fields of a probe that are no integers, or less than these, with a ValueError; `what` they are."""
+    for name, number in least.items():
+        if type(getattr(probe, name)) is not int or getattr(probe, name) < number:
+            raise ValueError(f"{name} is {what}, {number} or more, got {getattr(probe, name)!r}")
+
+
+def check_length(model: PreTrainedModel, tokens: int, needed: str) -> None:
+    """Refuse a model that takes fewer tokens, with a `ProbeError` that says what needs them."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or tokens
+    if tokens > longest:
+        raise ProbeError(f"the model takes {longest} tokens, {needed}")
+
+
 class Coding(NamedTuple):
     """The tiers of a layer's keys and values."""
 

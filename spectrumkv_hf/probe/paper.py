@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.policy import get_policy
-from spectrumkv_hf.probe.measurement import ProbeError
+from spectrumkv_hf.probe.measurement import ProbeError, check_least, check_length
 from spectrumkv_hf.probe.needles import NEEDLES, NeedlePrompts, ask, found, needle_prompts
 from spectrumkv_hf.probe.verdict import PaperVerdict, Trial
 from spectrumkv_hf.tiered.cache import TieredCache
@@ -48,8 +48,7 @@ class PaperProbe:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"unknown codec {self.codec!r}: choose from {', '.join(CODECS)}")
-        if type(self.tokens) is not int or self.tokens < 1:
-            raise ValueError(f"tokens is a number of tokens, 1 or more, got {self.tokens!r}")
+        check_least(self, "a number of tokens", tokens=1)
 
     def forwards(self, model: PreTrainedModel) -> int:
         """Of the model: 32 tokens for each of three needles, over the exact cache and over tiers."""
@@ -67,9 +66,7 @@ class PaperProbe:
     def _prompts(self, model: PreTrainedModel, tokenizer: Any) -> list[NeedlePrompts]:
         if tokenizer is None:
             raise TypeError("the paper's probe asks questions: give a tokenizer")
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or self.tokens
-        if self.tokens > longest:
-            raise ProbeError(f"the model takes {longest} tokens, the prompts of the probe have {self.tokens}")
+        check_length(model, self.tokens, f"the prompts of the probe have {self.tokens}")
         try:
             return [needle_prompts(tokenizer, needle, [depth], self.tokens) for needle, depth in TRIALS]
         except ValueError as problem:

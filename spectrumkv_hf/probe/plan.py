@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from spectrumkv_hf.policy import INT2
 from spectrumkv_hf.policy.calibrated import ERRORS
-from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, token_ids
+from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, check_least, check_length, token_ids
 from spectrumkv_hf.probe.passage import TEXTS
 from spectrumkv_hf.probe.verdict import LayerPlan, PlanVerdict
-from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_kernels import CODECS
 
 QUANTILES = 64
@@ -53,9 +52,7 @@ class PlanProbe:
             raise ValueError(f"budgets are planned for codecs that balance ({known}), got {self.codec!r}")
         if not self.texts or len({*self.texts}) < len(self.texts) or not {*self.texts} <= {*TEXTS}:
             raise ValueError(f"texts are some of {', '.join(TEXTS)}, each once, got {self.texts!r}")
-        for name, least in (("context", 64), ("continuation", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} is a whole number, {least} or more, got {getattr(self, name)!r}")
+        check_least(self, "a whole number", context=64, continuation=1)
 
     def forwards(self, model: PreTrainedModel) -> int:
         """Of the model: a text takes three over the exact cache, and one for each layer that has a cache."""
@@ -68,9 +65,7 @@ class PlanProbe:
             ProbeError: the model or a text is too short for them.
         """
         tokens = self.context + self.continuation
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or tokens
-        if tokens > longest:
-            raise ProbeError(f"the model takes {longest} tokens, a text of the probe has {tokens}")
+        check_length(model, tokens, f"a text of the probe has {tokens}")
         return torch.cat([token_ids(model, tokenizer, tokens, name)[0] for name in self.texts])
 
     def measure(self, model: PreTrainedModel, tokenizer: Any, ids: torch.Tensor) -> PlanVerdict:
@@ -83,11 +78,12 @@ class PlanProbe:
         found: list[tuple[dict[int, float], dict[int, torch.Tensor]]] = []
         for text in ids:
             measured = Measurement(model, text[None], self.context, self.codec, weigh=True)
-            tiered = {index: measured.layer(index) for index in measured.tiered}
-            losses = {index: measured.kl({index: Coding(INT2, INT2)}) for index in tiered}
-            found.append((losses, {i: _weights(measured.weights.get(i), _sinks(tiered[i])) for i in tiered}))
+            losses = {i: measured.kl({i: Coding(INT2, INT2)}) for i in measured.tiered}
+            sinks = {i: measured.layer(i).policy.sinks for i in measured.tiered}
+            found.append((losses, {i: _weights(measured.weights.get(i), sinks[i]) for i in measured.tiered}))
         layers = []
-        for index, layer in tiered.items():
+        for index in measured.tiered:
+            layer = measured.layer(index)
             loss = sum(losses[index] for losses, _ in found) / len(found)
             if not loss < float("inf"):
                 raise ProbeError(f"the model gives no numbers to compare: layer {index} in 2 bits costs {loss:g} nats")
@@ -111,10 +107,6 @@ class PlanProbe:
             layers=tuple(layers),
             seconds=time.perf_counter() - began,
         )
-
-
-def _sinks(layer: SpectrumLayer) -> int:
-    return layer.policy.sinks
 
 
 def _weights(attention: torch.Tensor | None, sinks: int) -> torch.Tensor:

@@ -213,9 +213,7 @@ class PlanVerdict(Stored):
         for window in {layer.window for layer in self.layers}:
             group = [layer for layer in self.layers if layer.window == window]
             fit = [t for t in PLANNED if not any(d % divisor(t.bits) for g in group for d in (g.key_dim, g.value_dim))]
-            costs = [
-                LayerCost(g.sensitivity, g.weights, BESIDE / (2 * (g.key_dim + g.value_dim))) for g in group
-            ]  # fmt: skip
+            costs = [LayerCost(g.sensitivity, g.weights, BESIDE / (2 * (g.key_dim + g.value_dim))) for g in group]
             planned = allocate(costs, budget, fit)
             shares |= {layer.layer: found for layer, found in zip(group, planned, strict=True)}
         return Calibrated(budget=budget, layers=tuple(sorted(shares.items())), **options)

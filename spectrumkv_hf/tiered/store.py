@@ -545,9 +545,8 @@ class TieredStore:
     def tiered_bytes(self) -> int:
         """Bytes of the arenas' tokens and the frame, exact numbers at two bytes each."""
         tensors = [tensor for arena in self.arenas.values() for _, tensor in arena.tensors()]
-        coded = sum(t.nbytes for t in tensors if not t.is_floating_point() or t.dtype == torch.float16)
-        exact = sum(2 * t.numel() for t in tensors if t.is_floating_point() and t.dtype != torch.float16)
-        return coded + exact + (0 if self.frame is None or not self.arenas else self.frame.nbytes)
+        size = sum(2 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors)
+        return size + (0 if self.frame is None or not tensors else self.frame.nbytes)
 
     def storages(self) -> Iterator[torch.Tensor]:
         """Tensors whose storages are all that the store keeps alive."""
@@ -559,10 +558,9 @@ class TieredStore:
         """Forget the tokens from position `length` on, in tail and arenas alike."""
         now = self._now
         if length < now.tail_start:
-            arenas, ragged = _filtered(now.arenas, lambda positions: positions < length)
+            arenas, ragged = self._filtered(lambda positions: positions < length)
             keys, values = (t[:, :, :0].clone() for t in (now.keys, now.values))
-            stored = self._stored(arenas.values())
-            now = now._replace(keys=keys, values=values, arenas=stored, ragged=ragged, tail_start=length)
+            now = now._replace(keys=keys, values=values, arenas=arenas, ragged=ragged, tail_start=length)
         elif now.keys.shape[2] > 2 * _capacity(length - now.tail_start, length):
             now = _with_capacity(now, length - now.tail_start, length)
         pads = None if now.pads is None else now.pads.clamp(max=length)
@@ -579,16 +577,27 @@ class TieredStore:
         gone = max(start - now.tail_start, 0)
         if gone:
             now = _with_capacity(now, self.tail_length - gone, now.length, skip=gone)
-        arenas, ragged = _filtered(now.arenas, lambda positions: positions >= start)
-        stored = self._stored(arenas.values())
-        self._now = now._replace(arenas=stored, ragged=ragged, first_kept=start, tail_start=now.tail_start + gone)
+        arenas, ragged = self._filtered(lambda positions: positions >= start)
+        self._now = now._replace(arenas=arenas, ragged=ragged, first_kept=start, tail_start=now.tail_start + gone)
+
+    def _filtered(self, keep: TensorMap) -> tuple[dict[Tier, Arena], bool]:
+        """Arenas of the tokens whose positions `keep` is True of, and whether some positions are -1 now."""
+        left = []
+        for arena in self.arenas.values():
+            positions = arena.positions
+            wanted = keep(positions) & (positions >= 0)
+            kept = arena if bool(wanted.all()) else arena.kept(wanted)
+            if len(kept):
+                left.append(kept)
+        stored = self._stored(left)
+        return stored, _ragged(stored)
 
     def lift(self, wanted: torch.Tensor, arena: Arena) -> None:
         """Put the tokens of `arena` in the place of those `wanted`, bool `[batch, kv_heads, tail_start]`."""
         arenas: dict[Tier, Arena] = {}
         for tier, old in self.arenas.items():
-            leaves = wanted.gather(2, old.positions.clamp(min=0).long())
-            stays = (old.positions >= 0) & ~leaves
+            positions = old.positions
+            stays = (positions >= 0) & ~wanted.gather(2, positions.clamp(min=0).long())
             arenas[tier] = old if bool(stays.all()) else old.kept(stays)
         # `extended` copies, so that nothing of what was given stays alive.
         empty = arena.unpacked().map(lambda t: t[:, :, :0])
@@ -596,8 +605,8 @@ class TieredStore:
         order = torch.argsort(joined.positions, dim=-1, stable=True)
         joined = joined.map(lambda t: take(t, order))
         arenas[arena.tier] = joined.kept(joined.positions >= 0)
-        arenas = {tier: arena for tier, arena in arenas.items() if len(arena)}
-        self._now = self._now._replace(arenas=self._stored(arenas.values()), ragged=_ragged(arenas))
+        arenas = self._stored(arena for arena in arenas.values() if len(arena))
+        self._now = self._now._replace(arenas=arenas, ragged=_ragged(arenas))
 
     def with_arenas(self, arenas: Sequence[Arena]) -> "TieredStore":
         """A store that shares all with this one but its arenas, which have to hold the same tokens."""
@@ -696,20 +705,10 @@ def by_tier(arenas: Iterable[Arena]) -> dict[Tier, Arena]:
     return {arena.tier: arena for arena in sorted(arenas, key=lambda arena: TIERS.index(arena.tier))}
 
 
-def _filtered(arenas: Mapping[Tier, Arena], keep: TensorMap) -> tuple[dict[Tier, Arena], bool]:
-    """The tokens whose positions `keep` is True of, and whether some positions are -1 now."""
-    left: dict[Tier, Arena] = {}
-    for tier, arena in arenas.items():
-        wanted = keep(arena.positions) & (arena.positions >= 0)
-        kept = arena if bool(wanted.all()) else arena.kept(wanted)
-        if len(kept):
-            left[tier] = kept
-    return left, _ragged(left)
-
-
 def _ragged(arenas: Mapping[Tier, Arena]) -> bool:
     """Whether some positions are -1; they come first in their rows."""
-    return any(bool((arena.positions[..., :1] < 0).any()) for arena in arenas.values())
+    plain = [arena.places for arena in arenas.values() if not arena.segment.packed]  # packed ones have none
+    return any(bool((positions[..., :1] < 0).any()) for positions in plain)
 
 
 def sizes_of(rows: Sequence[Counts], tokens: int) -> Counts:

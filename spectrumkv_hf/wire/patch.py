@@ -247,11 +247,12 @@ def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:
     """
     state = hashlib.blake2b(host_bytes(wanted.nonzero().flatten().view(torch.uint8)), digest_size=8)
     for tier, arena in store.arenas.items():
-        chosen = (arena.positions >= 0) & wanted.gather(2, arena.positions.clamp(min=0).long())
+        arena = arena.unpacked()
+        chosen = (arena.places >= 0) & wanted.gather(2, arena.places.clamp(min=0).long())
         if not bool(chosen.any()):
             continue
         state.update(tier.name.encode() if tier.bits < target.bits else b"there already")
-        for name, tensor in arena.unpacked().tensors():
+        for name, tensor in arena.tensors():
             if name == "positions" or name.endswith(".affine"):
                 state.update(host_bytes(tensor[chosen].view(torch.uint8)))
             elif name.endswith(".codes"):
