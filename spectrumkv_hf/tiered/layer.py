@@ -119,7 +119,7 @@ class SpectrumLayer(CacheLayerMixin):
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
         self.window: int | None = None
         self.capacity = capacity
-        self.undecodable = undecodable(policy, codec)
+        self.undecodable = undecodable(policy)
         self._direct = False  # the last attention of an update took its handles as they are, and could read the store
         self.on_update: Listeners[[int, torch.Tensor, torch.Tensor]] = Listeners()
         self.on_attention: Listeners[[Attention]] = Listeners()
@@ -563,7 +563,8 @@ class SpectrumLayer(CacheLayerMixin):
             if tokens > 1 and fits and (real := real_tokens(mask, tokens)) is not None:
                 self.store.note_padding(real.expand(self.store.batch_size, -1))
             pads = self.store.pads
-            if self.codec.balanced and self._due() and (self.store.frame is None or pads is not None):
+            begins = self.store.frame is None or pads is not None
+            if self.codec.balanced and tokens > 1 and begins and self._due():  # one query tells next to nothing
                 first = self.store.length - query.shape[2]
                 self._open.query_power = _power(query, self.kv_heads, None if pads is None else pads - first)
             reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP

@@ -22,14 +22,10 @@ SPARE = 8
 """Tokens that an arena has room for beyond what the policy says for a full layer."""
 
 
-def undecodable(policy: Policy, codec: Codec) -> str:
-    """Why tokens can't be tiered without the host by this policy and codec, or an empty string."""
+def undecodable(policy: Policy) -> str:
+    """Why tokens can't be tiered without the host by this policy, or an empty string."""
     if policy.lossless:
         return ""
-    if codec.balanced:
-        return f"codec {codec.name!r} is fitted to the tokens by the host"
-    if any(tier.bits == 3 for tier in policy.tiers):
-        return "codes of 3 bits are made by the host"
     if policy.importance not in RANKED:
         return f"importance {policy.importance!r} ranks on the host"
     if policy.scope != "head":

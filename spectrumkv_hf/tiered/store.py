@@ -9,7 +9,6 @@ import torch
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Counts, Policy, Tier, exempt, increments, lifted
 from spectrumkv_kernels import (
-    FLOAT16_MAX,
     Codec,
     Quantized,
     Rotary,
@@ -20,6 +19,7 @@ from spectrumkv_kernels import (
     key_mean,
     saturated,
     take,
+    without_unsound,
 )
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
 from spectrumkv_kernels.segment import pack_positions
@@ -342,11 +342,9 @@ class TieredStore:
         positions = torch.arange(self.tail_start, self.length, device=self.device)
         counted = index >= (sinks if self.tail_length > sinks else 0)
         keys, values = self.tail
-        # Once in the frame, one token that is not sound would spoil every other.
-        if not bool(keys.abs().amax() <= FLOAT16_MAX):  # NaN compares false
-            keys, counted = _sound(keys, counted)
-        if self.codec.balanced and not bool(values.abs().amax() <= FLOAT16_MAX):
-            values, counted = _sound(values, counted)
+        keys, counted = without_unsound(keys, counted)
+        if self.codec.balanced:
+            values, counted = without_unsound(values, counted)
         frame = key_mean(keys, positions, self.rotary, counted)
         if self.codec.balanced:
             frame = fit_frame(keys, values, positions, self.rotary, frame, counted, query_power)
@@ -481,7 +479,7 @@ class TieredStore:
         places = torch.arange(tokens, device=self.device).expand_as(ranked).contiguous()
         rank = torch.empty_like(ranked).scatter_(-1, ranked, places)
         filler = (rank - torch.tensor(now, device=self.device)[:, None, None]).clamp(min=0)
-        tier_of = torch.where((place < 0)[:, None], tier_by(filler, sizes - own), tier_by(rank, own))
+        tier_of = torch.where((place < 0)[:, None], tier_by(filler, (sizes - own).clamp(min=0)), tier_by(rank, own))
         # Where one row has its sinks among many others' middle, tiers may want more than all tokens together. The least
         # precise then gives some up; said here, so that positions stay in order within each tier.
         order = torch.argsort(tier_of, dim=-1, stable=True)
@@ -672,12 +670,6 @@ class TieredStore:
         assert now.pads is None or now.pads.shape == (batch,)
 
 
-def _sound(states: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values with 0 for tokens that float16 does not hold, which count no longer."""
-    sound = (states.abs() <= FLOAT16_MAX).all(-1)
-    return states.masked_fill(~sound.unsqueeze(-1), 0), counted & sound.all(1)
-
-
 def _capacity(held: int, length: int) -> int:
     """Tokens that the tail's buffers have room for where `held` lie in them, of `length` that were seen."""
     return min(-(-held // TAIL_STEP) * TAIL_STEP, held + length // SLACK)
@@ -714,11 +706,17 @@ def _ragged(arenas: Mapping[Tier, Arena]) -> bool:
 def sizes_of(rows: Sequence[Counts], tokens: int) -> Counts:
     """How many of `tokens` each tier takes, for all of `TIERS`, where the rows of a batch have these counts.
 
-    The most that a row has; the least precise tier in use takes the padding that is left.
+    The most that a row has. The least precise tier in use takes the padding that is left; where rows want more than
+    there are, the least precise tiers give it up.
     """
     sizes = {tier: max(row.get(tier, 0) for row in rows) for tier in TIERS}
-    last = next((tier for tier in reversed(TIERS) if sizes[tier]), TIERS[-1])
-    sizes[last] += tokens - sum(sizes.values())
+    spare = tokens - sum(sizes.values())
+    if spare > 0:
+        sizes[next((tier for tier in reversed(TIERS) if sizes[tier]), TIERS[-1])] += spare
+    for tier in reversed(TIERS):
+        given = min(sizes[tier], max(-spare, 0))
+        sizes[tier] -= given
+        spare += given
     return sizes
 
 

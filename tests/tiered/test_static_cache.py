@@ -9,10 +9,12 @@ from families import FAMILIES, config, left_padded, model, prompt
 from transformers import DynamicCache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
+from spectrumkv_hf.policy import Calibrated
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 
 CAPACITY = 320
 SMALL = {"budget": 0.3, "recent_window": 16}
+SHARES = (0.02, 0.18, 0.3, 0.3, 0.2)
 
 
 def generate(m, lengths, cache, tokens=70, **kwargs):
@@ -78,13 +80,25 @@ POLICIES = {
     "two_tier": {"policy": "two_tier", "budget": 0.4, "recent_window": 16},
     "balanced": {"policy": "balanced", "budget": 0.4, "recent_window": 7, "importance": "recency", "decay": 0.01},
     "absmax": {"policy": "uniform_int8", "codec": "absmax"},
+    "spectrum2": {**SMALL, "codec": "spectrum2"},
+    "plan": {
+        "policy": Calibrated(budget=0.3, layers=dict.fromkeys(range(8), SHARES), recent_window=16),
+        "codec": "spectrum2",
+    },
     "floor": {"budget": 0.7, "floors": {0: "fp16"}, "recent_window": 0},
 }
 
 
 @pytest.mark.parametrize(
     ("scenario", "policy"),
-    [*((scenario, "b=.3") for scenario in SCENARIOS), *(("late row", policy) for policy in POLICIES), ("beam", "fp16")],
+    [
+        *((scenario, "b=.3") for scenario in SCENARIOS),
+        *(("late row", policy) for policy in POLICIES),
+        ("beam", "fp16"),
+        ("short", "spectrum2"),
+        ("chunked", "plan"),
+        ("lookup", "plan"),
+    ],
 )
 def test_scenarios(scenario, policy):
     options = POLICIES[policy]
@@ -128,11 +142,15 @@ def test_policies_that_need_the_host_decode_there(options, because, caplog):
     assert not stepped(cache)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
-def test_between_steps_it_is_a_cache_like_others(family):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", SMALL), ("gemma3", SMALL), ("mistral", SMALL), ("llama", POLICIES["plan"])],
+    ids=["llama", "gemma3", "mistral", "llama, plan"],
+)
+def test_between_steps_it_is_a_cache_like_others(family, options):
     """Saved, cropped, copied, selected from, and gone on with."""
     m = model(family, "sdpa")
-    cache, other = SpectrumCache(m.config, **SMALL, max_cache_len=500), SpectrumCache(m.config, **SMALL)
+    cache, other = SpectrumCache(m.config, **options, max_cache_len=500), SpectrumCache(m.config, **options)
     first = generate(m, [150, 150], cache)
     assert torch.equal(first, generate(m, [150, 150], other))
     assert_alike(cache, other)

@@ -77,6 +77,7 @@ def compilations():
         ("gemma3", "sdpa", SMALL),
         ("gemma2", "spectrumkv", SMALL),
         ("gpt_oss", "spectrumkv", SMALL),
+        ("llama", "sdpa", {**SMALL, "codec": "spectrum2"}),
     ],
     ids=str,
 )
@@ -137,7 +138,9 @@ def test_a_full_cache_refuses():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [SMALL, {"policy": "fp16"}], ids=["b=.3", "fp16"])
+@pytest.mark.parametrize(
+    "options", [SMALL, {"policy": "fp16"}, {**SMALL, "codec": "spectrum2"}], ids=["b=.3", "fp16", "spectrum2"]
+)
 @pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma3", "sdpa"), ("gpt_oss", "spectrumkv")])
 def test_on_a_gpu_with_nothing_set(family, attention, options):
     m = model(family, attention).cuda()

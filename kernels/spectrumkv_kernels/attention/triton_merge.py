@@ -95,7 +95,9 @@ def merge_kernel(
         turned = tl.reshape(hadamard(tl.reshape(turned, (1, BLOCK)), SIZE), (BLOCK,)) * SIZE**-0.5
     if FITTED:
         values = frame + bh * FRAME + (FRAME - DV - 1)
-        turned = turned * tl.load(values + DV) + tl.sum(mass, axis=0) * tl.load(values + d, mask=d < DV, other=0.0)
+        fixed = coded > 0  # else there may be no frame yet
+        mean = tl.load(values + d, mask=fixed & (d < DV), other=0.0)
+        turned = turned * tl.load(values + DV, mask=fixed, other=0.0) + tl.sum(mass, axis=0) * mean
     if HADAMARD or FITTED:
         plain += turned
     norm = tl.sum(total, axis=0)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from spectrumkv_kernels.codec.quantize import FLOAT16_MAX
 from spectrumkv_kernels.rotation.rotary import Rotary
 
 CREDIT = 4
@@ -91,6 +92,24 @@ def fit_frame(
     value_mean = (values.float() * share).sum(2)
     spread = (values.float() - value_mean.unsqueeze(2)).square().mean(-1, keepdim=True)
     return torch.cat((mean, key_scale, value_mean, _usual(spread, share)), dim=-1)
+
+
+def without_unsound(states: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values by which a frame can be fitted, and which tokens count.
+
+    In the frame, one token that is not finite would spoil every other.
+
+    Args:
+        states: `[batch, kv_heads, tokens, dim]`.
+        counted: Bool `[batch or 1, tokens]`.
+
+    Returns:
+        The states with 0 for tokens that are beyond float16, and `counted` without those that are so in any head.
+    """
+    if bool(states.abs().amax() <= FLOAT16_MAX):  # NaN compares false
+        return states, counted
+    sound = (states.abs() <= FLOAT16_MAX).all(-1)
+    return states.masked_fill(~sound.unsqueeze(-1), 0), counted & sound.all(1)
 
 
 def _usual(power: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

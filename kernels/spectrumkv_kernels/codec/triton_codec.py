@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _load_residual(
+def load_residual(
     x, inside, positions, mean, scale, table, channels,
     DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
@@ -65,17 +65,17 @@ def encode_rows(
     """
     if WIDTH == DIM and WIDTH >= 32:
         part = tl.arange(0, WIDTH // 4)
-        y0 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        y0 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
         part += WIDTH // 4
-        y1 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        y1 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
         part += WIDTH // 4
-        y2 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        y2 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
         part += WIDTH // 4
-        y3 = _load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
+        y3 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
         y = join_quarters(y0, y1, y2, y3)
     else:
         channels = tl.arange(0, WIDTH)
-        y = _load_residual(x, inside, positions, mean, scale, table, channels, DIM, PAIRS, INTERLEAVED, EACH)
+        y = load_residual(x, inside, positions, mean, scale, table, channels, DIM, PAIRS, INTERLEAVED, EACH)
     BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
     store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
 

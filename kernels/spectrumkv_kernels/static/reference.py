@@ -2,7 +2,8 @@
 
 import torch
 
-from spectrumkv_kernels.codec.quantize import FLOAT16_MAX, Quantized
+from spectrumkv_kernels.codec.frame import fit_frame, without_unsound
+from spectrumkv_kernels.codec.quantize import Quantized
 from spectrumkv_kernels.codec.reference import take
 from spectrumkv_kernels.operations import encode, key_mean, tiered_attention
 from spectrumkv_kernels.segment import Segment
@@ -121,7 +122,7 @@ def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> N
     keys, values = views.keys[:, :, place], views.values[:, :, place]
     index = positions - views.pads[:, None]  # of each token in its row; below 0 for padding
     if layout.codec.center:
-        _settle_mean(views, layout, keys, positions, index, start)
+        _settle_frame(views, layout, keys, values, positions, index, start)
     keys, values, positions, index = (t[..., :BLOCK] for t in (keys.mT, values.mT, positions, index))
     keys, values = keys.mT, values.mT
 
@@ -154,17 +155,30 @@ def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> N
                 stored[:, :, there] = fresh
 
 
-def _settle_mean(
-    views: Views, layout: Layout, keys: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, start: int
+def _settle_frame(
+    views: Views,
+    layout: Layout,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    index: torch.Tensor,
+    start: int,
 ) -> None:
-    """Fix the mean of rows of which nothing was tiered yet, from their tokens in the tail but the sinks and padding."""
+    """Fix the frame of rows of which nothing was tiered yet, from their tokens in the tail but the sinks and padding.
+
+    Channels of queries are taken to be alike.
+    """
     rows = views.pads >= start
     if not bool(rows.any()):
         return
     counted = index >= (layout.sinks if positions.numel() > layout.sinks else 0)
-    sound = (keys.abs() <= FLOAT16_MAX).all(-1)
-    mean = key_mean(keys.masked_fill(~sound.unsqueeze(-1), 0), positions, layout.rotary, counted & sound.all(1))
-    views.frame.copy_(torch.where(rows[:, None, None], mean, views.frame))
+    keys, counted = without_unsound(keys, counted)
+    if layout.codec.balanced:
+        values, counted = without_unsound(values, counted)
+    frame = key_mean(keys, positions, layout.rotary, counted)
+    if layout.codec.balanced:
+        frame = fit_frame(keys, values, positions, layout.rotary, frame, counted)
+    views.frame.copy_(torch.where(rows[:, None, None], frame, views.frame))
 
 
 def _tiers(score: torch.Tensor, real: torch.Tensor, own: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -188,7 +202,7 @@ def _tiers(score: torch.Tensor, real: torch.Tensor, own: torch.Tensor, sizes: to
 
     rank = ranks(score, descending=True)
     filler = rank - real.sum(-1)[:, None, None]
-    tier = torch.where(real[:, None], by(rank, own), by(filler, sizes - own))
+    tier = torch.where(real[:, None], by(rank, own), by(filler, (sizes - own).clamp(min=0)))
     # Where a row has its sinks among the others' middle, arenas may want more than a block has. The least precise then
     # gives some up; said by rank once more, so that positions stay in order within each.
     return by(ranks(tier, descending=False), sizes)

@@ -14,7 +14,9 @@ import triton.language as tl
 
 from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, trait
 from spectrumkv_kernels.backend.tensor_cache import keep
-from spectrumkv_kernels.codec.triton_codec import DTYPES, ELEMENTS, encode_rows
+from spectrumkv_kernels.codec import frame as codec_frame
+from spectrumkv_kernels.codec.quantize import WIDTHS, divisor
+from spectrumkv_kernels.codec.triton_codec import DTYPES, ELEMENTS, encode_rows, load_residual
 from spectrumkv_kernels.codec.triton_quantize import FLOAT16_MAX
 from spectrumkv_kernels.rotation.triton_rotary import partner, turn, turns
 from spectrumkv_kernels.segment import contiguous_rows
@@ -26,6 +28,8 @@ BLOCK = tl.constexpr(static.BLOCK)
 LENGTH, TICKET = tl.constexpr(static.LENGTH), tl.constexpr(static.TICKET)
 BASE, REFUSED = tl.constexpr(static.BASE), tl.constexpr(static.REFUSED)
 HALF = tl.constexpr(ALIGNMENT // 2)
+CREDIT, FLOOR = tl.constexpr(codec_frame.CREDIT), tl.constexpr(codec_frame.FLOOR)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 WIDEST = 1024
 """Channels of a head at most."""
 OPTIONS = {"num_warps": 4, "num_stages": 1}
@@ -57,37 +61,132 @@ def _norms(x, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _settled_mean(
-    ring_keys, table, row, base, start, length, pad, heads, ring, sinks,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Mean of `R(-t) k` over a row's tokens from `start` on, but sinks, padding, and those unsound in any head."""
+def _sound(x, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Which of the wanted tokens, that begin at `x`, float16 holds: bool `[tokens]`."""
     channels = tl.arange(0, WIDTH)
+    there = wanted[:, None] & (channels < DIM)[None, :]
+    y = tl.load(x[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
+    return wanted & (tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH)  # not so of NaN
+
+
+@triton.jit
+def _counted(
+    ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    FITTED: tl.constexpr,
+):  # fmt: skip
+    """Which tokens a frame is fitted by: all but sinks, padding, and those unsound in any head."""
+    top = row // heads * heads
+    counted = (at < length) & (at - pad >= least)
+    for head in range(heads):
+        source = (top + head) * ring + place
+        counted = _sound(ring_keys + source * KEY_DIM, counted, KEY_DIM, KEY_WIDTH)
+        if FITTED:
+            counted = _sound(ring_values + source * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
+    return counted
+
+
+@triton.jit
+def _usual(logarithms, number):
+    """As `codec.frame._usual`, of the sum of the powers' logarithms and of how many there are."""
+    total = tl.sum(number, 0)
+    mean = tl.sum(logarithms, 0) / tl.where(total > 0, total, 1.0)
+    return tl.where(total > 0, tl.exp2(mean * 0.5), 1.0)
+
+
+@triton.jit
+def _settle_frame(
+    ring_keys, ring_values, frame, table, row, base, start, length, pad, heads, ring, sinks,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr, FITTED: tl.constexpr,
+):  # fmt: skip
+    """Store the frame of a row, of which nothing was tiered yet, by its tokens from `start` on.
+
+    The mean of `R(-t) k`, and where `FITTED` the other parts as `codec.frame.fit_frame` has them.
+    """
+    channels = tl.arange(0, KEY_WIDTH)
+    inside = channels < KEY_DIM
     other, sign = partner(channels, PAIRS, INTERLEAVED) if PAIRS else (channels, channels)
     least = tl.where(length - start > sinks, sinks, 0)
-    top = row // heads * heads
-    total = tl.zeros([TOKENS, WIDTH], tl.float32)
+    sums = tl.zeros([TOKENS, KEY_WIDTH], tl.float32)
     tokens = tl.zeros([TOKENS], tl.float32)
     for first in range(start, length, TOKENS):
         at = first + tl.arange(0, TOKENS)
         place = (at - base) % ring
-        counted = (at < length) & (at - pad >= least)
-        for each in range(heads):
-            x = ring_keys + (((top + each) * ring + place) * DIM)[:, None] + channels[None, :]
-            y = tl.load(x, mask=counted[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
-            flaws = tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) < WIDTH  # not so of NaN
-            counted = counted & (flaws == 0)
-        x = ring_keys + ((row * ring + place) * DIM)[:, None]
-        y = tl.load(x + channels[None, :], mask=counted[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
+        counted = _counted(
+            ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
+            KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, FITTED,
+        )  # fmt: skip
+        x = ring_keys + ((row * ring + place) * KEY_DIM)[:, None]
+        y = tl.load(x + channels[None, :], mask=counted[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if PAIRS:
             turned = counted[:, None] & (channels < 2 * PAIRS)[None, :]
             z = tl.load(x + other[None, :], mask=turned, other=0.0).to(tl.float32)
             cos, sin = turn(table, at, channels, PAIRS, INTERLEAVED)
             y = y * cos - sign[None, :] * z * sin
-        total += y
+        sums += y
         tokens += counted.to(tl.float32)
-    weight = tl.sum(tokens, 0)
-    return tl.sum(total, 0) / tl.where(weight > 0, weight, 1.0)
+    total = tl.sum(tokens, 0)
+    weight = tl.where(total > 0, total, 1.0)
+    tl.store(frame + channels, tl.sum(sums, 0) / weight, mask=inside)
+    if FITTED:
+        tl.debug_barrier()  # other threads read the mean
+        sums = tl.zeros([TOKENS, KEY_WIDTH], tl.float32)
+        value_channels = tl.arange(0, VALUE_WIDTH)
+        value_inside = value_channels < VALUE_DIM
+        value_sums = tl.zeros([TOKENS, VALUE_WIDTH], tl.float32)
+        for first in range(start, length, TOKENS):
+            at = first + tl.arange(0, TOKENS)
+            place = (at - base) % ring
+            counted = _counted(
+                ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
+                KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, FITTED,
+            )  # fmt: skip
+            x = ring_keys + ((row * ring + place) * KEY_DIM)[:, None]
+            y = load_residual(x, counted, at, frame, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True)
+            y = tl.where(counted[:, None], y * y, 0.0)
+            size = tl.sum(y, 1) * (1 / KEY_DIM)
+            sums += y / tl.where(size > 0, size, 1.0)[:, None]
+            v = ring_values + ((row * ring + place) * VALUE_DIM)[:, None] + value_channels[None, :]
+            value_sums += tl.load(v, mask=counted[:, None] & value_inside[None, :], other=0.0).to(tl.float32)
+        power = tl.sum(sums, 0) / weight
+        key_scale = frame + KEY_DIM
+        if PAIRS:  # the mean of both channels, by way of memory
+            tl.store(key_scale + channels, power, mask=inside)
+            tl.debug_barrier()
+            turned = channels < 2 * PAIRS
+            power = tl.where(turned, (power + tl.load(key_scale + other, mask=turned, other=0.0)) * 0.5, power)
+            tl.debug_barrier()
+        whole = tl.sum(power, 0) * (1 / KEY_DIM)
+        steady = tl.maximum((power * total + whole * CREDIT) / (total + CREDIT), whole * FLOOR)
+        balance = tl.where(whole > 0, 1 / tl.sqrt(tl.sqrt(tl.where(whole > 0, steady, 1.0))), 1.0)
+        mean = tl.sum(value_sums, 0) / weight
+        logarithms = tl.zeros([TOKENS], tl.float32)
+        number = tl.zeros([TOKENS], tl.float32)
+        value_logarithms = tl.zeros([TOKENS], tl.float32)
+        value_number = tl.zeros([TOKENS], tl.float32)
+        for first in range(start, length, TOKENS):
+            at = first + tl.arange(0, TOKENS)
+            place = (at - base) % ring
+            counted = _counted(
+                ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
+                KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, FITTED,
+            )  # fmt: skip
+            x = ring_keys + ((row * ring + place) * KEY_DIM)[:, None]
+            y = load_residual(x, counted, at, frame, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True)
+            y *= balance[None, :]
+            size = tl.sum(tl.where(counted[:, None], y * y, 0.0), 1) * (1 / KEY_DIM)
+            logarithms += tl.where(size > 0, tl.log2(tl.maximum(size, TINY)), 0.0)
+            number += (size > 0).to(tl.float32)
+            v = ring_values + ((row * ring + place) * VALUE_DIM)[:, None] + value_channels[None, :]
+            there = counted[:, None] & value_inside[None, :]
+            y = tl.load(v, mask=there, other=0.0).to(tl.float32) - mean[None, :]
+            size = tl.sum(tl.where(there, y * y, 0.0), 1) * (1 / VALUE_DIM)
+            value_logarithms += tl.where(size > 0, tl.log2(tl.maximum(size, TINY)), 0.0)
+            value_number += (size > 0).to(tl.float32)
+        tl.store(key_scale + channels, _usual(logarithms, number) / balance, mask=inside)
+        tl.store(key_scale + KEY_DIM + value_channels, mean, mask=value_inside)
+        tl.store(key_scale + KEY_DIM + VALUE_DIM, _usual(value_logarithms, value_number))
 
 
 @triton.jit
@@ -140,7 +239,7 @@ def _tiers(score, real, own, totals, ROOMS: tl.constexpr):
     for i in tl.static_range(ROOMS):
         mine = tl.load(own + i)
         edge += mine
-        spare += tl.load(totals + ROOMS + i) - tl.load(totals + i) - mine
+        spare += tl.maximum(tl.load(totals + ROOMS + i) - tl.load(totals + i) - mine, 0)
         tier += tl.where(real, rank >= edge, filler >= spare).to(tl.int32)
     rank = _rank(tier, False)  # once more, as in the twin
     tier = tl.zeros([BLOCK], tl.int32)
@@ -153,14 +252,15 @@ def _tiers(score, real, own, totals, ROOMS: tl.constexpr):
 
 @triton.jit
 def _store(
-    buffer, ring, mean, table, stored, affine, source, positions, places, inside,
+    buffer, ring, mean, scale, table, stored, affine, source, positions, places, inside,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Store keys or values in an arena.
 
     Args:
         ring: The tail's.
+        mean, scale: Of the frame, or None; see `encode_rows`.
         stored, affine: Where the arena's begin in the buffer, as `_odd`.
         source, places: Tokens' places in the tail and in the arena.
         inside: Which of them are stored.
@@ -172,10 +272,10 @@ def _store(
         out = _tensor(buffer, stored, ring.dtype.element_ty) + places[:, None] * DIM
         tl.store(out + channels, tl.load(x + channels, mask=there), mask=there)
     else:
-        scales = _tensor(buffer, affine, tl.float16)
+        scales = _tensor(buffer, affine, tl.float16 if scale is None else tl.uint8)
         encode_rows(
-            x, inside, positions, mean, None, table, _tensor(buffer, stored, tl.uint8), scales,
-            None if SYMMETRIC else scales + 1, places, DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, True,
+            x, inside, positions, mean, scale, table, _tensor(buffer, stored, tl.uint8), scales,
+            None if SYMMETRIC else scales + 1, places, DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, EACH,
         )  # fmt: skip
 
 
@@ -184,7 +284,7 @@ def _tier(
     buffer, table, places, tokens, row, heads, own_rows, block, base, length, ring, sinks, decay,
     TYPE: tl.constexpr, KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, RECENCY: tl.constexpr, DECAYS: tl.constexpr,
-    CENTER: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
+    FRAME: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Move one head's tokens of a block, by its number, into the arenas."""
@@ -196,15 +296,14 @@ def _tier(
     batch = row // heads
     own = _tensor(buffer, places[3], tl.int32) + (block.to(tl.int64) * own_rows + batch % own_rows) * ROOMS
     pad = tl.load(_tensor(buffer, places[4], tl.int32) + batch)
-    mean = _tensor(buffer, places[5], tl.float32) + row * KEY_DIM
-    if CENTER:  # noqa: SIM102  # one condition is for the compiler, the other for the device
+    frame = _tensor(buffer, places[5], tl.float32) + row * FRAME
+    FITTED: tl.constexpr = FRAME > KEY_DIM
+    if FRAME:  # noqa: SIM102  # one condition is for the compiler, the other for the device
         if pad >= start:  # nothing of this row was tiered yet
-            settled = _settled_mean(
-                ring_keys, table, row, base, start, length, pad, heads, ring, sinks,
-                KEY_DIM, KEY_WIDTH, PAIRS, INTERLEAVED, TOKENS // 2 if TOKENS > 1 else 1,
+            _settle_frame(
+                ring_keys, ring_values, frame, table, row, base, start, length, pad, heads, ring, sinks, KEY_DIM,
+                KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, PAIRS, INTERLEAVED, TOKENS // 2 if TOKENS > 1 else 1, FITTED,
             )  # fmt: skip
-            channels = tl.arange(0, KEY_WIDTH)
-            tl.store(mean + channels, settled, mask=channels < KEY_DIM)
     score = _scores(
         ring_keys, ring_values, row, base, start, length, pad, ring, sinks, decay,
         KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, RECENCY, DECAYS,
@@ -216,7 +315,7 @@ def _tier(
     for i in tl.static_range(ROOMS):
         there = row * _plain(tokens[i]) + tl.load(totals + i) + place
         tl.store(_tensor(buffer, places[10 + 5 * i], tl.int32) + there, start + token, mask=tier == i)
-    tl.debug_barrier()  # other threads read the positions and the mean
+    tl.debug_barrier()  # other threads read the positions and the frame
     for i in tl.static_range(ROOMS):
         begin = tl.load(totals + i)
         count = tl.load(totals + ROOMS + i) - begin
@@ -228,12 +327,15 @@ def _tier(
             at = tl.load(positions + origin + nth, mask=inside, other=0)
             source = row * ring + (at - base) % ring
             _store(
-                buffer, ring_keys, mean if CENTER else None, table, places[6 + 5 * i], places[7 + 5 * i], source, at,
-                origin + nth, inside, KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
+                buffer, ring_keys, frame if FRAME else None, frame + KEY_DIM if FITTED else None, table,
+                places[6 + 5 * i], places[7 + 5 * i], source, at, origin + nth, inside,
+                KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED, True,
             )  # fmt: skip
             _store(
-                buffer, ring_values, None, table, places[8 + 5 * i], places[9 + 5 * i], source, at,
-                origin + nth, inside, VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
+                buffer, ring_values, frame + 2 * KEY_DIM if FITTED else None,
+                frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, table,
+                places[8 + 5 * i], places[9 + 5 * i], source, at, origin + nth, inside,
+                VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, SYMMETRIC, 0, False, False,
             )  # fmt: skip
 
 
@@ -255,7 +357,7 @@ def append_kernel(
     key_head,
     value_batch,
     value_head,
-    places,  # as `_odd`, in units of `ALIGNMENT`: of keys, values, totals, own, pads, mean; of each room five
+    places,  # as `_odd`, in units of `ALIGNMENT`: of keys, values, totals, own, pads, frame; of each room five
     tokens,  # as `_odd`: that each room takes
     heads,
     own_rows,
@@ -273,7 +375,7 @@ def append_kernel(
     BITS: tl.constexpr,
     RECENCY: tl.constexpr,
     DECAYS: tl.constexpr,
-    CENTER: tl.constexpr,
+    FRAME: tl.constexpr,  # numbers of a row's frame
     HADAMARD: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -295,7 +397,7 @@ def append_kernel(
                 _tier(
                     buffer, table, places, tokens, row, heads, own_rows, done, base, length, ring, sinks, decay, TYPE,
                     KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, BITS, RECENCY, DECAYS,
-                    CENTER, HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
+                    FRAME, HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
                 )  # fmt: skip
         place = row * ring + (length - base) % ring
         tl.store(_tensor(buffer, places[0], TYPE) + place * KEY_DIM + key_channels, key.to(TYPE), mask=key_there)
@@ -342,7 +444,7 @@ def _fits(layout: Layout) -> bool:
         return False
     if not layout.tiers:
         return True
-    whole = all(bits == 16 or (bits in (2, 4, 8) and not any(d * bits % 8 for d in dims)) for bits, _ in layout.rooms)
+    whole = all(bits == 16 or (bits in WIDTHS and not any(d % divisor(bits) for d in dims)) for bits, _ in layout.rooms)
     ranked = layout.score in ("kv_norm", "recency")
     # A new token must not take the place of one that is still to be read by another program.
     spare = layout.ring > layout.recent_window + static.BLOCK + 1
@@ -390,7 +492,7 @@ def prepared(layout: Layout, device: torch.device) -> _Prepared | None:
         BITS=tuple(bits for bits, _ in layout.rooms),
         RECENCY=layout.score == "recency",
         DECAYS=bool(layout.decay),
-        CENTER=codec.center and layout.tiers,
+        FRAME=codec.frame_size(layout.key_dim, layout.value_dim) if layout.tiers else 0,
         HADAMARD=codec.hadamard and coded,
         SYMMETRIC=codec.symmetric,
         PAIRS=pairs,
