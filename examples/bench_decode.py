@@ -26,6 +26,7 @@ from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.methods import cache_memory
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
+from spectrumkv_hf.policy.calibrated import Calibrated, LayerCost, allocate
 from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.whole_file import write_whole
 
@@ -42,7 +43,7 @@ def cache_maker(
     name: str, model: PreTrainedModel, capacity: int | None = None, tokenizer: Any = None
 ) -> Callable[[], Cache]:
     """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, `plan:BUDGET` for one by the probe's plan
-    with the codec `spectrum2`, or `BACKEND:BITS` of `QuantizedCache`.
+    with the codec `spectrum2`, `typical:BUDGET` for one by `typical_plan`, or `BACKEND:BITS` of `QuantizedCache`.
 
     Args:
         name: With `capacity` also `static` and `static-flex`, for `StaticCache` under sdpa and flex_attention.
@@ -62,15 +63,33 @@ def cache_maker(
     backend, colon, bits = name.partition(":")
     if colon and bits.isdigit():
         return lambda: QuantizedCache(backend=backend, config=model.config, nbits=int(bits))
-    plan = name.startswith("plan:")
+    plan, number = backend if colon else "", name.rpartition(":")[2]
     try:
-        budget = float(name.removeprefix("plan:"))
+        budget = float(number)
     except ValueError:
-        known = f"{BASELINE}, fp16, a budget such as 0.3, plan:0.2, quanto:4; with --compile also {' or '.join(STATIC)}"
-        raise ValueError(f"cache {name!r}: choose {known}") from None
-    if plan:
+        plan, budget = "unknown", 0.0
+    if plan == "plan":
         return lambda: SpectrumCache.from_model(model, tokenizer, budget, codec="spectrum2", max_cache_len=capacity)
+    if plan == "typical":
+        policy = typical_plan(model.config.num_hidden_layers, budget)
+        return lambda: SpectrumCache(model.config, policy=policy, codec="spectrum2", max_cache_len=capacity)
+    if plan:
+        known = f"{BASELINE}, fp16, a budget such as 0.3, plan:0.2, typical:0.2, quanto:4"
+        raise ValueError(f"cache {name!r}: choose {known}; with --compile also {' or '.join(STATIC)}")
     return lambda: SpectrumCache(config=model.config, budget=budget, max_cache_len=capacity)
+
+
+def typical_plan(layers: int, budget: float) -> Calibrated:
+    """A plan for a model without a tokenizer, or whose weights are random: as a probe's, by numbers as it found them.
+
+    Sensitivities spread evenly, by their logarithms, over three orders of magnitude, in an order that mixes them. One
+    token in 64 gets most of the attention: about 47 times the mean, the others from .3 to .1 of it.
+    """
+    mixed = torch.randperm(layers, generator=torch.Generator().manual_seed(0)).tolist()
+    weights = [47.0, *(0.3 * 3 ** (-i / 62) for i in range(63))]
+    weights = [weight * len(weights) / sum(weights) for weight in weights]
+    costs = [LayerCost(10 ** (-3 * rank / max(layers - 1, 1)), weights, 0.006) for rank in mixed]
+    return Calibrated(budget=budget, layers=tuple(enumerate(allocate(costs, budget))))
 
 
 @torch.no_grad()  # what a static cache makes in inference mode can't be changed outside
@@ -109,6 +128,19 @@ def decode_times(
     return times[1:]
 
 
+@torch.inference_mode()
+def prefill_time(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk: int | None) -> float:
+    """Seconds of a prefill, in chunks of as many tokens as are given or at once."""
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for part in ids.split(chunk or ids.shape[1], dim=1):
+        model(input_ids=part, use_cache=True, logits_to_keep=1, **cache_argument(cache, model))
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 class Clock(StoppingCriteria):
     """When each step of `generate` was done; stops nothing."""
 
@@ -125,8 +157,9 @@ class Clock(StoppingCriteria):
 @torch.inference_mode(False)
 def generate_times(
     model: PreTrainedModel, ids: torch.Tensor, cache: Cache, steps: int, random: bool = False, everywhere: bool = False
-) -> tuple[list[float], float]:
-    """Seconds of each of `steps` steps of `generate`, and of the first `WARM` together.
+) -> tuple[list[float], float, int]:
+    """Seconds of each of `steps` steps of `generate`, of the first `WARM` together, and bytes that all of them took of
+    the device beside the cache, with those of a CUDA graph.
 
     Args:
         model, ids, cache, steps, random: As in `decode_times`.
@@ -138,13 +171,16 @@ def generate_times(
     if everywhere:
         settings["compile_config"] = CompileConfig()
         settings["compile_config"]._compile_all_devices = True
+    mask, before = torch.ones_like(ids), 0
+    if ids.is_cuda:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
     clock = Clock()
-    mask = torch.ones_like(ids)
     model.generate(
         ids, attention_mask=mask, stopping_criteria=[clock], pad_token_id=0, **settings, **cache_argument(cache, model)
     )
     times = [end - start for start, end in itertools.pairwise(clock.times)]
-    return times[WARM:], sum(times[:WARM])
+    return times[WARM:], sum(times[:WARM]), torch.cuda.memory_reserved() - before if ids.is_cuda else 0
 
 
 def parse_args() -> argparse.Namespace:
@@ -164,6 +200,14 @@ def parse_args() -> argparse.Namespace:
         help="steps of generate(), which compiles them for caches of fixed capacity; not for dynamic",
     )
     parser.add_argument(
+        "--prefill",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="CHUNK",
+        help="time prefills, with all that compressing takes, in the place of steps; in chunks of so many tokens",
+    )
+    parser.add_argument(
         "--no-cudnn",
         action="store_true",
         help="keep SDPA from cuDNN, which PyTorch prefers on some GPUs and which plans anew for every length",
@@ -179,7 +223,8 @@ def main() -> None:
         check_folders(args.json)
         model, tokenizer = load_from(args)
         names = [BASELINE, *(name for name in args.caches if name != BASELINE)]
-        capacity = args.context + WARM + args.steps + 1 if args.compile else None
+        fixed = args.compile or args.prefill
+        capacity = args.context + WARM + args.steps + 1 if fixed else None
         makers = {name: cache_maker(name, model, capacity, tokenizer) for name in names}
         caches = {name: make() for name, make in makers.items()}
     except (ImportError, OSError, ValueError) as problem:
@@ -203,21 +248,25 @@ def main() -> None:
                 if ids.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
                 cache = caches.pop(name, None) or make()
+                held = torch.cuda.memory_allocated() if ids.is_cuda else 0
                 try:
-                    if args.compile:
+                    if args.prefill is not None:
+                        times = [prefill_time(model, ids, cache, args.prefill)]
+                    elif args.compile:
                         attention = STATIC.get(name, own_attention)
                         if model.config._attn_implementation != attention:
                             model.set_attn_implementation(attention)
-                        times, first = generate_times(model, ids, cache, args.steps, args.fill, not ids.is_cuda)
+                        everywhere = not ids.is_cuda
+                        times, first, peaks[name] = generate_times(model, ids, cache, args.steps, args.fill, everywhere)
                         warm[name].append(first)
                     else:
                         times = decode_times(model, ids, cache, args.steps, args.fill)
                     medians[name].append(statistics.median(times))
                 except torch.OutOfMemoryError:
                     medians[name].append(math.inf)
-                stored[name] = 0 if ":" in name or name in STATIC else cache_memory(cache).stored
-                # With --compile all caches are there at once.
-                peaks[name] = torch.cuda.max_memory_allocated() if ids.is_cuda and not args.compile else 0
+                if ids.is_cuda and not args.compile:
+                    peaks[name] = torch.cuda.max_memory_allocated() - held
+                stored[name] = 0 if isinstance(cache, QuantizedCache | StaticCache) else cache_memory(cache).stored
                 if args.compile and name != BASELINE:  # the same object again: StaticCache compiles anew for another
                     cache.reset()
                     caches[name] = cache
@@ -230,27 +279,28 @@ def main() -> None:
         f"{args.model}, batch {args.batch}, {args.context} tokens of context, "
         f"{args.rounds} rounds of {args.steps} steps\n"
     )
-    rows = {}
+    rows, tokens = {}, args.batch * (1 if args.prefill is None else args.context)
     for name, seconds in medians.items():
         fits = math.isfinite(max(seconds))
         ratios = [base / own for base, own in zip(medians[BASELINE], seconds, strict=True)]
         compared = fits and math.isfinite(max(ratios))
         rows[name] = {
             "milliseconds": 1e3 * statistics.median(seconds) if fits else None,
-            "tokens_per_second": args.batch / statistics.median(seconds) if fits else None,
+            "tokens_per_second": tokens / statistics.median(seconds) if fits else None,
             "speed_over_dynamic": statistics.median(ratios) if compared else None,
             "lowest": min(ratios) if compared else None,
             "highest": max(ratios) if compared else None,
             "stored_bytes": stored[name] or None,
-            "peak_bytes": peaks[name] or None,
+            "peak_bytes": peaks.get(name) or None,
             "first_steps_seconds": warm[name] or None,
         }
 
     def shown(value: float | None, form: str, unit: float = 1) -> str:
         return "-" if value is None else format(value / unit, form)
 
+    unit = "ms/step" if args.prefill is None else "ms/prefill"
     print_table(
-        ["cache", "ms/step", "tokens/s", f"x {BASELINE}", "lowest", "highest", "cache GiB", "peak GiB", "first s"],
+        ["cache", unit, "tokens/s", f"x {BASELINE}", "lowest", "highest", "cache GiB", "peak GiB", "first s"],
         [
             [name]
             + [shown(row[key], ".1f") for key in ("milliseconds", "tokens_per_second")]
@@ -260,6 +310,8 @@ def main() -> None:
             for name, row in rows.items()
         ],
     )
+    if any(row["peak_bytes"] for row in rows.values()):
+        print(f"peak: beside {'model and cache' if args.compile else 'the model'}")
     if any(row["milliseconds"] is None for row in rows.values()):
         print("-: out of memory")
     if args.json:

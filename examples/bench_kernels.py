@@ -24,7 +24,20 @@ from spectrumkv_hf.evaluation.report.environment import versions
 from spectrumkv_hf.evaluation.report.figures import label_ends, legend_below, lines, new_figure, save
 from spectrumkv_hf.support.extras import required
 from spectrumkv_hf.support.whole_file import write_whole
-from spectrumkv_kernels import CODECS, Quantized, Rotary, Segment, dense, encode, key_mean, tiered_attention
+from spectrumkv_kernels import (
+    CODECS,
+    Codec,
+    Quantized,
+    Rotary,
+    Segment,
+    dense,
+    encode,
+    fit_frame,
+    key_mean,
+    split_frame,
+    tiered_attention,
+)
+from spectrumkv_kernels.segment import pack_positions
 
 SHAPES = {  # heads, KV heads, head_dim
     "Qwen2.5-7B": (28, 4, 128),
@@ -32,11 +45,27 @@ SHAPES = {  # heads, KV heads, head_dim
     "Gemma-2-9B": (16, 8, 256),
 }
 SIZES = {4096: (1, 4096), 32768: (1, 32768), 131072: (4, 32768), 262144: (8, 32768)}  # B*T: batch, tokens
-TIERS = {"b=.5": {8: 1.0}, "b=.3": {8: 0.2, 4: 0.8}}
+
+
+class Case(NamedTuple):
+    """Codec, and shares of tokens by bits."""
+
+    codec: Codec
+    tiers: dict[int, float]
+
+
+CASES = {
+    "b=.5": Case(CODECS["spectrum"], {8: 1.0}),
+    "b=.3": Case(CODECS["spectrum"], {8: 0.2, 4: 0.8}),
+    "8 bits": Case(CODECS["spectrum2"], {8: 1.0}),
+    "4 bits": Case(CODECS["spectrum2"], {4: 1.0}),
+    "[.25]": Case(CODECS["spectrum2"], {8: 0.08, 4: 0.59, 3: 0.24, 2: 0.09}),
+    "[.20]": Case(CODECS["spectrum2"], {8: 0.04, 4: 0.24, 3: 0.4, 2: 0.32}),
+}
+"""The last two are the mean shares of a probe's plans for SmolLM2-135M, whose single layers have two to four tiers."""
 SINKS, TAIL = 4, 96
 L2_BYTES = 128 << 20
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-CODEC = CODECS["spectrum"]
 DTYPE = torch.bfloat16
 
 
@@ -85,23 +114,39 @@ def exact(batch: int, heads: int, tokens: int, dim: int) -> tuple[torch.Tensor, 
     return torch.randn(shape, device="cuda", dtype=DTYPE), torch.randn(shape, device="cuda", dtype=DTYPE)
 
 
-def tiered(batch: int, heads: int, tokens: int, dim: int, tiers: dict[int, float]) -> list[Segment]:
+def tiered(batch: int, heads: int, tokens: int, dim: int, case: Case) -> list[Segment]:
     """Random codes in the layout of a cache after prefill: sinks, coded tokens scattered over the tiers, a tail."""
-    middle = tokens - SINKS - TAIL
-    counts = [round(middle * share) for share in tiers.values()]
+    middle, balanced = tokens - SINKS - TAIL, case.codec.balanced
+    counts = [round(middle * share) for share in case.tiers.values()]
+    counts[-1] += middle - sum(counts)
     order = torch.rand(batch, heads, middle, device="cuda").argsort(-1).to(torch.int32) + SINKS
     segments = [Segment(16, *exact(batch, heads, SINKS, dim), torch.arange(SINKS, device="cuda").int())]
-    for bits, positions in zip(tiers, order.split(counts, dim=-1), strict=True):
+    for bits, positions in zip(case.tiers, order.split(counts, dim=-1), strict=True):
 
         def side(n: int = positions.shape[-1], bits: int = bits) -> Quantized:
             codes = torch.randint(256, (batch, heads, n, dim * bits // 8), device="cuda", dtype=torch.uint8)
+            if balanced:
+                affine = torch.randint(96, 160, (batch, heads, n, 1), device="cuda", dtype=torch.uint8)
+                return Quantized(codes, affine)
             scale = torch.rand(batch, heads, n, device="cuda") / 2**bits
             return Quantized(codes, torch.stack((scale, -scale * 2 ** (bits - 1)), dim=-1).half())
 
-        segments.append(Segment(bits, side(), side(), positions.sort(-1).values))
+        places = positions.sort(-1).values
+        packed = pack_positions(places) if balanced else None
+        segments.append(Segment(bits, side(), side(), places if packed is None else packed))
     last = torch.arange(tokens - TAIL, tokens, device="cuda").int()
     segments.append(Segment(16, *exact(batch, heads, TAIL, dim), last))
-    return [s._replace(positions=s.positions.expand(batch, heads, -1)) for s in segments]
+    shared = [s._replace(positions=s.positions.expand(batch, heads, -1)) for s in (segments[0], segments[-1])]
+    return [shared[0], *segments[1:-1], shared[1]]
+
+
+def a_frame(batch: int, heads: int, dim: int, codec: Codec) -> torch.Tensor:
+    """Random means, and scales near 1."""
+    frame = torch.randn(batch, heads, codec.frame_size(dim, dim), device="cuda")
+    if codec.balanced:
+        for scale in (split_frame(frame, dim).key_scale, split_frame(frame, dim).value_scale):
+            scale.abs_().add_(0.5)
+    return frame
 
 
 def stored_bytes(segments: list[Segment]) -> int:
@@ -109,15 +154,19 @@ def stored_bytes(segments: list[Segment]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def attend(query: torch.Tensor, segments: list[Segment], tokens: int, frame: torch.Tensor, rotary: Rotary) -> Any:
+def attend(
+    query: torch.Tensor, segments: list[Segment], tokens: int, codec: Codec, frame: torch.Tensor, rotary: Rotary
+) -> Any:
     read = tiered_attention
     return read(
-        query, segments, length=tokens, scale=query.shape[-1] ** -0.5, codec=CODEC, frame=frame, rotary=rotary
+        query, segments, length=tokens, scale=query.shape[-1] ** -0.5, codec=codec, frame=frame, rotary=rotary
     )  # fmt: skip
 
 
-def dequantised(query: torch.Tensor, segments: list[Segment], tokens: int, frame: torch.Tensor, rotary: Rotary) -> Any:
-    return packed(query, *dense(segments, 0, tokens, DTYPE, CODEC, frame, rotary, True))
+def dequantised(
+    query: torch.Tensor, segments: list[Segment], tokens: int, codec: Codec, frame: torch.Tensor, rotary: Rotary
+) -> Any:
+    return packed(query, *dense(segments, 0, tokens, DTYPE, codec, frame, rotary, True))
 
 
 def quantized_cache(batch: int, heads: int, tokens: int, dim: int, bits: int = 4) -> tuple[Any, tuple[Any, Any]]:
@@ -155,12 +204,16 @@ def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats:
     return Timing(*(round(float(torch.tensor(times[2:]).quantile(q)), 5) for q in (0.5, 0.2, 0.8)))
 
 
-def compress(keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], rotary: Rotary) -> None:
-    """Mean of the keys, then codes of the tokens `places` of each width."""
+def compress(
+    keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], codec: Codec, rotary: Rotary
+) -> None:
+    """Mean of the keys and the rest of the frame, then codes of the tokens `places` of each width."""
     device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
     frame = key_mean.on(device.type)(keys, positions, rotary)
+    if codec.balanced:
+        frame = fit_frame(keys, values, positions, rotary, frame)
     for bits, index in places.items():
-        encode.on(device.type)(keys, values, index.int(), bits, CODEC, frame, rotary, index=index)
+        encode.on(device.type)(keys, values, index.int(), bits, codec, frame, rotary, index=index)
 
 
 def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -193,7 +246,6 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
         for size in sizes:
             batch, tokens = SIZES[size]
             query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPE)
-            frame = torch.randn(batch, kv_heads, dim, device="cuda")
             whole = 2 * batch * kv_heads * tokens * dim * 2
             cases = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
             backend, base = best_sdpa(query, cases)
@@ -209,23 +261,25 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                 }  # fmt: skip
 
             yield row(f"SDPA bf16 ({backend})", base, whole)
-            for name, tiers in TIERS.items():
-                segments = [tiered(batch, kv_heads, tokens, dim, tiers)]
+            for name, case in CASES.items():
+                codec, frame = case.codec, a_frame(batch, kv_heads, dim, case.codec)
+                segments = [tiered(batch, kv_heads, tokens, dim, case)]
                 stored = stored_bytes(segments[0])
-                segments += [tiered(batch, kv_heads, tokens, dim, tiers) for _ in range(copies(stored) - 1)]
-                time = timed([partial(attend, query, s, tokens, frame, rotary) for s in segments])
+                segments += [tiered(batch, kv_heads, tokens, dim, case) for _ in range(copies(stored) - 1)]
+                time = timed([partial(attend, query, s, tokens, codec, frame, rotary) for s in segments])
                 yield row(f"SpectrumKV {name}", time, stored)
                 if slow:
-                    time = timed([partial(dequantised, query, s, tokens, frame, rotary) for s in segments[:2]])
+                    time = timed([partial(dequantised, query, s, tokens, codec, frame, rotary) for s in segments[:2]])
                     yield row(f"dequantise {name}, SDPA", time, stored)
                 del segments
                 torch.cuda.empty_cache()
                 if slow:
                     order = torch.rand(batch, kv_heads, tokens, device="cuda").argsort(-1)
-                    parts = order.split([round(tokens * share) for share in tiers.values()], dim=-1)
-                    places = {bits: part.sort(-1).values for bits, part in zip(tiers, parts, strict=True)}
+                    shares = [round(tokens * share) for share in case.tiers.values()]
+                    parts = order[..., : sum(shares)].split(shares, dim=-1)
+                    places = {bits: part.sort(-1).values for bits, part in zip(case.tiers, parts, strict=True)}
                     pairs = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
-                    time = timed([partial(compress, *kv, places, rotary) for kv in pairs])
+                    time = timed([partial(compress, *kv, places, codec, rotary) for kv in pairs])
                     yield row(f"compress {name}", time, whole + stored)
                     del pairs
                     torch.cuda.empty_cache()
