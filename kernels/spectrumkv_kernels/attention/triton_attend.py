@@ -6,7 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from spectrumkv_kernels import segment
 from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, tokens_of
-from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three
+from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three, shifted
 from spectrumkv_kernels.codec.triton_quantize import affine_of, load_affine
 
 TILE = tl.constexpr(segment.TILE)
@@ -122,7 +122,7 @@ INTEGERS = [
 def attend_kernel(
     query,  # [batch * kv_heads, rows, D]
     halves,  # of `prepare_kernel`
-    floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; factor
+    floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; 0, 1; factor
     segments,  # of each: keys, values, positions; of coded ones scales and zero points of keys, of values
     mask,  # its columns are the last positions; COUNTED: the first ones
     counts,  # COUNTED: of `counted`
@@ -282,6 +282,12 @@ def attend_kernel(
                 term = first + tl.arange(0, pad(min(ROWS_PAD, R)))
                 pick = (term[:, None] == row[None, :]).to(tl.float16)
                 zeros = tl.zeros([N, R], tl.float32)
+                if BITS[i] == 3:
+                    # Which half of the words. It comes from memory, since the compiler brings loads into the layout of
+                    # operands before what is computed from them, but not what it counts itself.
+                    half = (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16))
+                    key_half = tl.load(half + tl.minimum(wk // (WK // 2), 1))[None, :]
+                    value_half = tl.load(half + tl.minimum(wv // (WV // 2), 1))[:, None]
                 for start in tl.range(0, count, N, num_stages=STAGES):
                     token = start + tl.arange(0, N)
                     live = token < count
@@ -291,7 +297,8 @@ def attend_kernel(
                         kl = tl.load(
                             keys + token[:, None] * KEY + (WK + wk % (WK // 2))[None, :],
                             mask=live[:, None] & (wk < WK), other=0,
-                        ) >> (wk // (WK // 2))[None, :].to(tl.int16)  # fmt: skip
+                        )  # fmt: skip
+                        kl = shifted(kl, key_half)
                     ks, kz = _affine(key_affine, token, live, SYMMETRIC, BITS[i])
                     vs, vz = _affine(value_affine, token, live, SYMMETRIC, BITS[i])
                     s = tl.zeros([N, R], tl.float32)
@@ -334,7 +341,8 @@ def attend_kernel(
                         vl = tl.load(
                             values + token[None, :] * VALUE + (WV + wv % (WV // 2))[:, None],
                             mask=live[None, :] & (wv < WV)[:, None], other=0,
-                        ) >> (wv // (WV // 2))[:, None].to(tl.int16)  # fmt: skip
+                        )  # fmt: skip
+                        vl = shifted(vl, value_half)
                     new = ()
                     for j in tl.static_range(16 // B):
                         new = new + (dot(_plane(v, vl, j, BITS[i]), w, accs[j] * alpha),)

@@ -616,7 +616,7 @@ def work_of(
     each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device))), 1)
     rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
     state_at = flat * splits * rows * plan.value_dim
-    factor_at = state_at + flat * splits * rows * 2
+    factor_at = state_at + flat * splits * rows * 2 + 2
     sizes = tuple((2 * size + 3, 2 * room + 3) for size, room in zip(tokens, rooms, strict=True))
     return Work(
         flat=flat,

@@ -43,7 +43,7 @@ def plane(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def plane_of_three(upper, lowest, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """As `plane`, for codes of 3 bits.
+    """As `plane`, for codes of 3 bits: what is shared by planes, shifts, and two bit operations a pair.
 
     Args:
         upper: Words of their upper two bits, side by side.
@@ -51,17 +51,27 @@ def plane_of_three(upper, lowest, SHIFT: tl.constexpr, MASK: tl.constexpr):
         MASK: That one bit.
     """
     if PACKED:
+        UP: tl.constexpr = f"shr.b32 t, $1, {SHIFT - 1};" if SHIFT else "shl.b32 t, $1, 1;"
         return tl.inline_asm_elementwise(
             f"""{{
                 .reg .b32 t, u;
-                shr.b32 t, $1, {SHIFT};
-                and.b32 t, t, {3 * MASK * 0x10001};
-                shl.b32 t, t, 1;
+                {UP}
                 shr.b32 u, $2, {SHIFT};
-                and.b32 u, u, {MASK * 0x10001};
-                or.b32 $0, t, u;
+                and.b32 t, t, {6 * MASK * 0x10001};
+                lop3.b32 $0, u, {MASK * 0x10001}, t, 0xEA;
             }}""",
             "=r,r,r", [upper, lowest], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     codes = ((upper >> SHIFT) & (3 * MASK)) << 1 | ((lowest >> SHIFT) & MASK)
     return codes.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def shifted(words, by):
+    """Words shifted down by 0 or 1, two at a time: what is carried from word to word is to be masked out."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 s; and.b32 s, $2, 1; shr.b32 $0, $1, s; }", "=r,r,r", [words, by], dtype=tl.int16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return words >> by

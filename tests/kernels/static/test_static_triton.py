@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from reference import assert_one_byte_scales
 from test_static import LAYERS, Layer, assert_frames, check, codes_of, every_layer, flawed, refused
 
-from spectrumkv_kernels import Rotary
+from spectrumkv_kernels import Quantized, Rotary, saturated
 from spectrumkv_kernels.static import reference
 from spectrumkv_kernels.static.layout import BASE, LENGTH, REFUSED
 
@@ -89,14 +90,16 @@ def test_flawed_tokens(codec, device):
             continue
         for stored, twin in ((arena.keys, other.keys), (arena.values, other.values)):
             part = slice(0, ours.sizes[[room.bits for room in ours.layout.rooms].index(arena.bits)])
-            affine, expected_affine = stored.affine[:, :, part], twin.affine[:, :, part]
+            mine, other = (Quantized(*(t[:, :, part] for t in side)) for side in (stored, twin))
+            assert torch.equal(saturated(mine), saturated(other))
+            sound = ~saturated(other)
+            mine, other = (Quantized(*(t[sound] for t in side)) for side in (mine, other))
             if codec == "spectrum2":
-                assert ((affine.int() - expected_affine.int()).abs() <= 1).all()
+                assert_one_byte_scales(mine, other, arena.bits)
             else:
-                torch.testing.assert_close(affine, expected_affine, rtol=2.0**-9, atol=2.0**-20)
-            sound = (expected_affine != (255 if codec == "spectrum2" else 65504)).all(-1)
-            differ = (codes_of(stored, arena.bits) - codes_of(twin, arena.bits))[:, :, part][sound]
-            assert differ.abs().max() <= 1
+                torch.testing.assert_close(mine.affine, other.affine, rtol=2.0**-9, atol=2.0**-20)
+            same = (mine.affine == other.affine).all(-1)
+            assert (codes_of(mine, arena.bits) - codes_of(other, arena.bits))[same].abs().max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
