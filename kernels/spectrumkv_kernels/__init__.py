@@ -5,15 +5,17 @@ in plain PyTorch specifies it.
 """
 
 from spectrumkv_kernels.backend.tensor_cache import clear_caches
-from spectrumkv_kernels.codec.frame import fit_frame, split_frame, without_unsound
+from spectrumkv_kernels.codec.frame import fit_frame, split_frame
 from spectrumkv_kernels.codec.quantize import (
     FLOAT16_MAX,
     Quantized,
+    any_saturated,
     dequantize,
     divisor,
     pack,
     quantize,
     saturated,
+    sound,
     unpack,
 )
 from spectrumkv_kernels.codec.reference import CODECS, Codec, take
@@ -36,8 +38,8 @@ from spectrumkv_kernels.segment import Segment
 from spectrumkv_kernels.wire.tier_map import map_bits, map_width, pack_map
 
 __all__ = [
-    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "attention_scores",
-    "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode", "fit_frame", "hadamard",
-    "key_mean", "map_bits", "map_width", "pack", "pack_map", "quantize", "real_tokens", "saturated", "split_frame",
-    "take", "tier_positions", "tiered_attention", "unpack", "without_unsound", "write_sums",
+    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "any_saturated",
+    "attention_scores", "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode",
+    "fit_frame", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map", "quantize", "real_tokens",
+    "saturated", "sound", "split_frame", "take", "tier_positions", "tiered_attention", "unpack", "write_sums",
 ]  # fmt: skip

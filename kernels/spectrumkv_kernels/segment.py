@@ -17,27 +17,48 @@ START = 4
 """Bytes of the position of a tile's first token, which come before them."""
 
 
-def pack_positions(positions: torch.Tensor) -> torch.Tensor | None:
+def can_pack(positions: torch.Tensor) -> torch.Tensor:
+    """Whether `pack_positions` can, bool `[]`, as it takes to know without waiting for the device."""
+    if not _gains(positions):
+        return torch.zeros((), dtype=torch.bool, device=positions.device)
+    starts, steps = _tiles(positions)
+    least, most = steps.aminmax()
+    return (least >= 0) & (most <= 255) & (starts.amin() >= 0)
+
+
+def pack_positions(positions: torch.Tensor, possible: bool | None = None) -> torch.Tensor | None:
     """Ascending positions, int32 `[batch, kv_heads, tokens]`, in about a quarter of the bytes, or None.
 
     A tile is the position of its first token, an int32, and a step for each of its tokens: 0 for the first, then how
     far the position is ahead of the one before.
 
+    Args:
+        positions: Ascending.
+        possible: What `can_pack` says of them, where it is known.
+
     Returns:
         uint8 `[batch, kv_heads, ceil(tokens / TILE), START + TILE]`; None where a step does not fit a byte, a place has
         no token, or nothing would be gained.
     """
+    if not (bool(can_pack(positions)) if possible is None else possible):
+        return None
+    starts, steps = _tiles(positions)
+    return torch.cat((starts.view(torch.uint8), steps.to(torch.uint8)), dim=-1)
+
+
+def _gains(positions: torch.Tensor) -> bool:
+    """Whether packed positions take fewer bytes."""
+    tokens = positions.shape[-1]
+    return -(-tokens // TILE) * (START + TILE) < 4 * tokens and bool(positions.numel())
+
+
+def _tiles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the tiles' first tokens, and steps: int32 `[batch, kv_heads, tiles, 1 and TILE]`."""
     tokens = positions.shape[-1]
     tiles = -(-tokens // TILE)
-    if tiles * (START + TILE) >= 4 * tokens or not positions.numel():
-        return None
     steps = torch.nn.functional.pad(positions.diff(dim=-1), (1, tiles * TILE - tokens)).unflatten(-1, (tiles, TILE))
-    starts = positions[..., ::TILE].unsqueeze(-1).contiguous()
     steps[..., 0] = 0
-    least, most = steps.aminmax()
-    if bool((least < 0) | (most > 255) | (starts.amin() < 0)):
-        return None
-    return torch.cat((starts.view(torch.uint8), steps.to(torch.uint8)), dim=-1)
+    return positions[..., ::TILE].unsqueeze(-1).contiguous(), steps
 
 
 def unpack_positions(packed: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -101,6 +101,12 @@ class Calibrated(Policy):
         mean = self._of(tuple(sum(column) / len(self.layers) for column in columns))
         return replace(mean, debt=self._debt(mean)).counts(tokens)
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Of all layers together."""
+        used = {tier for each in self._each.values() for tier in each.tiers}
+        return tuple(tier for tier in PLANNED if tier in used)
+
     def for_layer(self, layer: int) -> Policy:
         """The policy of one layer.
 

@@ -30,7 +30,7 @@ from spectrumkv_hf.tiered.mixed_layers import (
     LinearStates,
 )
 from spectrumkv_hf.tiered.rope import rotary_of
-from spectrumkv_hf.tiered.schedule import SharedRanking
+from spectrumkv_hf.tiered.schedule import Confirmations, SharedRanking
 from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 from spectrumkv_hf.tiered.store import TAIL_STEP
 from spectrumkv_kernels import CODECS
@@ -139,7 +139,7 @@ class TieredCache(Cache):
             getattr(config, "kv_sharing_modes", None) or ()
         )
         crossing = getattr(config, "cross_attention_layers", None) or ()
-        ranking = SharedRanking() if self.policy.scope == "token" else None
+        ranking, confirmations = SharedRanking() if self.policy.scope == "token" else None, Confirmations()
         configs = layer_configs(config)
         rotary = functools.cache(lambda layer, kind: rotary_of(configs[layer], kind))
         expected = functools.cache(lambda layer: fit.Expected.of(configs[layer]))
@@ -185,9 +185,11 @@ class TieredCache(Cache):
                     defer=bool(shares),
                     shared=None if static_window else ranking,
                     capacity=self._capacity,
+                    confirmations=confirmations,
                     **options,
                 )
             )
+            confirmations.last = index
             if ranking is not None and not static_window:
                 ranking.join()
         if self._notes and not self.policy.lossless:

@@ -14,9 +14,9 @@ from spectrumkv_hf.attention.masks import causal_mask
 from spectrumkv_hf.policy import FP16, Policy
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.listeners import Listeners
-from spectrumkv_hf.tiered.schedule import OpenUpdate, SharedRanking, Stage
+from spectrumkv_hf.tiered.schedule import Confirmations, OpenUpdate, SharedRanking, Stage
 from spectrumkv_hf.tiered.static_store import Plan, StaticStore, Step, undecodable
-from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore
+from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore, Tiering
 from spectrumkv_kernels import Codec, Rotary, attention_scores, divisor, real_tokens, tiered_attention
 from spectrumkv_kernels.static import library  # noqa: F401  # registers the operations that compiled graphs call
 from spectrumkv_kernels.static.layout import LENGTH
@@ -98,6 +98,7 @@ class SpectrumLayer(CacheLayerMixin):
         shared: The ranking that all layers share, for scope `token`.
         capacity: Tokens that the layer takes in all, for which it then keeps room from the first on, so that decoding
             can be compiled; None: it grows.
+        confirmations: Of all layers of the cache; None: the layer is alone.
     """
 
     is_croppable = True
@@ -113,10 +114,13 @@ class SpectrumLayer(CacheLayerMixin):
         defer: bool = False,
         shared: SharedRanking | None = None,
         capacity: int | None = None,
+        confirmations: Confirmations | None = None,
     ) -> None:
         # Not super().__init__(), which would assign `keys` and `values`, properties here.
         self.policy, self.codec, self.rotary = policy.for_layer(layer_idx), codec, rotary
+        self._tiers_beside = () if self.policy is policy else policy.tiers
         self.layer_idx, self.defer, self.shared = layer_idx, defer, shared
+        self.confirmations = Confirmations() if confirmations is None else confirmations
         self.window: int | None = None
         self.capacity = capacity
         self.undecodable = undecodable(policy)
@@ -132,6 +136,7 @@ class SpectrumLayer(CacheLayerMixin):
         before = getattr(self, "_held", None)
         self._buffer_of = before if isinstance(before, StaticStore) else getattr(self, "_buffer_of", None)
         self._held: TieredStore | None = None
+        self._tiering: Tiering | None = None  # is to be confirmed
         self._moved = False  # decoding has changed the store on the device
         self.count: int | None = 0
         """Tokens seen, for comparing layers; None once a compiled step has added to them."""
@@ -149,13 +154,22 @@ class SpectrumLayer(CacheLayerMixin):
     def _store(self) -> TieredStore | None:
         if self._moved:
             self._catch_up()
+        if self._tiering is not None:
+            self.confirm()
         return self._held
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have no buffer from which they could still learn what steps have done."""
-        if self._moved:
-            self._catch_up()
-        return self.__dict__ | {"_buffer_of": None}
+        return self.__dict__ | {"_held": self._store, "_buffer_of": None, "_moved": False, "_tiering": None}
+
+    def confirm(self) -> None:
+        """Wait until it is known whether codes stand for all tokens that were tiered; those for which none does stay
+        exact."""
+        if self._tiering is not None and self._held is not None:
+            with torch.no_grad(), _own_precision(self._held.device):
+                self._held.confirm(self._tiering)
+            self._tiering = None
+            self._publish()
 
     def _catch_up(self) -> None:
         """Learn what decode steps on the device have done.
@@ -212,7 +226,8 @@ class SpectrumLayer(CacheLayerMixin):
         if self.capacity is None:
             self._held = TieredStore(key_states, value_states, self.codec, self.rotary)
         else:
-            plan = Plan(self.capacity, self.policy, self.policy.floor(self.layer_idx), self.window)
+            floor = self.policy.floor(self.layer_idx)
+            plan = Plan(self.capacity, self.policy, floor, self.window, self._tiers_beside)
             self._held = StaticStore(key_states, value_states, self.codec, self.rotary, plan)
             self._held.succeed(self._buffer_of)
         self._buffer_of = None
@@ -597,7 +612,10 @@ class SpectrumLayer(CacheLayerMixin):
             self._tier(self._open.scores)
         # The power of the queries stays: where all layers share a ranking, tokens may not have their tiers yet.
         self._open.stage, self._open.scores = Stage.SETTLED, None
-        self._publish()
+        if self._tiering is None:
+            self._publish()
+        else:
+            self.confirmations.tiered(self)
 
     def _publish(self) -> None:
         """Let decode steps on the device find what is held."""
@@ -623,7 +641,8 @@ class SpectrumLayer(CacheLayerMixin):
         if self.shared is not None:
             self.shared.offer(self, score)
         else:
-            self.compress(tokens, score)
+            floor, power = self.policy.floor(self.layer_idx), self._open.query_power
+            self._tiering = store.tier(tokens, self.policy, score, floor, power)
             self.announce()
 
     def compress(self, tokens: int, score: torch.Tensor) -> None:

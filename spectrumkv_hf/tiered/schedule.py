@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -46,6 +46,41 @@ class OpenUpdate:
     stage: Stage = Stage.SETTLED
     scores: torch.Tensor | None = None
     query_power: torch.Tensor | None = None
+
+
+class Confirmed(Protocol):
+    """A layer that may have to look at its last tiering once more."""
+
+    layer_idx: int
+
+    def confirm(self) -> None: ...
+
+
+class Confirmations:
+    """The layer whose tiering is not confirmed yet.
+
+    A layer is confirmed when the next one has been tiered. So the host never waits for work that it has only just given
+    to the device, which would be idle then, and no more than one layer's exact tokens are held beside its codes.
+
+    Attributes:
+        last: Index of the last layer, which is confirmed at once: nothing is open behind a forward.
+    """
+
+    def __init__(self) -> None:
+        self.last = -1
+        self._waiting: Confirmed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"last": self.last, "_waiting": None}
+
+    def tiered(self, layer: Confirmed) -> None:
+        """Take note of a layer that is to be confirmed, and confirm the one before it."""
+        before, self._waiting = self._waiting, layer
+        if before is not None and before is not layer:
+            before.confirm()
+        if layer.layer_idx >= self.last:
+            self._waiting = None
+            layer.confirm()
 
 
 class Offer(NamedTuple):

@@ -42,12 +42,15 @@ class Plan:
         policy: By which tokens are tiered.
         floor: The policy's for this layer.
         window: Only the last ones are kept, as many as this, in a layer with a sliding window.
+        beside: Tiers that other layers have. This one keeps a few places for them, so that all layers run the same code
+            and it is compiled once.
     """
 
     capacity: int
     policy: Policy
     floor: Tier | None = None
     window: int | None = None
+    beside: tuple[Tier, ...] = ()
 
     @property
     def ring(self) -> int:
@@ -171,8 +174,11 @@ class StaticStore(TieredStore):
             prepare(buffer, layout)
         return self._views
 
+    @property
+    def _packs(self) -> bool:
+        return False  # steps on the device keep them plain
+
     def _stored(self, arenas: Iterable[Arena]) -> dict[Tier, Arena]:
-        """Plain, as steps on the device keep them."""
         return by_tier(arena.unpacked() for arena in arenas)
 
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
@@ -375,4 +381,4 @@ def _rooms(plan: Plan) -> tuple[tuple[Tier, int], ...]:
     tiered = max(plan.capacity - plan.policy.recent_window, 0)
     counts = [lifted(plan.policy.counts(n), plan.floor) for n in range(max(tiered - BLOCK, 0), tiered + 1)]
     most = {tier: max(count.get(tier, 0) for count in counts) for tier in TIERS if tier != DROPPED}
-    return tuple((tier, tokens + SPARE if tokens else 0) for tier, tokens in most.items())
+    return tuple((tier, tokens + SPARE if tokens or tier in plan.beside else 0) for tier, tokens in most.items())

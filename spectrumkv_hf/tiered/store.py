@@ -8,21 +8,23 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from spectrumkv_hf.policy import DROPPED, FP16, TIERS, Counts, Policy, Tier, exempt, increments, lifted
+from spectrumkv_hf.tiered.readback import Readback
 from spectrumkv_kernels import (
     Codec,
     Quantized,
     Rotary,
     Segment,
+    any_saturated,
     dense,
     encode,
     fit_frame,
     key_mean,
     saturated,
+    sound,
     take,
-    without_unsound,
 )
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
-from spectrumkv_kernels.segment import pack_positions
+from spectrumkv_kernels.segment import can_pack, pack_positions
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens at most, and decoding tiers this many at a time."""
@@ -53,11 +55,15 @@ class Arena:
         """int32 `[batch, kv_heads, tokens]`, ascending, behind -1 where a row has fewer tokens."""
         return self.segment.unpacked().positions
 
-    def packed(self) -> "Arena":
-        """With packed positions, where that takes fewer bytes; only what is coded is worth it."""
+    def packed(self, possible: bool | None = None) -> "Arena":
+        """With packed positions, where that takes fewer bytes; only what is coded is worth it.
+
+        Args:
+            possible: As in `pack_positions`.
+        """
         if self.tier == FP16 or self.segment.packed:
             return self
-        places = pack_positions(self.places)
+        places = pack_positions(self.places, possible)
         return self if places is None else replace(self, places=places)
 
     def unpacked(self) -> "Arena":
@@ -147,6 +153,26 @@ class Contents(NamedTuple):
     ragged: bool = False
     drops: bool = False
     borrowed: bool = False
+
+
+class Tiering(NamedTuple):
+    """Tokens that have been given their tiers, before it is known whether codes stand for all of them.
+
+    Attributes:
+        before, made: What the store held and holds.
+        flags: What the device will tell: whether vectors of each side in codes are not represented, and then whether
+            positions can be packed.
+        coded: How many of the former.
+        packing: The tiers of the latter.
+        exactly: Tiers once more, and leaves exact what no code stands for.
+    """
+
+    before: Contents
+    made: Contents
+    flags: Readback
+    coded: int
+    packing: tuple[Tier, ...]
+    exactly: Callable[[], Contents]
 
 
 class TieredStore:
@@ -342,9 +368,9 @@ class TieredStore:
         positions = torch.arange(self.tail_start, self.length, device=self.device)
         counted = index >= (sinks if self.tail_length > sinks else 0)
         keys, values = self.tail
-        keys, counted = without_unsound(keys, counted)
+        counted = counted & sound(keys)
         if self.codec.balanced:
-            values, counted = without_unsound(values, counted)
+            counted = counted & sound(values)
         frame = key_mean(keys, positions, self.rotary, counted)
         if self.codec.balanced:
             frame = fit_frame(keys, values, positions, self.rotary, frame, counted, query_power)
@@ -360,10 +386,20 @@ class TieredStore:
         floor: Tier | None = None,
         query_power: torch.Tensor | None = None,
     ) -> None:
-        """Give the oldest `tokens` of the tail their tiers, by rank of `score`.
+        """Give the oldest `tokens` of the tail their tiers, by rank of `score`: `tier` and `confirm`."""
+        self.confirm(self.tier(tokens, policy, score, floor, query_power))
 
-        Tokens that no code stands for, because something in them is not finite or beyond the scales of float16, stay
-        exact. So that counts are equal for all heads, others of the best rank then do in heads with fewer of them.
+    def tier(
+        self,
+        tokens: int,
+        policy: Policy,
+        score: torch.Tensor,
+        floor: Tier | None = None,
+        query_power: torch.Tensor | None = None,
+    ) -> "Tiering":
+        """Give the oldest `tokens` of the tail their tiers, by rank of `score`, without waiting for the device.
+
+        Nothing may be done with the store until `confirm` has been called.
 
         Args:
             tokens: How many, counted from `tail_start`.
@@ -373,32 +409,73 @@ class TieredStore:
             floor: The policy's for this layer.
             query_power: As in `fit_frame`, for rows whose frame is fixed now.
         """
-        frame = self._settled_frame(policy.sinks, query_power)
+        before, frame = self._now, self._settled_frame(policy.sinks, query_power)
         score = score.nan_to_num(nan=0.0)
-        assign = self._assign if self.pads is None else self._assign_padded
-        chosen = assign(tokens, policy, score, floor, None)
-        arenas = self._encoded(tokens, chosen, frame)
+        made, arenas = self._tiered(tokens, policy, score, floor, frame, None)
         coded = [side for arena in arenas for side in (arena.keys, arena.values) if isinstance(side, Quantized)]
-        if coded and bool(torch.stack([saturated(side).any() for side in coded]).any()):
+        flags = [any_saturated(side) for side in coded]
+        packing = [arena for arena in made.arenas.values() if arena.tier != FP16] if self._packs else []
+        flags += [can_pack(arena.places) for arena in packing]
+        self._now = made
+
+        def exactly() -> Contents:
             widths = [arena.tier.bits for arena in arenas if arena.tier != FP16]
             lost = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
-            chosen = assign(tokens, policy, score, floor, lost)
-            arenas = self._encoded(tokens, chosen, frame)
+            again, _ = self._tiered(tokens, policy, score, floor, frame, lost)
+            return again._replace(arenas=self._stored(again.arenas.values()))
+
+        return Tiering(before, made, Readback(flags), len(coded), tuple(arena.tier for arena in packing), exactly)
+
+    def confirm(self, tiering: "Tiering") -> None:
+        """Wait for the device, and see to it that what `tier` has made holds every token.
+
+        Tokens that no code stands for, because something in them is not finite or beyond the scales of float16, stay
+        exact. So that counts are equal for all heads, others of the best rank then do in heads with fewer of them.
+        """
+        if self._now is not tiering.made:  # an interrupt came behind it
+            return
+        flags = tiering.flags.read()
+        if any(flags[: tiering.coded]):
+            self._now = tiering.before
+            self._now = tiering.exactly()
+        elif tiering.packing:
+            possible = dict(zip(tiering.packing, flags[tiering.coded :], strict=True))
+            arenas = {t: arena.packed(possible.get(t, False)) for t, arena in tiering.made.arenas.items()}
+            self._now = tiering.made._replace(arenas=arenas)
+
+    def _tiered(
+        self,
+        tokens: int,
+        policy: Policy,
+        score: torch.Tensor,
+        floor: Tier | None,
+        frame: torch.Tensor | None,
+        exact: torch.Tensor | None,
+    ) -> tuple[Contents, list[Arena]]:
+        """The contents once the tail's first `tokens` have their tiers, and the arenas of these; for `_assign`."""
+        assign = self._assign if self.pads is None else self._assign_padded
+        chosen = assign(tokens, policy, score, floor, exact)
+        arenas = self._encoded(tokens, chosen, frame)
         grown = dict(self.arenas)
         for arena in arenas:
             grown[arena.tier] = self._joined(grown.get(arena.tier), arena)
-        left = self.tail_length - tokens
-        now = _with_capacity(self._now, left, self.length, skip=tokens)
-        self._now = now._replace(
-            arenas=self._stored(grown.values()),
+        now = _with_capacity(self._now, self.tail_length - tokens, self.length, skip=tokens)
+        now = now._replace(
+            arenas=by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
             frame=frame,
             drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
         )
+        return now, arenas
+
+    @property
+    def _packs(self) -> bool:
+        """Whether positions of coded tokens are packed: where the codec counts bytes."""
+        return self.codec.balanced
 
     def _stored(self, arenas: Iterable[Arena]) -> dict[Tier, Arena]:
-        """Arenas by tier, their positions packed where the codec counts bytes."""
-        return by_tier(arena.packed() for arena in arenas) if self.codec.balanced else by_tier(arenas)
+        """Arenas by tier, as they are kept."""
+        return by_tier(arena.packed() for arena in arenas) if self._packs else by_tier(arenas)
 
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
         """What a tier holds once more tokens have come."""
@@ -445,7 +522,8 @@ class TieredStore:
         if exact is not None:
             score = score.masked_fill(exact, torch.inf)
         ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
-        return [part.sort(-1).values for part in ranked.split([row.get(tier, 0) for tier in TIERS], dim=-1)]
+        parts = ranked.split([row.get(tier, 0) for tier in TIERS], dim=-1)
+        return [part.sort(-1).values if part.shape[-1] else part for part in parts]
 
     def _assign_padded(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from spectrumkv_kernels.codec.quantize import FLOAT16_MAX
 from spectrumkv_kernels.rotation.rotary import Rotary
 
 CREDIT = 4
@@ -67,7 +66,8 @@ def fit_frame(
         positions: integers `[tokens]`.
         rotary: The rotation of the model.
         mean: `key_mean` of the tokens, float32 `[batch, kv_heads, head_dim]`.
-        weights: `[batch or 1, tokens]`, 0 for tokens to leave out. A row without any has the mean 0 and the scale 1.
+        weights: `[batch or 1, tokens]`, 0 for tokens to leave out, whatever is in them. A row without any has the mean
+            0 and the scale 1.
         query_power: `E[q^2]` of the queries that will read, `[batch, kv_heads, head_dim]`, in any unit; None: of
             channels alike.
     """
@@ -78,7 +78,8 @@ def fit_frame(
     total = counted.sum(2)
     share = counted / total.where(total > 0, 1.0).unsqueeze(2)
 
-    residual = (keys.float() - rotary.rotate(mean.unsqueeze(-2), positions)).square()
+    left_out = counted == 0
+    residual = (keys.float() - rotary.rotate(mean.unsqueeze(-2), positions)).square().masked_fill(left_out, 0.0)
     size = residual.mean(-1, keepdim=True)
     power = rotary.paired((residual / size.where(size > 0, 1.0) * share).sum(2))
     whole = power.mean(-1, keepdim=True)
@@ -89,27 +90,10 @@ def fit_frame(
     balance = (wanted / steady).pow(0.25).where(whole > 0, 1.0)
     key_scale = _usual((residual * balance.square().unsqueeze(2)).mean(-1, keepdim=True), share) / balance
 
-    value_mean = (values.float() * share).sum(2)
-    spread = (values.float() - value_mean.unsqueeze(2)).square().mean(-1, keepdim=True)
+    values = values.float().masked_fill(left_out, 0.0)
+    value_mean = (values * share).sum(2)
+    spread = (values - value_mean.unsqueeze(2)).square().mean(-1, keepdim=True)
     return torch.cat((mean, key_scale, value_mean, _usual(spread, share)), dim=-1)
-
-
-def without_unsound(states: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values by which a frame can be fitted, and which tokens count.
-
-    In the frame, one token that is not finite would spoil every other.
-
-    Args:
-        states: `[batch, kv_heads, tokens, dim]`.
-        counted: Bool `[batch or 1, tokens]`.
-
-    Returns:
-        The states with 0 for tokens that are beyond float16, and `counted` without those that are so in any head.
-    """
-    if bool(states.abs().amax() <= FLOAT16_MAX):  # NaN compares false
-        return states, counted
-    sound = (states.abs() <= FLOAT16_MAX).all(-1)
-    return states.masked_fill(~sound.unsqueeze(-1), 0), counted & sound.all(1)
 
 
 def _usual(power: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

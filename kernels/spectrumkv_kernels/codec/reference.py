@@ -77,14 +77,15 @@ def key_mean(
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
         positions: integers `[tokens]`.
         rotary: The rotation of the model.
-        weights: `[batch or 1, tokens]`, 0 for tokens to leave out. A row without any weight has the mean 0.
+        weights: `[batch or 1, tokens]`, 0 for tokens to leave out, whatever is in them. A row without any weight has
+            the mean 0.
     """
     flat = rotary.rotate(keys.float(), positions, inverse=True)
     if weights is None:
         return flat.mean(-2)
     weights = weights.float()[:, None, :, None]
     total = weights.sum(-2)
-    return (flat * weights).sum(-2) / total.where(total > 0, 1.0)
+    return (flat * weights).masked_fill(weights == 0, 0.0).sum(-2) / total.where(total > 0, 1.0)
 
 
 def encode(

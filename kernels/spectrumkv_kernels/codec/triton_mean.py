@@ -27,7 +27,8 @@ def sums_kernel(
         place = keys + token.to(tl.int64)[:, None] * key_token + channels[None, :]
         x = tl.load(place, mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
         if weights is not None:
-            x *= tl.load(weights + batch * tokens + token, mask=inside, other=0.0)[:, None]
+            weight = tl.load(weights + batch * tokens + token, mask=inside, other=0.0)[:, None]
+            x = tl.where(weight != 0, x * weight, 0.0)
         if PAIRS:
             at = tl.load(positions + token, mask=inside, other=0)
             cos, sin = turn(table, at, channels, PAIRS, INTERLEAVED)

@@ -2,8 +2,8 @@
 
 import torch
 
-from spectrumkv_kernels.codec.frame import fit_frame, without_unsound
-from spectrumkv_kernels.codec.quantize import Quantized
+from spectrumkv_kernels.codec.frame import fit_frame
+from spectrumkv_kernels.codec.quantize import Quantized, sound
 from spectrumkv_kernels.codec.reference import take
 from spectrumkv_kernels.operations import encode, key_mean, tiered_attention
 from spectrumkv_kernels.segment import Segment
@@ -172,9 +172,9 @@ def _settle_frame(
     if not bool(rows.any()):
         return
     counted = index >= (layout.sinks if positions.numel() > layout.sinks else 0)
-    keys, counted = without_unsound(keys, counted)
+    counted = counted & sound(keys)
     if layout.codec.balanced:
-        values, counted = without_unsound(values, counted)
+        counted = counted & sound(values)
     frame = key_mean(keys, positions, layout.rotary, counted)
     if layout.codec.balanced:
         frame = fit_frame(keys, values, positions, layout.rotary, frame, counted)

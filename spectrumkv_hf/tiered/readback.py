@@ -1,0 +1,29 @@
+"""Answers of a device for which nobody waits."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Readback:
+    """Booleans on their way from a device to the host.
+
+    Args:
+        flags: Bool `[]` each, all on one device.
+    """
+
+    def __init__(self, flags: Sequence[torch.Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._flags = torch.stack(list(flags)) if flags else torch.zeros(0, dtype=torch.bool)
+        if self._flags.is_cuda:
+            device = self._flags.device
+            self._flags = torch.empty(len(flags), dtype=torch.bool, pin_memory=True).copy_(
+                self._flags, non_blocking=True
+            )
+            self._event = torch.cuda.current_stream(device).record_event()
+
+    def read(self) -> list[bool]:
+        """The booleans, once the device has come so far."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._flags.tolist()
