@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import spectrumkv_hf
+from spectrumkv_hf.evaluation.metrics import MODULES
 from spectrumkv_hf.support.extras import INSTALL
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,8 @@ def test_every_module_is_importable():
     failed = {name.removeprefix("module ") for name in failures([["module", name] for name in names])}
     assert failed <= {
         "spectrumkv_hf.evaluation.subjects.lm_eval_model",
+        "spectrumkv_hf.evaluation.protocols.generation",
+        *(f"spectrumkv_hf.evaluation.metrics.{name}.{name}" for name in MODULES),
         "spectrumkv_hf.engines.lmcache_serde",
         "spectrumkv_hf.engines.vllm_connector",
     }
@@ -98,6 +101,7 @@ def test_every_module_is_importable():
 
 MISSING = {
     "datasets": ["command", "eval", "perplexity"],
+    "evaluate": ["command", "eval", "perplexity", "--dataset", "passage"],
     "lm_eval": ["command", "lm-eval", "--tasks", "hellaswag"],
     "gguf": ["command", "probe", "some.gguf"],
     "bitsandbytes": ["command", "probe", "some/model", "--load-in", "4bit"],

@@ -34,19 +34,29 @@ def logits_over(
     return logits if last is None else logits[:, -last:]
 
 
-def mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean over the rows of KL(exact || other), nats, of logits `[tokens, vocabulary]`."""
-    total = 0.0
+def token_kl(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(exact || other) of every row, nats, float64 `[tokens]`, of logits `[tokens, vocabulary]`."""
+    rows = []
     for p, q in zip(exact.split(POSITIONS_AT_ONCE), other.split(POSITIONS_AT_ONCE), strict=True):
         log_p, log_q = log_softmax(p.float(), -1), log_softmax(q.float(), -1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    return total / len(exact)
+        terms = log_p.exp() * (log_p - log_q)
+        rows.append(terms.where(log_p > -torch.inf, 0.0).sum(-1, dtype=torch.float64))  # 0 log 0 is 0
+    return torch.cat(rows)
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood, nats, float64 `[tokens - 1]`, of `ids[1:]` by the logits of the tokens before them."""
+    rows = []
+    for scores, targets in zip(logits[:-1].split(POSITIONS_AT_ONCE), ids[1:].split(POSITIONS_AT_ONCE), strict=True):
+        rows.append(-log_softmax(scores.float(), -1).gather(-1, targets[:, None])[:, 0].double())
+    return torch.cat(rows)
+
+
+def mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean of `token_kl` over the rows."""
+    return float(token_kl(exact, other).mean())
 
 
 def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood, nats, of `ids[1:]` by the logits of the tokens before them."""
-    total = 0.0
-    for rows, targets in zip(logits[:-1].split(POSITIONS_AT_ONCE), ids[1:].split(POSITIONS_AT_ONCE), strict=True):
-        picked = log_softmax(rows.float(), -1).gather(-1, targets[:, None])
-        total -= float(picked.sum(dtype=torch.float64))
-    return total / (len(ids) - 1)
+    """Mean of `token_losses` over the tokens."""
+    return float(token_losses(logits, ids).mean())

@@ -11,7 +11,7 @@ from spectrumkv_hf import evaluation
 
 NAME = evaluation.__name__
 FOLDER = Path(evaluation.__file__).parent
-ROOMS = ("subjects", "protocols", "report", "experiments")
+ROOMS = ("subjects", "metrics", "protocols", "report", "experiments")
 """From the ground up."""
 FILES = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.py") if path.parent != FOLDER)
 

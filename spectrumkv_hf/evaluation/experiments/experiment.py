@@ -130,6 +130,10 @@ class Experiment(ABC):
     def table(self, run: Run) -> Table:
         """Summary of the cells that the arguments ask for."""
 
+    def metrics(self, run: Run) -> list[dict[str, Any]]:
+        """What the modules of `spectrumkv_hf.evaluation.metrics` say of each row of the table, if they are used."""
+        return []
+
     def figure(self, run: Run) -> "figures.Figure | None":
         """The same as a figure, where the paper has one."""
         return None
@@ -155,11 +159,13 @@ class Experiment(ABC):
         if args.model in RANDOM and not self.random_weights:
             raise ValueError(f"{self.name} needs a trained model, {args.model!r} has random weights")
         self.check(args)
+        if args.output is not None and type(self).figure is not Experiment.figure:
+            required("matplotlib.figure", "--output, which draws figures,")
+        text = text_from(args) if self.reads_text else ""
+        required("evaluate", "spectrumkv eval")
         if args.output is not None:
-            if type(self).figure is not Experiment.figure:
-                required("matplotlib.figure", "--output, which draws figures,")
             args.output.mkdir(parents=True, exist_ok=True)
-        return text_from(args) if self.reads_text else ""
+        return text
 
     def open(
         self,
