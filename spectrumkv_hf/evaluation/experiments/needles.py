@@ -7,7 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.metrics import load
 from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over
+from spectrumkv_hf.evaluation.protocols.quality import ratios
 from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import (
@@ -106,35 +108,47 @@ class Needles(Experiment):
     def _cells(self, run: Run, spec: str) -> list[Cell]:
         return [run.results.cells[join((spec, needle.answer))] for needle in NEEDLES[: run.args.needles]]
 
-    def accuracy(self, run: Run, spec: str) -> float:
-        """Of a method, 0 to 1, over needles and depths."""
-        return fmean(hit for cell in self._cells(run, spec) for hit in cell["found"])
+    def measured(self, run: Run, spec: str) -> dict[str, dict[str, Any]]:
+        """Of a method, over needles and depths: recall and bytes by the modules that compute them."""
+        cells = self._cells(run, spec)
+        asked = [
+            (text, needle.answer)
+            for needle, cell in zip(NEEDLES[: run.args.needles], cells, strict=True)
+            for text in cell["texts"]
+        ]
+        texts, answers = zip(*asked, strict=True)
+        recall = load("needle_recall", keep_in_memory=True).compute(predictions=texts, references=answers)
+        return {"needle_recall": recall, "kv_memory": ratios([cell["actual_ratio"] for cell in cells])}
+
+    def metrics(self, run: Run) -> list[dict[str, Any]]:
+        return [{"method": spec, **self.measured(run, spec)} for spec in run.args.methods]
 
     def table(self, run: Run) -> Table:
         rows = []
         for spec in run.args.methods:
-            cells = self._cells(run, spec)
-            trials = [hit for cell in cells for hit in cell["found"]]
-            ratios = [f"{fmean(cell[key] for cell in cells):.3f}" for key in ("actual_ratio", "nominal_ratio")]
-            rows.append([spec, *ratios, f"{sum(trials)}/{len(trials)}", f"{100 * fmean(trials):.1f}"])
+            measured = self.measured(run, spec)
+            recall, memory = measured["needle_recall"], measured["kv_memory"]
+            nominal = fmean(cell["nominal_ratio"] for cell in self._cells(run, spec))
+            found = [f"{recall['found']}/{recall['total']}", f"{100 * recall['recall']:.1f}"]
+            rows.append([spec, f"{memory['ratio']:.3f}", f"{nominal:.3f}", *found])
         return Table(["method", "actual", "nominal", "found", "%"], rows)
 
     def figure(self, run: Run) -> "figures.Figure":
         families: dict[str, list[str]] = {}
         for spec in run.args.methods:
             families.setdefault(family_of(spec), []).append(spec)
-        curves = {
-            family: [(fmean(c["actual_ratio"] for c in self._cells(run, s)), self.accuracy(run, s)) for s in specs]
-            for family, specs in families.items()
-            if family != "exact"
-        }
+        places = {}
+        for spec in run.args.methods:
+            measured = self.measured(run, spec)
+            places[spec] = measured["kv_memory"]["ratio"], measured["needle_recall"]["recall"]
+        curves = {family: [places[s] for s in specs] for family, specs in families.items() if family != "exact"}
         alone = [spec for specs in families.values() if len(specs) == 1 for spec in specs]  # they share a panel
         panels = {"one budget": alone, **{family: specs for family, specs in families.items() if len(specs) > 1}}
         columns = 4 if len(panels) > 3 else len(panels) + 1
         title = f"{self.title}: {run.args.tokens} tokens, asked {run.args.asked}"
         figure, axes = figures.new_figure(title, columns, -(-(len(panels) + 1) // columns), width=2.7, height=3)
         figures.lines(axes[0], curves)
-        axes[0].axhline(self.accuracy(run, "exact"), color="black", linestyle="--", linewidth=1, label="exact")
+        axes[0].axhline(places["exact"][1], color="black", linestyle="--", linewidth=1, label="exact")
         axes[0].set(xlabel="stored bytes over FP16", ylabel="found", ylim=(-0.03, 1.03))
         figures.legend_below(figure, axes[0])
         every = 2 if len(run.args.depths) > 9 else 1

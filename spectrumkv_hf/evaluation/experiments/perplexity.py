@@ -106,17 +106,22 @@ class Perplexity(Experiment):
         ]
 
     def table(self, run: Run) -> Table:
-        rows = []
+        rows, measured = [], self.summaries(run)
         for context in run.args.contexts:
-            summaries = [summary for summary in self.summaries(run) if summary.context == context]
+            summaries = [summary for summary in measured if summary.context == context]
             exact = summaries[0].mean.exact_perplexity
-            rows.append(["exact (DynamicCache)", str(context), "", "1.000", "0", "", f"{exact:.3f}", "0", ""])
-            for spec, _, mean, kl_error, change, change_error in summaries:
+            rows.append(["exact (DynamicCache)", str(context), "", "1.000", "0", "", "100", f"{exact:.3f}", "0", ""])
+            for spec, _, mean, kl_error, change, change_error, _ in summaries:
                 ratios = [f"{mean.actual_ratio:.3f}", f"{mean.nominal_ratio:.3f}"]
                 kl = [f"{mean.kl:.5f}", shown(kl_error, ".5f")]
-                rows.append([spec, str(context), *ratios, *kl, f"{mean.perplexity:.3f}"])
+                same = "" if mean.agreement is None else f"{100 * mean.agreement:.1f}"
+                rows.append([spec, str(context), *ratios, *kl, same, f"{mean.perplexity:.3f}"])
                 rows[-1] += [f"{change:+.2f}", shown(change_error, ".2f")]
-        return Table(["method", "context", "actual", "nominal", "KL (nats)", "±", "PPL", "ΔPPL %", "±"], rows)
+        header = ["method", "context", "actual", "nominal", "KL (nats)", "±", "top-1 %", "PPL", "ΔPPL %", "±"]
+        return Table(header, rows)
+
+    def metrics(self, run: Run) -> list[dict[str, Any]]:
+        return [{"method": s.spec, "context": s.context, **s.metrics} for s in self.summaries(run)]
 
     def figure(self, run: Run) -> "figures.Figure":
         return self.draw(self.title, self.summaries(run))

@@ -84,7 +84,8 @@ def measure(experiment: Experiment, run: Run) -> list[str]:
     print(f"\n{experiment.title}")
     print_table(table.header, table.rows)
     run.results.table = {"header": table.header, "rows": table.rows}
-    run.results.write()
+    run.results.metrics = experiment.metrics(run)
+    run.results.save()
     pieces = [f"\n{markdown_table(table.header, table.rows)}"]
     output = run.args.output
     if output is not None and (figure := experiment.figure(run)) is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
+from spectrumkv_hf.evaluation.metrics import load
 from spectrumkv_hf.evaluation.protocols.quality import prefill
 from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
@@ -126,11 +127,25 @@ class Ttft(Experiment):
         exact, cell = (run.results.cells[join((context, name))] for name in ("exact", spec))
         return TransferCosts(
             fp16_bytes=exact["bytes"],
-            ratio=cell["bytes"] / exact["bytes"],
+            ratio=self.memory(run, context, spec)["ratio"],
             prefill=exact["prefill"],
             compress=self.compress(run, context, spec) + cell["serialize"],
             layers=cell["layers"],
         )
+
+    def memory(self, run: Run, context: int, spec: str) -> dict[str, Any]:
+        """`kv_memory` of what a method sends, beside the exact cache."""
+        exact, cell = (run.results.cells[join((context, name))] for name in ("exact", spec))
+        measurement = load("kv_memory", keep_in_memory=True)
+        memory: dict[str, Any] = measurement.compute(stored=[cell["bytes"]], exact=[exact["bytes"]])
+        return memory
+
+    def metrics(self, run: Run) -> list[dict[str, Any]]:
+        return [
+            {"method": spec, "context": context, "kv_memory": self.memory(run, context, spec)}
+            for context in run.args.contexts
+            for spec in run.args.methods
+        ]
 
     def compress(self, run: Run, context: int, spec: str) -> float:
         """Seconds by which a method's prefill is longer than the exact one."""

@@ -5,17 +5,18 @@ Every method predicts the same continuation tokens, and only what its cache hold
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from spectrumkv_hf.evaluation.metrics import load, token_divergence
 from spectrumkv_hf.evaluation.subjects.methods import Exact, Method
-from spectrumkv_hf.probe.divergence import logits_over, mean_kl, mean_loss
+from spectrumkv_hf.probe.divergence import logits_over
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Quality:
         exact_loss: The same over the exact cache.
         actual_ratio: Bytes of the cache after the prefill, over two bytes an element.
         nominal_ratio: Mean nominal cost of its tokens.
+        agreement: Share of the continuation where both caches rank the same next token first; None: it was measured
+            before this was kept.
     """
 
     kl: float
@@ -35,6 +38,7 @@ class Quality:
     exact_loss: float
     actual_ratio: float
     nominal_ratio: float
+    agreement: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -53,7 +57,8 @@ class Quality:
     def mean(cls, windows: Sequence["Quality"]) -> "Quality":
         """Of windows of the same length; perplexities are then those of the mean log-likelihood."""
         fields = zip(*(asdict(window).values() for window in windows), strict=True)
-        return cls(*(sum(values) / len(windows) for values in fields))
+        means: list[Any] = [None if None in values else statistics.fmean(values) for values in fields]
+        return cls(*means)
 
 
 def with_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -72,6 +77,7 @@ class Summary(NamedTuple):
         kl_error: Standard error of the mean KL over the windows, nats; None: there is one window.
         change: Perplexity change, percent, of the mean log-likelihoods.
         change_error: Its standard error over the windows, percentage points.
+        metrics: What the modules of `spectrumkv_hf.evaluation.metrics` say, by name: all of the above comes from them.
     """
 
     spec: str
@@ -80,17 +86,45 @@ class Summary(NamedTuple):
     kl_error: float | None
     change: float
     change_error: float | None
+    metrics: Mapping[str, dict[str, Any]]
 
 
 def summarise(spec: str, context: int, windows: list[Quality]) -> Summary:
-    """Means over the windows, and how far they may be off."""
-    mean = Quality.mean(windows)
-    _, kl_error = with_error([window.kl for window in windows])
-    _, loss_error = with_error([window.loss - window.exact_loss for window in windows])
-    scale = 100 + mean.perplexity_change  # the derivative of 100 (exp(x) - 1)
-    return Summary(
-        spec, context, mean, kl_error, mean.perplexity_change, None if loss_error is None else scale * loss_error
+    """Means over the windows, and how far they may be off.
+
+    Raises:
+        ImportError: the package `evaluate` is missing.
+    """
+    divergence = load("kv_divergence", keep_in_memory=True).compute(
+        kl=[[window.kl] for window in windows],
+        agreement=[[] if window.agreement is None else [window.agreement] for window in windows],
+        loss=[[window.loss] for window in windows],
+        exact_loss=[[window.exact_loss] for window in windows],
     )
+    memory = ratios([window.actual_ratio for window in windows])
+    mean = Quality(
+        kl=divergence["kl"],
+        loss=divergence["loss"],
+        exact_loss=divergence["exact_loss"],
+        actual_ratio=memory["ratio"],
+        nominal_ratio=statistics.fmean(window.nominal_ratio for window in windows),
+        agreement=divergence["agreement"],
+    )
+    return Summary(
+        spec,
+        context,
+        mean,
+        divergence["kl_error"],
+        divergence["perplexity_change"],
+        divergence["perplexity_change_error"],
+        {"kv_divergence": divergence, "kv_memory": memory},
+    )
+
+
+def ratios(actual: Sequence[float]) -> dict[str, Any]:
+    """`kv_memory` of caches whose bytes are known over those of two bytes an element, which are its unit then."""
+    memory: dict[str, Any] = load("kv_memory", keep_in_memory=True).compute(stored=actual, exact=[1.0] * len(actual))
+    return memory
 
 
 @torch.inference_mode()
@@ -136,14 +170,8 @@ def continuation_quality(
         prefill(model, ids[:, :context], cache)
     memory = method.memory(cache)
     logits = logits_over(model, ids[:, context:], cache, context)[0]
-    rest = ids[0, context:]
-    return Quality(
-        kl=mean_kl(exact, logits),
-        loss=mean_loss(logits, rest),
-        exact_loss=mean_loss(exact, rest),
-        actual_ratio=memory.actual_ratio,
-        nominal_ratio=memory.nominal_ratio,
-    )
+    means = {name: statistics.fmean(each) for name, each in token_divergence(exact, logits, ids[0, context:]).items()}
+    return Quality(**means, actual_ratio=memory.actual_ratio, nominal_ratio=memory.nominal_ratio)
 
 
 def measure(
