@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 from torch import distributed as dist
+from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
@@ -45,6 +46,7 @@ SNIPPET, SAVE = blocks("python", TEXTS["README.md"])
 (NIXL,) = blocks("python", TEXTS["engines.md"])
 (STREAM,) = blocks("python", TEXTS["transfer.md"])
 RECIPES = blocks("python", TEXTS["guide.md"])
+METRICS = blocks("python", TEXTS["metrics.md"])
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_save_and_load(tmp_path, monkeypatch):
 
 
 def test_all_code_is_tested():
-    assert len(blocks("python")) == len([SNIPPET, SAVE, NIXL, STREAM, *RECIPES])
+    assert len(blocks("python")) == len([SNIPPET, SAVE, NIXL, STREAM, *RECIPES, *METRICS])
 
 
 def session(options):
@@ -146,6 +148,33 @@ def test_recipes_in_tiers(tmp_path, monkeypatch, capsys):
     cache, report = names["cache"], names["report"]
     assert 4 in cache.tier_map()[0] and names["gain"] == report.times_smaller > 1
     assert capsys.readouterr().out.strip() == str(report) and str(report).startswith(report.headline())
+
+
+def test_metrics_of_any_cache(tmp_path, monkeypatch):
+    """The blocks of one page, in one session: what they save is what they computed."""
+    for name in ("evaluate", "optimum.quanto"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "model": copy.deepcopy(families.model("llama", "sdpa", head_dim=64)),
+        "tokenizer": tiny.tokenizer(),
+        "windows": [families.prompt(300, seed=seed) for seed in (1, 2)],
+        "context": 260,
+        "prompts": ["The secret code is UNICORN7. What is the code? ", "What is it? ", passage()[:200]],
+        "answers": ["UNICORN7", "it", "the Moon"],
+    }
+    for block in METRICS:
+        exec(block, names)
+    assert names["score"] == {"recall": 0.5, "found": 1, "total": 2}
+    saved = json.loads(Path("results.json").read_text())
+    for name, result in names["results"].items():
+        assert saved[name] == result and result["windows"] == result["caches"] == 2
+        assert 0 < result["kl"] < 0.1 and result["times_smaller"] > 1.5
+    alone = kl_div(
+        *(names[run].double().log_softmax(-1) for run in ("logits", "exact")), log_target=True, reduction="sum"
+    )
+    assert names["small"]["kl"] == pytest.approx(float(alone) / len(names["logits"]), rel=1e-5)
+    assert names["found"]["total"] == 3 and names["found"]["total_time_in_seconds"] > 0
 
 
 def send_or_receive(rank, place, block):

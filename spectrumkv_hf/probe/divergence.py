@@ -40,7 +40,7 @@ def token_kl(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     for p, q in zip(exact.split(POSITIONS_AT_ONCE), other.split(POSITIONS_AT_ONCE), strict=True):
         log_p, log_q = log_softmax(p.float(), -1), log_softmax(q.float(), -1)
         terms = log_p.exp() * (log_p - log_q)
-        rows.append(terms.where(log_p > -torch.inf, 0.0).sum(-1, dtype=torch.float64))  # 0 log 0 is 0
+        rows.append(terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1, dtype=torch.float64))  # 0 log 0 is 0
     return torch.cat(rows)
 
 

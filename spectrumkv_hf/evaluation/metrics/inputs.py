@@ -94,9 +94,8 @@ CODES = ("_quantized_keys", "_quantized_values")
 def _exact_bytes(layer: Any) -> int:
     """Of the keys and values of the tokens that a stock layer holds, in their dtype; its other states as they are."""
     others = {name: value for name, value in vars(layer).items() if name not in CODES}
-    others.pop("cumulative_length", None)
     keys, values = others.pop("keys", None), others.pop("values", None)
-    total = storage_bytes(reachable_tensors(others))
+    total = storage_bytes(each for each in reachable_tensors(others) if each.dim())  # lengths have no dimension
     if keys is None or values is None:
         return total
     if hasattr(layer, CODES[0]):  # the backend alone knows the shape behind its codes
