@@ -80,6 +80,7 @@ def test_summary_has_the_error_of_the_windows():
     assert summary.change_error == pytest.approx(100 * math.exp(0.3) * deviation / math.sqrt(3))
     assert summarise("x", 10, windows[:1]).kl_error is None
     assert with_error([3.0]) == (3.0, None)
+    assert with_error([3.0, math.inf]) == (math.inf, pytest.approx(math.nan, nan_ok=True))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,9 @@ def test_numbers_that_are_none_stay_visible():
     by_logits = metrics.load("kv_divergence", "logits")
     wrong = [index for index, value in enumerate(metrics.token_divergence(exact, other)["kl"]) if math.isnan(value)]
     assert wrong == [3]
-    assert math.isnan(by_logits.compute(predictions=other[None], references=exact[None], input_ids=[[]])["kl"])
+    logits = {"predictions": torch.stack((other, exact)), "references": torch.stack((exact, exact))}
+    result = by_logits.compute(**logits, input_ids=[[], []])
+    assert math.isnan(result["kl"]) and math.isnan(result["kl_error"]) and result["agreement_error"] > 0
 
 
 ONE = {"kl": [[0.1]], "agreement": [[1]], "loss": [[2]], "exact_loss": [[2]]}
@@ -386,11 +389,13 @@ def test_results_are_whole_without_git(tmp_path, monkeypatch):
 
 
 def test_windows_that_were_measured_without_agreement():
-    windows = [Quality(0.1, 2.1, 2.0, 0.4, 0.3), Quality(0.3, 2.2, 2.0, 0.4, 0.3)]
-    summary = summarise("x", 10, windows)
-    assert summary.mean.agreement is None and summary.mean == Quality.mean(windows)
-    with pytest.raises(ValueError, match="agreement is known of all windows or of none"):
-        summarise("x", 10, [windows[0], Quality(0.1, 2.1, 2.0, 0.4, 0.3, 0.9)])
+    """All of them, or those of an earlier run that was resumed: it is not known of the whole."""
+    first, second = Quality(0.1, 2.1, 2.0, 0.4, 0.3), Quality(0.3, 2.2, 2.0, 0.4, 0.3)
+    for windows in ([first, second], [first, replace(second, agreement=0.9)]):
+        summary = summarise("x", 10, windows)
+        assert summary.mean.agreement is None and summary.mean == Quality.mean(windows)
+    known = [replace(first, agreement=0.7), replace(second, agreement=0.9)]
+    assert summarise("x", 10, known).mean.agreement == pytest.approx(0.8)
 
 
 STORED = ("gemma3/sinks", "smollm2/context-length", "smollm2/needles-after", "smollm2/ttft")

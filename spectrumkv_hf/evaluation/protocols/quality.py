@@ -62,9 +62,11 @@ class Quality:
 
 
 def with_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error where there are two values or more."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+    """Mean, and its standard error where there are two values or more; NaN where one is not finite."""
+    if len(values) < 2:
+        return statistics.fmean(values), None
+    finite = all(map(math.isfinite, values))  # statistics.stdev takes no others
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if finite else math.nan
 
 
 class Summary(NamedTuple):
@@ -95,9 +97,10 @@ def summarise(spec: str, context: int, windows: list[Quality]) -> Summary:
     Raises:
         ImportError: the package `evaluate` is missing.
     """
+    agreement = [[window.agreement] for window in windows if window.agreement is not None]
     divergence = load("kv_divergence", keep_in_memory=True).compute(
         kl=[[window.kl] for window in windows],
-        agreement=[[] if window.agreement is None else [window.agreement] for window in windows],
+        agreement=agreement if len(agreement) == len(windows) else [[] for _ in windows],
         loss=[[window.loss] for window in windows],
         exact_loss=[[window.exact_loss] for window in windows],
     )

@@ -165,5 +165,7 @@ def mean(values: list[float]) -> float | None:
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of the mean; None where there are fewer than two values."""
+    """Of the mean; None where there are fewer than two values, and NaN where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan if len(values) > 1 else None
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
