@@ -14,6 +14,7 @@ def _extra(name: str) -> str:
 INSTALL = {
     **dict.fromkeys(("accelerate", "gguf"), _extra("examples")),
     **dict.fromkeys(("bitsandbytes", "datasets", "evaluate", "hqq", "matplotlib", "optimum"), _extra("eval")),
+    "fsspec": _extra("urls"),
     "lm_eval": _extra("lm-eval"),
     "nixl": _extra("nixl"),
     # Without dependencies, whose pins would replace this Transformers; these are what its import needs.
