@@ -158,7 +158,7 @@ class Remote:
 
     def read(self, name: str, size: int) -> torch.Tensor:
         with _as_os_errors():
-            return as_tensor(self.fs.cat_file(self._path(name), 0, size))
+            return as_tensor(self.fs.cat_file(self._path(name), start=0, end=size))
 
     def read_small(self, names: Sequence[str]) -> dict[str, bytes]:
         with _as_os_errors():
