@@ -1,5 +1,6 @@
 """Where a `PrefixStore` keeps its files: a folder, or whatever fsspec reaches. A file appears whole or not at all."""
 
+import errno
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,11 @@ class Folder:
     def read(self, name: str, size: int) -> torch.Tensor:
         # Not mapped: who may write into the folder could change what was checked, or end this process by a cut.
         with open_regular(self.path / name, follow=False) as file:
-            data = torch.empty(min(size, os.fstat(file.fileno()).st_size), dtype=torch.uint8)
+            size = min(size, os.fstat(file.fileno()).st_size)
+            try:
+                data = torch.empty(size, dtype=torch.uint8)
+            except RuntimeError as problem:  # a sparse file takes no room, but its bytes do
+                raise OSError(errno.ENOMEM, f"no memory for its {size} bytes", name) from problem
             return data[: file.readinto(data.numpy().data)]
 
     def read_small(self, names: Sequence[str]) -> dict[str, bytes]:
@@ -162,8 +167,12 @@ class Remote:
 
     def read_small(self, names: Sequence[str]) -> dict[str, bytes]:
         with _as_os_errors():
-            found = self.fs.cat([self._path(name) for name in names], on_error="omit") if names else {}
-        return {posixpath.basename(path): data[:SMALL] for path, data in found.items()}
+            found = self.fs.cat([self._path(name) for name in names], on_error="return") if names else {}
+            for data in found.values():
+                if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
+                    raise data
+        there = {path: data for path, data in found.items() if not isinstance(data, Exception)}
+        return {posixpath.basename(path): data[:SMALL] for path, data in there.items()}
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
         self.write_small({name: b"".join(parts)})

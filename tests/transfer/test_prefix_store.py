@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -13,9 +14,12 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
+import chat_prefix
 import families
 import pytest
+import tiny
 import torch
 from families import prompt
 from transformers import DynamicCache
@@ -26,6 +30,7 @@ from spectrumkv_hf.transfer.prefix_store import PrefixStore
 
 TOKENS = 300
 KEY = b"k" * 32
+EXAMPLE = Path(chat_prefix.__file__)
 WINDOWS = {"gemma3": 200, "mistral": 24}
 """Long enough for tokens to be tiered before they leave it, and short enough for nothing to be."""
 
@@ -419,6 +424,16 @@ def test_a_file_that_only_claims_its_size(damaged):
     assert store(path.parent).get(prompt(TOKENS)) is None
 
 
+def test_more_than_there_is_memory(damaged, caplog):
+    """With a head that says so, too."""
+    ask, path, sound = damaged
+    assert ask(sound) is not None
+    path.write_bytes(sound[:16] + (1 << 40).to_bytes(8, "little") + sound[24:])
+    os.truncate(path, (1 << 40) + 10000)
+    assert store(path.parent).get(prompt(TOKENS)) is None and "no memory" in caplog.text
+    assert store(path.parent, max_bytes=10**9).get(prompt(TOKENS)) is None and "more than max_bytes" in caplog.text
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"x", b"\xff" * 5000, b"0" * 32 + b".300.0", b"../../etc/passwd.300.0", b"\n" * 99]
 )
@@ -513,7 +528,8 @@ def test_errors_of_file_systems_are_os_errors(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("session expired")
 
-    monkeypatch.setattr(ours._files.fs, "cat", fail)
+    # Of one object, and so of all; fsspec keeps one file system for all stores of a kind.
+    monkeypatch.setattr(type(ours._files.fs), "cat_file", fail)
     assert ours.get(prompt(TOKENS)) is None
     with pytest.raises(OSError, match="RuntimeError: session expired"):
         ours.put(prompt(TOKENS), filled(prompt(TOKENS)))
@@ -720,6 +736,50 @@ def test_processes(tmp_path, room, caplog):
         after.prune()
         assert bytes_of(after) <= max_bytes
     assert not list((tmp_path / "all").glob("*.part"))
+
+
+# -- the example ------------------------------------------------------------------------------------------------------
+
+
+def run_example(monkeypatch, capfd, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+    chat_prefix.main()
+    return capfd.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["fp16", "sink_protect"])
+def test_chat_goes_on_in_a_new_process(tmp_path, monkeypatch, capfd, policy):
+    """The second process runs for itself here, and finds what the first one stored; with a key, by that key only."""
+    monkeypatch.setenv(chat_prefix.KEY, KEY.hex())
+    options = ["--model", tiny.save(tmp_path / "model"), "--store", str(tmp_path / "store"), "--tokens", "200"]
+    options += ["--policy", policy, "--rounds", "2", "--max-new-tokens", "4", "--device", "cpu"]
+    first = [sys.executable, str(EXAMPLE), *options, "--process", "1"]
+    done = subprocess.run(first, capture_output=True, text=True)
+    assert done.returncode == 0 and "200 tokens" in done.stdout, done.stderr
+    report = tmp_path / "report.json"
+    out = run_example(monkeypatch, capfd, *options, "--process", "2", "--json", str(report))
+    assert "cold prefill" in out and "resumed" in out and "torch" in out
+    found = json.loads(report.read_text())
+    assert [len(each) for each in found["seconds"].values()] == [2, 2]
+    if policy == "fp16":
+        assert found["answers"]["cold prefill"] == found["answers"]["resumed"]
+    monkeypatch.delenv(chat_prefix.KEY)
+    with pytest.raises(RuntimeError, match="was not found"):
+        run_example(monkeypatch, capfd, *options, "--process", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "63"], "--tokens is 64 or more"),
+        (["--process", "2"], "--process needs a --store"),
+        (["--json", "no/such/file"], "there is no folder"),
+    ],
+)
+def test_wrong_arguments_of_the_example(arguments, message, monkeypatch, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        run_example(monkeypatch, capfd, *arguments)
+    assert message in capfd.readouterr().err
 
 
 # -- S3 ---------------------------------------------------------------------------------------------------------------
