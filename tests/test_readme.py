@@ -45,6 +45,7 @@ def blocks(language, text=TEXT):
 SNIPPET, SAVE = blocks("python", TEXTS["README.md"])
 (NIXL,) = blocks("python", TEXTS["engines.md"])
 (STREAM,) = blocks("python", TEXTS["transfer.md"])
+(PREFIXES,) = blocks("python", TEXTS["prefix-store.md"])
 RECIPES = blocks("python", TEXTS["guide.md"])
 METRICS = blocks("python", TEXTS["metrics.md"])
 
@@ -91,8 +92,23 @@ def test_save_and_load(tmp_path, monkeypatch):
     assert torch.equal(names["cache"].serialize(), cache.serialize())
 
 
+def test_prefixes(tmp_path, monkeypatch):
+    """Two turns of a chat, each in names of its own: the second one finds what the first has stored."""
+    monkeypatch.chdir(tmp_path)
+    model = families.model("llama", "sdpa")
+    first = {"model": model, "inputs": {"input_ids": families.prompt(200)}}
+    exec(PREFIXES, first)
+    turn = torch.cat((first["output"], families.prompt(10, seed=1)), dim=1)
+    found = first["store"].get(turn)
+    assert found.get_seq_length() == first["output"].shape[1] - 1
+    second = {"model": model, "inputs": {"input_ids": turn}}
+    exec(PREFIXES, second)
+    expected = model.generate(turn, **cache_argument(found), max_new_tokens=20)
+    assert torch.equal(second["output"], expected)
+
+
 def test_all_code_is_tested():
-    assert len(blocks("python")) == len([SNIPPET, SAVE, NIXL, STREAM, *RECIPES, *METRICS])
+    assert len(blocks("python")) == len([SNIPPET, SAVE, NIXL, STREAM, PREFIXES, *RECIPES, *METRICS])
 
 
 def session(options):
