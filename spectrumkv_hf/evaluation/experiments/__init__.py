@@ -5,11 +5,20 @@ from spectrumkv_hf.evaluation.experiments.experiment import Experiment
 from spectrumkv_hf.evaluation.experiments.layer_error import ReconstructionError
 from spectrumkv_hf.evaluation.experiments.needles import Needles
 from spectrumkv_hf.evaluation.experiments.paper_perplexity import PaperPerplexity
+from spectrumkv_hf.evaluation.experiments.ruler import Ruler
 from spectrumkv_hf.evaluation.experiments.ttft import Ttft
 from spectrumkv_hf.evaluation.experiments.variants import PERPLEXITIES
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for experiment in (*PERPLEXITIES, PaperPerplexity(), Needles(), ReconstructionError(), AccessSkew(), Ttft())
+    for experiment in (
+        *PERPLEXITIES,
+        PaperPerplexity(),
+        Needles(),
+        Ruler(),
+        ReconstructionError(),
+        AccessSkew(),
+        Ttft(),
+    )
 }
 """In the order in which `spectrumkv eval all` runs them."""
