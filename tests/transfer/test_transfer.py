@@ -37,7 +37,7 @@ where = "cpu"
 
 def model(family):
     """With a window long enough for tokens to be tiered before they leave it."""
-    return families.model(family, **({"sliding_window": 160} if family == "gemma3" else {})).to(where)
+    return families.model(family, **({"sliding_window": 192} if family == "gemma3" else {})).to(where)
 
 
 def new_cache(family, policy, budget):

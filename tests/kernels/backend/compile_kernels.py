@@ -89,6 +89,7 @@ tiers = (Room(16, 20), Room(8, 100), Room(4, 200))
 for codec, head_dim, dtype, rooms in (
     ("spectrum", 256, torch.bfloat16, tiers),
     ("absmax", 80, torch.bfloat16, tiers),
+    ("spectrum2", 64, torch.bfloat16, (Room(16, 20), Room(3, 100))),
     ("spectrum", 128, torch.bfloat16, ()),
 ):
     keys = randn(1, 2, 1, head_dim).to(dtype)
