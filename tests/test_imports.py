@@ -1,6 +1,8 @@
 """The house has floors: imports go down only, and what begins with an underscore stays in its package."""
 
 import ast
+import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -32,20 +34,24 @@ def modules():
 MODULES = dict(modules())
 
 
-def imports(path):
-    """`(module, name or None, line)` of each import of these packages in a file, at whatever place it stands."""
+def statements(name):
+    """`(module, name or None, line, relative)` of each import in a module, at whatever place it stands."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found = [(alias.name, None) for alias in node.names]
+            yield from ((alias.name, None, node.lineno, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            found = [(node.module or "", alias.name) for alias in node.names]
-        else:
-            continue
-        for module, name in found:
-            if module.split(".")[0] in PACKAGES:
-                inner = f"{module}.{name}"
-                yield (inner, None, node.lineno) if inner in MODULES else (module, name, node.lineno)
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from ((module, alias.name, node.lineno, node.level > 0) for alias in node.names)
+
+
+def imports(name):
+    """`(module, name or None, line)` of each import of these packages in a module."""
+    for module, imported, line, _ in statements(name):
+        if module.split(".")[0] in PACKAGES:
+            inner = f"{module}.{imported}"
+            yield (inner, None, line) if inner in MODULES else (module, imported, line)
 
 
 def room(module):
@@ -56,7 +62,7 @@ def room(module):
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down(name):
     package, here = room(name)
-    for module, _, line in imports(MODULES[name]):
+    for module, _, line in imports(name):
         other, there = room(module)
         where = f"{MODULES[name]}:{line} imports {module}"
         if other != package:
@@ -68,8 +74,20 @@ def test_imports_go_down(name):
             assert floors.index(there) < floors.index(here), f"{where}, which lies above"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_kernels_work_under_any_name(name):
+    """The Hub's loader gives them one of its own, where PyTorch alone is sure to be. The cache uses full names."""
+    package, _ = room(name)
+    for module, _, line, relative in statements(name):
+        where = f"{MODULES[name]}:{line} imports {module}"
+        if package == "spectrumkv_hf":
+            assert not relative, f"{where} relatively"
+        elif not relative:
+            assert module.split(".")[0] in {"torch", "triton"} | sys.stdlib_module_names, where
+
+
 def test_no_circles():
-    edges = {name: {module for module, _, _ in imports(path) if module != name} for name, path in MODULES.items()}
+    edges = {name: {module for module, _, _ in imports(name) if module != name} for name in MODULES}
     done, path = set(), []
 
     def visit(name):
@@ -88,7 +106,7 @@ def test_no_circles():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_private_names_stay_in_their_room(name):
-    for module, imported, line in imports(MODULES[name]):
+    for module, imported, line in imports(name):
         private = [
             part for part in (*module.split("."), imported or "") if part.startswith("_") and not part.endswith("__")
         ]

@@ -4,9 +4,9 @@ An operation is called as a function and runs where its tensors are: `tiered_att
 in plain PyTorch specifies it.
 """
 
-from spectrumkv_kernels.backend.tensor_cache import clear_caches
-from spectrumkv_kernels.codec.frame import fit_frame, split_frame
-from spectrumkv_kernels.codec.quantize import (
+from .backend.tensor_cache import clear_caches
+from .codec.frame import fit_frame, split_frame
+from .codec.quantize import (
     FLOAT16_MAX,
     Quantized,
     any_saturated,
@@ -18,8 +18,8 @@ from spectrumkv_kernels.codec.quantize import (
     sound,
     unpack,
 )
-from spectrumkv_kernels.codec.reference import CODECS, Codec, take
-from spectrumkv_kernels.operations import (
+from .codec.reference import CODECS, Codec, take
+from .operations import (
     affine_flaws,
     attention_scores,
     decode,
@@ -31,11 +31,11 @@ from spectrumkv_kernels.operations import (
     tiered_attention,
     write_sums,
 )
-from spectrumkv_kernels.rotation.hadamard import hadamard
-from spectrumkv_kernels.rotation.rotary import Rotary
-from spectrumkv_kernels.scores.reference import real_tokens
-from spectrumkv_kernels.segment import Segment
-from spectrumkv_kernels.wire.tier_map import map_bits, map_width, pack_map
+from .rotation.hadamard import hadamard
+from .rotation.rotary import Rotary
+from .scores.reference import real_tokens
+from .segment import Segment
+from .wire.tier_map import map_bits, map_width, pack_map
 
 __all__ = [
     "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "any_saturated",

@@ -3,91 +3,91 @@
 from collections.abc import Callable
 from typing import Any
 
-from spectrumkv_kernels.attention import reference as attention
-from spectrumkv_kernels.backend.dispatch import Operation
-from spectrumkv_kernels.codec import reference as codec
-from spectrumkv_kernels.scores import reference as scores
-from spectrumkv_kernels.wire import affine, checksum, tier_map
+from .attention import reference as attention
+from .backend.dispatch import Operation
+from .codec import reference as codec
+from .scores import reference as scores
+from .wire import affine, checksum, tier_map
 
 
 def _triton_key_mean() -> Callable[..., Any]:
-    from spectrumkv_kernels.codec import triton_codec
+    from .codec import triton_codec
 
     return triton_codec.key_mean
 
 
 def _triton_encode() -> Callable[..., Any]:
-    from spectrumkv_kernels.codec import triton_codec
+    from .codec import triton_codec
 
     return triton_codec.encode
 
 
 def _triton_decode() -> Callable[..., Any]:
-    from spectrumkv_kernels.codec import triton_codec
+    from .codec import triton_codec
 
     return triton_codec.decode
 
 
 def _triton_dense() -> Callable[..., Any]:
-    from spectrumkv_kernels.codec import triton_codec
+    from .codec import triton_codec
 
     return triton_codec.dense
 
 
 def _triton_attention() -> Callable[..., Any]:
-    from spectrumkv_kernels.attention import triton_attention
+    from .attention import triton_attention
 
     return triton_attention.tiered_attention
 
 
 def _cpp_attention() -> Callable[..., Any]:
-    from spectrumkv_kernels.attention import cpp
+    from .attention import cpp
 
     cpp.library()
     return cpp.tiered_attention
 
 
 def _triton_scores() -> Callable[..., Any]:
-    from spectrumkv_kernels.scores import triton_scores
+    from .scores import triton_scores
 
     return triton_scores.attention_scores
 
 
 def _triton_digest_sums() -> Callable[..., Any]:
-    from spectrumkv_kernels.wire import triton_checksum
+    from .wire import triton_checksum
 
     return triton_checksum.digest_sums
 
 
 def _cpp_digest_sums() -> Callable[..., Any]:
-    from spectrumkv_kernels.wire import cpp_checksum
+    from .wire import cpp_checksum
 
     cpp_checksum.library()
     return cpp_checksum.digest_sums
 
 
 def _triton_write_sums() -> Callable[..., Any]:
-    from spectrumkv_kernels.wire import triton_checksum
+    from .wire import triton_checksum
 
     return triton_checksum.write_sums
 
 
 def _cpp_write_sums() -> Callable[..., Any]:
-    from spectrumkv_kernels.wire import cpp_checksum
+    from .wire import cpp_checksum
 
     cpp_checksum.library()
     return cpp_checksum.write_sums
 
 
 def _cpp_tier_positions() -> Callable[..., Any]:
-    from spectrumkv_kernels.wire import cpp_tier_map
+    from .wire import cpp_tier_map
 
     cpp_tier_map.library()
     return cpp_tier_map.tier_positions
 
 
 def _cpp_affine_flaws() -> Callable[..., Any]:
-    from spectrumkv_kernels.wire import cpp_affine
+    from .wire import cpp_affine
 
     cpp_affine.library()
     return cpp_affine.affine_flaws

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv_kernels.attention import reference as attention
-from spectrumkv_kernels.backend import build_cpp
-from spectrumkv_kernels.codec.quantize import Quantized, scales
-from spectrumkv_kernels.codec.reference import Codec, dims
-from spectrumkv_kernels.rotation.rotary import Rotary
-from spectrumkv_kernels.segment import Segment, contiguous_rows
+from ..backend import build_cpp
+from ..codec.quantize import Quantized, scales
+from ..codec.reference import Codec, dims
+from ..rotation.rotary import Rotary
+from ..segment import Segment, contiguous_rows
+from . import reference as attention
 
 FINE = 256
 """Positions that share a coarse rotation: `exp(i t f) = exp(i 256 (t // 256) f) exp(i (t % 256) f)`; as in the C++."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import linear
 
-from spectrumkv_kernels.codec.quantize import Quantized, unpack
-from spectrumkv_kernels.codec.reference import Codec
-from spectrumkv_kernels.rotation.hadamard import hadamard_matrix
-from spectrumkv_kernels.rotation.rotary import LARGEST_TABLE, Rotary
-from spectrumkv_kernels.segment import Segment
+from ..codec.quantize import Quantized, unpack
+from ..codec.reference import Codec
+from ..rotation.hadamard import hadamard_matrix
+from ..rotation.rotary import LARGEST_TABLE, Rotary
+from ..segment import Segment
 
 FEW = 512
 """Exact tokens that are rather copied together than read apart."""

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from spectrumkv_kernels import segment
-from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, tokens_of
-from spectrumkv_kernels.attention.triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three, shifted
-from spectrumkv_kernels.codec.triton_quantize import affine_of, load_affine
+from .. import segment
+from ..codec.triton_quantize import affine_of, load_affine
+from .triton_counts import chunk_of, counted, tokens_of
+from .triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three, shifted
 
 TILE = tl.constexpr(segment.TILE)
 START = tl.constexpr(segment.START)

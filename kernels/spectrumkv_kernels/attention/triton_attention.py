@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from spectrumkv_kernels.attention import reference as attention
-from spectrumkv_kernels.attention.triton_attend import attend_kernel
-from spectrumkv_kernels.attention.triton_dot import LOG2E
-from spectrumkv_kernels.attention.triton_merge import merge_kernel
-from spectrumkv_kernels.attention.triton_prepare import prepare_kernel
-from spectrumkv_kernels.backend.launch_triton import Held, Launcher, on_device, shared, trait
-from spectrumkv_kernels.backend.tensor_cache import keep_longest
-from spectrumkv_kernels.codec.frame import frame_size
-from spectrumkv_kernels.codec.quantize import Quantized
-from spectrumkv_kernels.codec.reference import Codec, dims
-from spectrumkv_kernels.rotation.rotary import Rotary
-from spectrumkv_kernels.segment import Segment
+from ..backend.launch_triton import Held, Launcher, on_device, shared, trait
+from ..backend.tensor_cache import keep_longest
+from ..codec.frame import frame_size
+from ..codec.quantize import Quantized
+from ..codec.reference import Codec, dims
+from ..rotation.rotary import Rotary
+from ..segment import Segment
+from . import reference as attention
+from .triton_attend import attend_kernel
+from .triton_dot import LOG2E
+from .triton_merge import merge_kernel
+from .triton_prepare import prepare_kernel
 
 # The numbers below were the fastest of those tried on an H100, for 4 query heads of 128 channels on a KV head.
 FINE = 128

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from spectrumkv_kernels.attention.triton_counts import chunk_of, counted, refused, tokens_of
-from spectrumkv_kernels.attention.triton_dot import LOG2E
-from spectrumkv_kernels.rotation.triton_hadamard import hadamard
+from ..rotation.triton_hadamard import hadamard
+from .triton_counts import chunk_of, counted, refused, tokens_of
+from .triton_dot import LOG2E
 
 INTEGERS = ["state_at", "rows", "queries", "kv_heads", "splits", "coded", "shares", "recent"]
 """Arguments for whose values nothing is compiled anew."""

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.attention.triton_counts import counted
-from spectrumkv_kernels.attention.triton_dot import SUBNORMAL, dot, pad
-from spectrumkv_kernels.rotation.triton_hadamard import hadamard
+from ..rotation.triton_hadamard import hadamard
+from .triton_counts import counted
+from .triton_dot import SUBNORMAL, dot, pad
 
 INTEGERS = [
     *("rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length", "recent"),

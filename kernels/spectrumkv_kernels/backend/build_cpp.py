@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spectrumkv_kernels.backend import cache_folder
-from spectrumkv_kernels.backend.cache_folder import Folder
+from . import cache_folder
+from .cache_folder import Folder
 
 logger = logging.getLogger(__name__)
 

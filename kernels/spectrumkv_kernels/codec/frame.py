@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectrumkv_kernels.rotation.rotary import Rotary
+from ..rotation.rotary import Rotary
 
 CREDIT = 4
 """Tokens with the mean power of all channels that are added to those there are, so that few tell little."""

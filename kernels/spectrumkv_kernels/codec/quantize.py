@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectrumkv_kernels.backend.tensor_cache import keep
+from ..backend.tensor_cache import keep
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 WIDTHS = (2, 3, 4, 8)

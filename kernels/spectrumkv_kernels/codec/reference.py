@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrumkv_kernels.codec.frame import Frame, frame_size, split_frame
-from spectrumkv_kernels.codec.quantize import Quantized, dequantize, quantize, quantize_unbiased
-from spectrumkv_kernels.rotation.hadamard import hadamard
-from spectrumkv_kernels.rotation.rotary import Rotary
-from spectrumkv_kernels.segment import Segment
+from ..rotation.hadamard import hadamard
+from ..rotation.rotary import Rotary
+from ..segment import Segment
+from .frame import Frame, frame_size, split_frame
+from .quantize import Quantized, dequantize, quantize, quantize_unbiased
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Triton twins of `spectrumkv_kernels.codec.reference`."""
+"""Triton twins of `codec.reference`."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, shared
-from spectrumkv_kernels.codec import reference as twin
-from spectrumkv_kernels.codec.quantize import WIDTHS, Quantized, divisor
-from spectrumkv_kernels.codec.reference import Codec
-from spectrumkv_kernels.codec.triton_mean import mean_kernel, sums_kernel
-from spectrumkv_kernels.codec.triton_quantize import load_affine, load_codes, store_codes
-from spectrumkv_kernels.rotation.rotary import Rotary
-from spectrumkv_kernels.rotation.triton_hadamard import hadamard, join_quarters
-from spectrumkv_kernels.rotation.triton_rotary import rotated_mean, turns
-from spectrumkv_kernels.segment import Segment, contiguous_rows
+from ..backend.launch_triton import Launcher, on_device, shared
+from ..rotation.rotary import Rotary
+from ..rotation.triton_hadamard import hadamard, join_quarters
+from ..rotation.triton_rotary import rotated_mean, turns
+from ..segment import Segment, contiguous_rows
+from . import reference as twin
+from .quantize import WIDTHS, Quantized, divisor
+from .reference import Codec
+from .triton_mean import mean_kernel, sums_kernel
+from .triton_quantize import load_affine, load_codes, store_codes
 
 ELEMENTS = 4096
 """Of a block of tokens and channels, for 4 warps."""

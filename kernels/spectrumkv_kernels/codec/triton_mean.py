@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.rotation.triton_rotary import partner, turn
+from ..rotation.triton_rotary import partner, turn
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -5,7 +5,7 @@ import math
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.codec import quantize
+from . import quantize
 
 ROUND = tl.constexpr(1.5 * 2.0**23)
 """Float32 that leaves no fraction where it is added: rounds to the nearest integer, ties to even."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from spectrumkv_kernels.backend.tensor_cache import keep
+from ..backend.tensor_cache import keep
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:

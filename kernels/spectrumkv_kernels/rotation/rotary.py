@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from spectrumkv_kernels.backend.tensor_cache import keep_longest
+from ..backend.tensor_cache import keep_longest
 
 SMALLEST_TABLE = 2048
 """Positions of a table; it doubles as longer sequences come."""

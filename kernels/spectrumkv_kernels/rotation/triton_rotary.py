@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.rotation.rotary import Rotary
+from .rotary import Rotary
 
 FINE = tl.constexpr(2048)
 """Positions that share a coarse angle. The table has as many coarse angles: it covers 4 million positions."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from spectrumkv_kernels.backend.tensor_cache import keep
+from ..backend.tensor_cache import keep
 
 QUERY_CHUNK = 16
 """Probe queries scored at a time, which bounds the temporary."""

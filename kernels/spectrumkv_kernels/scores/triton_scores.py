@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.attention.triton_dot import LOG2E
-from spectrumkv_kernels.backend.launch_triton import Launcher, on_device
-from spectrumkv_kernels.scores import reference as twin
-from spectrumkv_kernels.scores.reference import probe_rows, real_tokens
-from spectrumkv_kernels.segment import contiguous_rows
+from ..attention.triton_dot import LOG2E
+from ..backend.launch_triton import Launcher, on_device
+from ..segment import contiguous_rows
+from . import reference as twin
+from .reference import probe_rows, real_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -209,7 +209,7 @@ def attention_scores(
     recent: int = 64,
     strided: int = 64,
 ) -> torch.Tensor:
-    """As `spectrumkv_kernels.scores.reference.attention_scores`, in two passes over the keys.
+    """As `scores.reference.attention_scores`, in two passes over the keys.
 
     The first takes the normaliser of each probe's softmax, the second sums the probabilities that each key receives.
     No probability is stored, and the order of every sum is fixed.

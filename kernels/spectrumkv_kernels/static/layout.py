@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from spectrumkv_kernels.codec.quantize import Quantized
-from spectrumkv_kernels.codec.reference import Codec
-from spectrumkv_kernels.rotation.rotary import Rotary
+from ..codec.quantize import Quantized
+from ..codec.reference import Codec
+from ..rotation.rotary import Rotary
 
 BLOCK = 64
 """Tokens that decoding tiers at a time."""

@@ -5,8 +5,8 @@
 
 import torch
 
-from spectrumkv_kernels.static import operations
-from spectrumkv_kernels.static.layout import layout_of
+from . import operations
+from .layout import layout_of
 
 
 @torch.library.custom_op("spectrumkv::append", mutates_args=("buffer", "state"))

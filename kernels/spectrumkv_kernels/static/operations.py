@@ -3,24 +3,24 @@
 from collections.abc import Callable
 from typing import Any
 
-from spectrumkv_kernels.backend.dispatch import Operation
-from spectrumkv_kernels.static import reference
+from ..backend.dispatch import Operation
+from . import reference
 
 
 def _triton_prepare() -> Callable[..., Any]:
-    from spectrumkv_kernels.static import triton_attend
+    from . import triton_attend
 
     return triton_attend.prepare
 
 
 def _triton_append() -> Callable[..., Any]:
-    from spectrumkv_kernels.static import triton_append
+    from . import triton_append
 
     return triton_append.append
 
 
 def _triton_attend() -> Callable[..., Any]:
-    from spectrumkv_kernels.static import triton_attend
+    from . import triton_attend
 
     return triton_attend.attend
 

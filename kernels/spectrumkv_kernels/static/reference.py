@@ -2,12 +2,12 @@
 
 import torch
 
-from spectrumkv_kernels.codec.frame import fit_frame
-from spectrumkv_kernels.codec.quantize import Quantized, sound
-from spectrumkv_kernels.codec.reference import take
-from spectrumkv_kernels.operations import encode, key_mean, tiered_attention
-from spectrumkv_kernels.segment import Segment
-from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
+from ..codec.frame import fit_frame
+from ..codec.quantize import Quantized, sound
+from ..codec.reference import take
+from ..operations import encode, key_mean, tiered_attention
+from ..segment import Segment
+from .layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 
 
 def prepare(buffer: torch.Tensor, layout: Layout) -> None:

@@ -12,17 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, trait
-from spectrumkv_kernels.backend.tensor_cache import keep
-from spectrumkv_kernels.codec import frame as codec_frame
-from spectrumkv_kernels.codec.quantize import WIDTHS, divisor
-from spectrumkv_kernels.codec.triton_codec import DTYPES, ELEMENTS, encode_rows, load_residual
-from spectrumkv_kernels.codec.triton_quantize import FLOAT16_MAX
-from spectrumkv_kernels.rotation.triton_rotary import partner, turn, turns
-from spectrumkv_kernels.segment import contiguous_rows
-from spectrumkv_kernels.static import layout as static
-from spectrumkv_kernels.static import reference as twin
-from spectrumkv_kernels.static.layout import ALIGNMENT, Layout
+from ..backend.launch_triton import Launcher, on_device, trait
+from ..backend.tensor_cache import keep
+from ..codec import frame as codec_frame
+from ..codec.quantize import WIDTHS, divisor
+from ..codec.triton_codec import DTYPES, ELEMENTS, encode_rows, load_residual
+from ..codec.triton_quantize import FLOAT16_MAX
+from ..rotation.triton_rotary import partner, turn, turns
+from ..segment import contiguous_rows
+from . import layout as static
+from . import reference as twin
+from .layout import ALIGNMENT, Layout
 
 BLOCK = tl.constexpr(static.BLOCK)
 LENGTH, TICKET = tl.constexpr(static.LENGTH), tl.constexpr(static.TICKET)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectrumkv_kernels.attention.triton_attention import (
+from ..attention.triton_attention import (
     FOLDED,
     Kernels,
     Work,
@@ -20,11 +20,11 @@ from spectrumkv_kernels.attention.triton_attention import (
     tables,
     work_of,
 )
-from spectrumkv_kernels.backend.launch_triton import Held
-from spectrumkv_kernels.codec.quantize import Quantized
-from spectrumkv_kernels.static import reference
-from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, Layout
-from spectrumkv_kernels.static.triton_append import prepared
+from ..backend.launch_triton import Held
+from ..codec.quantize import Quantized
+from . import reference
+from .layout import BASE, BLOCK, LENGTH, REFUSED, Layout
+from .triton_append import prepared
 
 COUNTED = (LENGTH, BASE, REFUSED, BLOCK)
 """Where the kernels find counts in a layer's state."""

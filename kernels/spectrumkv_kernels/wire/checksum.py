@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from spectrumkv_kernels.backend.tensor_cache import keep
+from ..backend.tensor_cache import keep
 
 ROW = 1024
 """64-bit words in a row."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv_kernels.backend import build_cpp
-from spectrumkv_kernels.wire import affine
+from ..backend import build_cpp
+from . import affine
 
 
 class Affine(ctypes.Structure):

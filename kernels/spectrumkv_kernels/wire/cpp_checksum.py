@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv_kernels.backend import build_cpp
-from spectrumkv_kernels.wire import checksum
-from spectrumkv_kernels.wire.checksum import ROW, row_weights
+from ..backend import build_cpp
+from . import checksum
+from .checksum import ROW, row_weights
 
 
 class Piece(ctypes.Structure):

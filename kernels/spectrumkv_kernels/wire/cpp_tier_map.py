@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv_kernels.backend import build_cpp
-from spectrumkv_kernels.wire import tier_map
+from ..backend import build_cpp
+from . import tier_map
 
 CODES = 16
 """What a code of 4 bits tells apart; as in tier_map.cpp."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from spectrumkv_kernels.backend.tensor_cache import keep
+from ..backend.tensor_cache import keep
 
 
 def map_bits(tiers: int) -> int:
@@ -86,7 +85,7 @@ def _find(mask: torch.Tensor, count: torch.Tensor, size: int, start: int) -> tor
     Returns:
         int32 `[batch, heads, size]`.
     """
-    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    places = torch.from_numpy(mask.numpy().ravel().nonzero()[0])
     rows, tokens = count.numel(), mask.shape[-1]
     if len(places) == rows * size:
         begins = torch.arange(rows) * tokens - start

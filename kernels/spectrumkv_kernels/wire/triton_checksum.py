@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv_kernels.backend.launch_triton import Launcher, on_device, trait
-from spectrumkv_kernels.wire.checksum import ROW, row_weights, write
+from ..backend.launch_triton import Launcher, on_device, trait
+from .checksum import ROW, row_weights, write
 
 ROWS, COLUMNS = 8, 256
 """Rows of a program, and how many of their columns it reads at a time."""
