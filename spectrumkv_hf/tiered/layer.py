@@ -18,7 +18,7 @@ from spectrumkv_hf.tiered.schedule import Confirmations, OpenUpdate, SharedRanki
 from spectrumkv_hf.tiered.static_store import Plan, StaticStore, Step, undecodable
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore, Tiering
 from spectrumkv_kernels import Codec, Rotary, attention_scores, divisor, real_tokens, tiered_attention
-from spectrumkv_kernels.static import library  # noqa: F401  # registers the operations that compiled graphs call
+from spectrumkv_kernels.static import library
 from spectrumkv_kernels.static.layout import LENGTH
 from spectrumkv_kernels.static.operations import append as append_step
 from spectrumkv_kernels.static.operations import attend as attend_step
@@ -368,7 +368,7 @@ class SpectrumLayer(CacheLayerMixin):
                 f"{value_states.dtype}"
             )
         if torch.compiler.is_compiling():
-            torch.ops.spectrumkv.append(buffer, state, key_states, value_states, number)
+            library.append(buffer, state, key_states, value_states, number)
             self.count = None
         else:
             with torch.no_grad():
@@ -389,7 +389,7 @@ class SpectrumLayer(CacheLayerMixin):
         buffer, state, layout, number = self._static
         window = self.window if mask is None else None
         if torch.compiler.is_compiling():
-            return torch.ops.spectrumkv.attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
+            return library.attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
         with _own_precision(query.device):
             return attend_step(
                 query, buffer, state, layout, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks

@@ -1,20 +1,22 @@
 """The operations on layers of fixed capacity as PyTorch's own, which a compiled graph keeps as they are.
 
-`torch.ops.spectrumkv.append` and `.attend`. A layout goes by its number, because a graph holds tensors and numbers.
+They are called as `append` and `attend` of this module, which finds them in the registry where `backend.namespace` puts
+them. A layout goes by its number, because a graph holds tensors and numbers; numbers are those of this package.
 """
 
 import torch
 
+from ..backend.namespace import add_op_namespace_prefix
 from . import operations
 from .layout import layout_of
 
 
-@torch.library.custom_op("spectrumkv::append", mutates_args=("buffer", "state"))
+@torch.library.custom_op(add_op_namespace_prefix("append"), mutates_args=("buffer", "state"))
 def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: int) -> None:
     operations.append(buffer, state, keys, values, layout_of(layout))
 
 
-@torch.library.custom_op("spectrumkv::attend", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("attend"), mutates_args=())
 def attend(
     query: torch.Tensor,
     buffer: torch.Tensor,
