@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-matrix test-slow test-engines test-vllm fuzz lint bench eval docs dist clean
+.PHONY: demo test test-matrix test-slow test-engines test-vllm fuzz lint bench eval docs dist hub-kernel clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -101,5 +101,10 @@ dist: pyproject.toml constraints.txt  ## An sdist and a wheel, checked; the whee
 	$(DIST)/empty/bin/python $(PIP_INSTALL) -c constraints.txt $(DISTS)/*.whl
 	$(DIST)/empty/bin/python -I tests/support/try_installed.py
 
+HUB_KERNEL := build/hub-kernel
+hub-kernel:  ## spectrumkv_kernels as Hugging Face's kernel-builder takes it.
+	rm -rf $(HUB_KERNEL)
+	$(PYTHON) kernels/hub_layout.py $(HUB_KERNEL)
+
 clean:
-	rm -rf $(VENV) $(DEMO) $(MATRIX:%=.venv-%) $(LMCACHE) $(VLLM) $(DOCS) $(DIST) $(DISTS) $(SITE)
+	rm -rf $(VENV) $(DEMO) $(MATRIX:%=.venv-%) $(LMCACHE) $(VLLM) $(DOCS) $(DIST) $(DISTS) $(SITE) $(HUB_KERNEL)
