@@ -12,6 +12,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    "kernels/README.md": "kernels-hub.md",
     **{
         path.relative_to(ROOT).as_posix(): f"kernels-{path.parent.name}.md"
         for path in sorted(ROOT.glob("kernels/spectrumkv_kernels/*/README.md"))
