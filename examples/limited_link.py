@@ -151,7 +151,7 @@ def serve(args: argparse.Namespace) -> None:
     rank = args.worker
     torch.set_num_threads(args.threads)
     model, tokenizer = load_from(args)
-    (ids,) = prompts(tokenizer, [args.tokens])
+    (ids,) = prompts(model, tokenizer, [args.tokens])
     ids = ids.to(model.device)
     join(args, rank, f"tcp://{ADDRESSES[PREFILL]}:{PORTS['group']}")
     about = {"environment": environment(model), "layers": model.config.get_text_config(decoder=True).num_hidden_layers}

@@ -180,8 +180,16 @@ def receive_and_decode(
     return sent, Received(answer, complete, receiver.report.seconds, clock.first, cache.policy)
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> list[torch.Tensor]:
-    """Ids `[1, length]` from the passage, each from another place in it, repeated where it is too short."""
+def prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, lengths: list[int]
+) -> list[torch.Tensor]:
+    """Ids `[1, length]` from the passage, each from another place in it, repeated where it is too short.
+
+    Of a model with random weights, which has no tokenizer, they are random, and the same in both processes.
+    """
+    if tokenizer is None:
+        size, draw = model.config.get_text_config(decoder=True).vocab_size, torch.Generator().manual_seed(0)
+        return [torch.randint(size, (1, length), generator=draw) for length in lengths]
     once = tokenizer(passage(), return_tensors="pt", verbose=False).input_ids[0]
     repeated = once.repeat(1 + -(-max(lengths) // len(once)))
     starts = [index * 97 % len(once) for index in range(len(lengths))]
@@ -260,7 +268,7 @@ def run_prefill(args: argparse.Namespace) -> None:
     model, tokenizer = load_from(args)
     to = sender_of(args)
     policy = get_policy(args.policy, args.budget)
-    for index, ids in enumerate(prompts(tokenizer, [args.tokens[0], *args.tokens])):
+    for index, ids in enumerate(prompts(model, tokenizer, [args.tokens[0], *args.tokens])):
         dist.barrier()
         sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout, to)
         if index == 0 and args.bandwidth and not policy.lossless:  # the warm-up tells what compressing costs
@@ -280,7 +288,7 @@ def run_prefill(args: argparse.Namespace) -> None:
 def run_decode(args: argparse.Namespace) -> None:
     model, tokenizer = load_from(args)
     about, source = environment(model), receiver_of(args)
-    answers, policies, rows, every = [], [], [], prompts(tokenizer, [args.tokens[0], *args.tokens])
+    answers, policies, rows, every = [], [], [], prompts(model, tokenizer, [args.tokens[0], *args.tokens])
     for ids in every:
         dist.barrier()
         sent, received = receive_and_decode(

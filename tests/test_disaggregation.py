@@ -8,6 +8,7 @@ from pathlib import Path
 import limited_link
 import pd_disaggregation
 import pytest
+import torch
 
 from spectrumkv_hf.evaluation.subjects import models
 
@@ -15,13 +16,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["--streamed", "--whole", "--transport=file", "--transport=nixl"])
+@pytest.mark.parametrize(
+    "how", ["--streamed", "--whole", "--transport=file", "--transport=nixl", "--model=random-smollm2-135m"]
+)
 def test_two_processes_answer_as_one(how, tmp_path):
     """The example compares the answers itself, and fails where they differ."""
-    try:
-        models.smollm2_file()
-    except FileNotFoundError as problem:
-        pytest.skip(str(problem))
+    if not how.startswith("--model"):
+        try:
+            models.smollm2_file()
+        except FileNotFoundError as problem:
+            pytest.skip(str(problem))
     if how.endswith("nixl"):
         pytest.importorskip("nixl_cu12")
     report = tmp_path / "report.json"
@@ -32,6 +36,20 @@ def test_two_processes_answer_as_one(how, tmp_path):
     rows = json.loads(report.read_text())["results"]
     assert [row["tokens"] for row in rows] == [300, 500]
     assert all(row["sent_bytes"] < 0.8 * row["fp16_bytes"] for row in rows)
+
+
+def test_a_model_of_random_weights_is_the_same_in_every_process(monkeypatch):
+    """As are its prompts: it has no tokenizer."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(models.RANDOM, "random-tiny", {**shape, "vocab_size": 77})
+    state = torch.get_rng_state()
+    one, other = (models.load_random("random-tiny", torch.float32, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (one, other)]
+    assert torch.equal(*weights) and weights[0].std() > 0
+    mine, theirs = (pd_disaggregation.prompts(model, None, [5, 9]) for model in (one, other))
+    assert [ids.shape for ids in mine] == [(1, 5), (1, 9)] and all(map(torch.equal, mine, theirs))
+    assert 0 <= int(mine[1].min()) < int(mine[1].max()) < 77
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,9 @@ def load(
 
 
 def load_random(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model of the shape `RANDOM[name]` with random weights."""
-    with device:
+    """A model of the shape `RANDOM[name]` with random weights: the same in every process, on one kind of device."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=dtype).eval()
 
 
