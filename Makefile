@@ -32,14 +32,12 @@ lint: $(BIN)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Other versions of Transformers and Triton than those of constraints.txt, in pairs. Tests that need
-# neither run in `make test` only, as do the longest ones: Triton's interpreter is slow, and what counts
-# of another Triton is that it compiles the kernels (test_compiles). TESTS=tests runs everything on one:
-# make test-with-5.23.0+3.9.0 TESTS=tests
+# Other versions of Transformers and Triton than those of constraints.txt, in pairs. What is tested there is what
+# depends on them: the cache as models call it, and that the kernels compile, as Triton's interpreter is slow.
+# TESTS=tests runs everything on one: make test-with-5.23.0+3.9.0 TESTS=tests
 MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
-LONG := tests/tiered/test_interruption.py tests/tiered/test_tiered_triton.py
-TESTS ?= $(filter-out $(LONG), $(wildcard tests/tiered/test_*.py)) tests/probe/test_probe.py \
-	tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py
+TESTS ?= $(patsubst %,tests/tiered/test_%.py,architectures cache_argument contract models static_compiled) \
+	tests/probe/test_probe.py tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
 
 test-with-%: pyproject.toml constraints.txt

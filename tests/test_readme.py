@@ -340,6 +340,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_offline_needles_are_found(folder):
     """The README's command on half of its documents, over the exact cache: whole prompts, which the model answers."""
     cells, shown = lm_eval([*NEEDLES, "--limit", "5", "--policy", "exact"], folder / "out.json")

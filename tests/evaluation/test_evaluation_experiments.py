@@ -98,6 +98,7 @@ def test_stages_of_the_time_to_first_token():
     assert got["bytes"] < exact["bytes"] / 2 and exact["serialize"] == 0
 
 
+@pytest.mark.slow
 def test_reduced_paper(folder, tmp_path, capsys):
     """Everything with one command; a second run measures nothing again."""
     main(["eval", "all", "--reduced", "--model", folder, "--output", str(tmp_path)])

@@ -210,8 +210,9 @@ def before_tiering(m, **options):
     return cache
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scope", ["head", "token"])
-def test_an_interrupt_at_any_line_of_a_forward_is_no_silent_damage(scope):
+def test_an_interrupt_at_any_line_of_a_forward_is_no_silent_damage(scope, every):
     m = model("llama", "sdpa")
     fresh = before_tiering(m, scope=scope)
     token, after = prompt(1, seed=500), prompt(1, seed=501)
@@ -231,7 +232,7 @@ def test_an_interrupt_at_any_line_of_a_forward_is_no_silent_damage(scope):
                 pass
             if not tracer.raised:
                 break
-            number += 1
+            number += every
             for held in cache.layers:
                 held.store.check_integrity()
             lengths = {held.get_seq_length() for held in cache.layers}
@@ -248,12 +249,9 @@ def test_an_interrupt_at_any_line_of_a_forward_is_no_silent_damage(scope):
                     m(after, past_key_values=cache)
                 cache.reset()
                 again = SpectrumCache(m.config, policy="sink_protect", budget=0.3, recent_window=10, scope=scope)
-                assert (
-                    torch.equal(
-                        m(prompt(70), past_key_values=cache).logits, m(prompt(70), past_key_values=again).logits
-                    )
-                    or number % 20
-                )  # one in twenty is enough
+                if number % 20 == 0:  # one in twenty is enough
+                    pair = [m(prompt(70), past_key_values=each).logits for each in (cache, again)]
+                    assert torch.equal(*pair)
     assert min(outcomes.values()) > 0
 
 

@@ -94,7 +94,9 @@ def test_one_graph_for_all_steps_and_caches(family, attention, options):
     assert compilations() == (1, 0, 0)
 
 
-@pytest.mark.parametrize("options", [SMALL, {"policy": "fp16"}], ids=["b=.3", "fp16"])
+@pytest.mark.parametrize(
+    "options", [SMALL, pytest.param({"policy": "fp16"}, marks=pytest.mark.slow)], ids=["b=.3", "fp16"]
+)
 def test_500_steps_by_inductor(options):
     m = model("llama", "sdpa")
     cache = SpectrumCache(m.config, **options, max_cache_len=660)

@@ -53,10 +53,9 @@ SMALL = (16, 5), (3, 67), (2, 71), (16, 33)
 for head_dim, codec, tiers, fillers, widths, options in (
     (128, "spectrum", TIERS, False, (8, 4), {}),
     (256, "spectrum", TIERS, False, (4,), {"softcap": 30.0, "window": 20}),
-    (80, "absmax", TIERS, True, (4,), {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
-    (64, "rotated", TIERS, False, (), {"mask": randn(1, 4, 1, 176).bfloat16()}),
+    (80, "absmax", TIERS, True, (), {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
     (128, "spectrum2", TIERS, False, (8, 3), {}),
-    (256, "spectrum2", SMALL, False, (), {"softcap": 30.0, "sinks": randn(4), "window": 20}),
+    (64, "spectrum2", SMALL, False, (), {"mask": randn(1, 4, 1, 176).bfloat16(), "softcap": 30.0, "window": 20}),
 ):
     case = build(tiers, head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16)
     if codec == "spectrum2":
@@ -87,7 +86,7 @@ attention_triton.tiered_attention(
 state = torch.zeros(STATE, dtype=torch.int32)
 tiers = (Room(16, 20), Room(8, 100), Room(4, 200))
 for codec, head_dim, dtype, rooms in (
-    ("spectrum", 256, torch.bfloat16, tiers),
+    ("spectrum", 128, torch.bfloat16, tiers),
     ("absmax", 80, torch.bfloat16, tiers),
     ("spectrum2", 64, torch.bfloat16, (Room(16, 20), Room(3, 100))),
     ("spectrum", 128, torch.bfloat16, ()),
@@ -110,6 +109,6 @@ for head_dim, rooms, options in (
     )  # fmt: skip
     buffer, state = torch.zeros(layout.size, dtype=torch.uint8), torch.zeros(STATE, dtype=torch.int32)
     query = randn(1, 8, 1, head_dim).bfloat16()
-    for mask in (None, torch.ones(1, 1, 1, 400, dtype=torch.bool)):
+    for mask in (None, torch.ones(1, 1, 1, 400, dtype=torch.bool))[: 3 - head_dim // 128]:
         attend_triton.attend(query, buffer, state, layout, scale=0.1, mask=mask, **options)
 print(*sorted(compiled))
