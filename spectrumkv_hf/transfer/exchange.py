@@ -244,7 +244,7 @@ class CacheReceiver:
         refusal: TransferError | None = None
         while True:
             try:
-                header = self._header(refusal)
+                head, header = self._header(refusal)
             except TransferError as problem:
                 if refusal is None or problem is refusal:
                     raise
@@ -266,14 +266,15 @@ class CacheReceiver:
                 refusal.__cause__ = refusal.__cause__ or problem
             report.packing += time.monotonic() - began
             with located(place):
-                transport.reply(pack_reply(REFUSED if refusal else ACCEPTED, str(refusal or "")), self._timeout)
+                status = REFUSED if refusal else ACCEPTED
+                transport.reply(pack_reply(status, head, str(refusal or "")), self._timeout)
             report.frames, report.bytes = report.frames + 1, report.bytes + FrameHeader.SIZE + header.padded
             report.finished = time.monotonic()
             if cache is not None:
                 return cache
 
-    def _header(self, refusal: TransferError | None) -> FrameHeader:
-        """The next frame's header; or an error, where the sender stops or something else arrives."""
+    def _header(self, refusal: TransferError | None) -> tuple[bytes, FrameHeader]:
+        """The next frame's header, as bytes too; or an error, where the sender stops or something else arrives."""
         transport, expected = self._transport, self._assembler.expected
         with located(expected):
             head = transport.receive_head(self._timeout if self.report.frames else self._first_timeout)
@@ -282,11 +283,11 @@ class CacheReceiver:
         if head.startswith(STOP_MAGIC):
             raise self._stopped(head, refusal, expected)
         try:
-            return FrameHeader.parse(head, self._limit)
+            return head, FrameHeader.parse(head, self._limit)
         except WireError as problem:
             message = f"from {transport.peer}: {in_words(expected)}: {problem}"
             with suppress(TransportError):
-                transport.reply(pack_reply(LOST, message), self._timeout)
+                transport.reply(pack_reply(LOST, head, message), self._timeout)
             transport.close()
             raise TransferError(message, layer_of(expected)) from problem
 
@@ -296,11 +297,14 @@ class CacheReceiver:
         try:
             with located(expected):
                 rest = transport.receive_payload(STOP.size - HEAD_BYTES, torch.device("cpu"), self._timeout)
-                transport.reply(pack_reply(ACCEPTED, ""), self._timeout)
+                stop = head + host_bytes(rest)
+                if len(stop) != STOP.size:
+                    raise WireError(f"{len(stop)} bytes of a stop, which has {STOP.size}")
+                transport.reply(pack_reply(ACCEPTED, head, ""), self._timeout)
         except WireError as problem:
             transport.close()
             return TransferError(f"from {transport.peer}: {in_words(expected)}: {problem}", layer_of(expected))
-        _, size, reason = STOP.unpack(head + host_bytes(rest))
+        _, size, _, reason = STOP.unpack(stop)
         text = unpack_reason(reason[:size])
         message = f"{transport.peer} gave up before {in_words(expected)}: {text}"
         return refusal or TransferError(message, layer_of(expected), True)

@@ -1,8 +1,10 @@
 """Messages of a transfer: frames with bounded room and a reply to each, no wait without a timeout."""
 
+import hashlib
 import secrets
 import struct
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,16 +14,19 @@ import torch
 
 from spectrumkv_hf import wire
 from spectrumkv_hf.spectrum_cache import SpectrumCache
-from spectrumkv_hf.transfer.transport import SendingTransport, TransportError
+from spectrumkv_hf.transfer.transport import HEAD_BYTES, SendingTransport, TransportError
 from spectrumkv_hf.wire import WireError
-from spectrumkv_hf.wire.frame import Place
+from spectrumkv_hf.wire.frame import Place, host_bytes
 
-REASON_BYTES = 501
-STOP = struct.Struct(f"<8sI52x{REASON_BYTES}s11x")
-"""What a sender sends in place of a frame when it gives up: magic, bytes of the reason; as payload the reason."""
+REASON_BYTES = 489
+STOP = struct.Struct(f"<8sIQ44x{REASON_BYTES}s23x")
+"""What a sender sends in place of a frame when it gives up: magic, bytes of the reason, the stream; as payload the
+reason."""
 STOP_MAGIC = b"SPKVSTOP"
-REPLY = struct.Struct(f"<8sBH{REASON_BYTES}s")
-"""What a receiver replies to every frame and to a stop: magic, status, bytes of the reason, the reason."""
+REPLY = struct.Struct(f"<8sBH8s{REASON_BYTES}sI")
+"""What a receiver replies to every frame and to a stop: magic, status, bytes of the reason, BLAKE2b of the head that it
+answers, the reason, CRC-32 of all before it. Without the hash every reply behind one that was lost, or came twice,
+would pass for that of another frame; without the checksum a flipped bit would turn a refusal into its opposite."""
 REPLY_MAGIC = b"SPKVREPL"
 ACCEPTED, REFUSED, LOST = range(3)
 """Statuses: taken; refused, and the rest of the stream with it; a header from which nothing can go on."""
@@ -81,6 +86,7 @@ class _Pending:
 
     place: Place | None
     frame: torch.Tensor
+    head: bytes
 
 
 @contextmanager
@@ -118,12 +124,14 @@ class FrameSender:
         self._timeout = check_timeout("timeout", timeout)
         self._in_flight = in_flight
         self._pending: deque[_Pending] = deque()
+        self._stream = 0
         self.report = TransferReport()
 
     def send(self, cache: SpectrumCache, wait_for: Callable[[int], None] = lambda index: None) -> None:
         """Send all frames of a cache, frame `index` after `wait_for(index)`."""
         layers = len(cache.layers)
-        frames = wire.frames(cache, stream=secrets.randbits(63))
+        self._stream = secrets.randbits(63)
+        frames = wire.frames(cache, stream=self._stream)
         with self._telling_why():
             for index in range(layers + 2):
                 wait_for(index)
@@ -148,7 +156,7 @@ class FrameSender:
             raise
 
     def _push(self, frame: torch.Tensor, place: Place | None) -> None:
-        self._pending.append(_Pending(place, frame))
+        self._pending.append(_Pending(place, frame, host_bytes(frame[:HEAD_BYTES])))
         try:
             with located(place):
                 self._transport.send(frame, self._timeout)
@@ -175,12 +183,13 @@ class FrameSender:
         pending, transport = self._pending[0], self._transport
         with located(pending.place):
             reply = transport.receive_reply(self._timeout)
-        magic, status, size, reason = REPLY.unpack(reply)
-        if magic != REPLY_MAGIC:
+        try:
+            status, reason = unpack_reply(reply, pending.head)
+        except WireError as problem:
             transport.close()
-            raise self._error(pending, f"replied {magic!r}")
+            raise self._error(pending, f"replied {problem}") from problem
         self._pending.popleft()
-        return pending, status, unpack_reason(reason[:size])
+        return pending, status, reason
 
     def _error(self, pending: _Pending, what: str, usable: bool = False) -> TransferError:
         place = pending.place
@@ -191,15 +200,39 @@ class FrameSender:
         while self._pending:
             self._acknowledge()
         text = pack_reason(reason)
-        stop = STOP.pack(STOP_MAGIC, len(text), text)
+        stop = STOP.pack(STOP_MAGIC, len(text), self._stream, text)
         self._push(torch.frombuffer(bytearray(stop), dtype=torch.uint8), None)
         self._acknowledge()
 
 
-def pack_reply(status: int, reason: str) -> bytes:
-    """An answer to a frame."""
+def pack_reply(status: int, head: bytes, reason: str) -> bytes:
+    """An answer to the frame, or the stop, with this head."""
     text = pack_reason(reason)
-    return REPLY.pack(REPLY_MAGIC, status, len(text), text)
+    reply = REPLY.pack(REPLY_MAGIC, status, len(text), _name(head), text, 0)[:-4]
+    return reply + zlib.crc32(reply).to_bytes(4, "little")
+
+
+def unpack_reply(reply: bytes, head: bytes) -> tuple[int, str]:
+    """Status and reason of an answer to what has this head.
+
+    Raises:
+        WireError: it is none, it is damaged, or it answers something else.
+    """
+    if len(reply) != REPLY.size:
+        raise WireError(f"{len(reply)} bytes instead of {REPLY.size}")
+    magic, status, size, answered, reason, check = REPLY.unpack(reply)
+    if magic != REPLY_MAGIC:
+        raise WireError(repr(magic))
+    if check != zlib.crc32(reply[:-4]):
+        raise WireError("what is damaged: its CRC-32 is wrong")
+    if status != LOST and answered != _name(head):  # a head that can't be read is not the one that was sent
+        raise WireError("to another frame")
+    return status, unpack_reason(reason[:size])
+
+
+def _name(head: bytes) -> bytes:
+    """What a frame is called in its reply."""
+    return hashlib.blake2b(head, digest_size=8).digest()
 
 
 def pack_reason(reason: str) -> bytes:

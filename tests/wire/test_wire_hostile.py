@@ -7,7 +7,7 @@ from wire_forge import CONFIG, golden_cache, split
 from wire_hostile import NESTED, NESTED_IN_LAYERS, WINDOWS, behind_windows, nested, spending, stream, streams
 
 from spectrumkv_hf import SpectrumCache
-from spectrumkv_hf.transfer.link import REASON_BYTES, REFUSED, REPLY, pack_reason, pack_reply, unpack_reason
+from spectrumkv_hf.transfer.link import REASON_BYTES, REFUSED, pack_reason, pack_reply, unpack_reason, unpack_reply
 from spectrumkv_hf.wire import WireError
 
 SECONDS, SECONDS_A_BYTE = 0.5, 2e-6
@@ -19,9 +19,8 @@ def refusal(data, config=CONFIG):
     with pytest.raises(WireError) as caught:
         SpectrumCache.deserialize(data, config=config)
     message = str(caught.value)
-    assert message.isprintable() and len(message) < 500
-    _, _, size, reason = REPLY.unpack(pack_reply(REFUSED, message))
-    assert unpack_reason(reason[:size]) == message
+    assert message.isprintable() and len(message) < REASON_BYTES
+    assert unpack_reply(pack_reply(REFUSED, bytes(64), message), bytes(64)) == (REFUSED, message)
     return message
 
 
