@@ -2,7 +2,8 @@
 
 The sender writes each frame to a file that appears under its name in one step; the receiver removes it and leaves a
 reply in the same way. So the directory never holds more than the frames that the sender may have in flight. Each side
-holds a lock on a file of its own: the system drops it when the process dies, which tells death from slowness.
+holds a lock on a file of its own: the system drops it when the process dies, which tells death from slowness. Whoever
+closes last removes what nobody will read: a frame has what a prompt said.
 
 For a cache that outlives its sender, use `SpectrumCache.save` and `load`.
 """
@@ -10,8 +11,10 @@ For a cache that outlives its sender, use `SpectrumCache.save` and `load`.
 import errno
 import fcntl
 import os
+import re
 import secrets
 import time
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +29,8 @@ from spectrumkv_hf.wire import WireError
 
 POLL = 0.002
 """Seconds between two looks for a file."""
+_MESSAGE = re.compile(r"(frame|reply)-[0-9]+|\.[0-9a-f]{32}\.part")
+"""Files that are of no use without both ends: messages, and those that a process wrote when it died."""
 
 
 class _End:
@@ -52,9 +57,12 @@ class _End:
         temporary = f".{secrets.token_hex(16)}.lock"
         handle = os.open(temporary, NEW_FILE, 0o600, dir_fd=self._folder)
         try:
-            os.fchmod(handle, file_mode(self._folder))
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            os.link(temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            try:
+                os.fchmod(handle, file_mode(self._folder))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                os.link(temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            finally:
+                os.unlink(temporary, dir_fd=self._folder)
         except FileExistsError:
             os.close(handle)
             raise ValueError(
@@ -63,16 +71,25 @@ class _End:
         except BaseException:
             os.close(handle)
             raise
-        finally:
-            os.unlink(temporary, dir_fd=self._folder)
         return handle
 
     def close(self) -> None:
-        """End the connection; see `Transport.close`. The directory stays."""
+        """End the connection; see `Transport.close`. The directory stays, with the files of the locks."""
         if self._lock is not None:
             os.close(self._lock)
-            os.close(self._folder)
             self._lock = None
+            try:
+                with suppress(OSError):  # of two that close at once both see the other gone
+                    if not self._peer_holds():
+                        self._clear()
+            finally:
+                os.close(self._folder)
+
+    def _clear(self) -> None:
+        for name in os.listdir(self._folder):
+            if _MESSAGE.fullmatch(name):
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=self._folder)
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +114,11 @@ class _End:
             alive = self._peer_lives()  # looked at before the file, so that a file of a peer that is gone counts
             try:
                 file = self._open(name)
-                os.unlink(name, dir_fd=self._folder)
+                try:
+                    os.unlink(name, dir_fd=self._folder)
+                except BaseException:
+                    file.close()
+                    raise
                 return file
             except FileNotFoundError:
                 pass
@@ -125,15 +146,27 @@ class _End:
     def _peer_lives(self) -> bool:
         """Whether the peer holds its lock, or has yet to come."""
         try:
+            return self._peer_holds() is not False
+        except OSError as problem:
+            raise self._failed(f"lost {self.peer}: {problem}") from problem
+
+    def _peer_holds(self) -> bool | None:
+        """Whether the peer holds its lock; None: it has yet to come."""
+        try:
             with self._open(f"{self.other}.lock") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
-            return True
+            return None
         except BlockingIOError:
             return True
-        except OSError as problem:
-            raise self._failed(f"lost {self.peer}: {problem}") from problem
         return False
+
+    def _read(self, file: BufferedReader, size: int) -> bytes:
+        """The first `size` bytes of a file, as far as there are so many."""
+        try:
+            return file.read(size)
+        except OSError as problem:
+            raise self._failed(f"can't read what {self.peer} wrote: {problem}") from problem
 
     def _failed(self, message: str) -> TransportError:
         self.close()
@@ -169,7 +202,7 @@ class DirectorySender(_End):
 
     def receive_reply(self, timeout: float) -> bytes:
         with self._arrived(f"reply-{self._next_reply}", timeout) as file:
-            reply = file.read(REPLY_BYTES + 1)
+            reply = self._read(file, REPLY_BYTES + 1)
         self._next_reply += 1
         if len(reply) != REPLY_BYTES:
             raise self._failed(f"{self.peer}'s reply has {len(reply)} bytes instead of {REPLY_BYTES}")
@@ -191,7 +224,7 @@ class DirectoryReceiver(_End):
     def receive_head(self, timeout: float) -> bytes:
         self._file = self._arrived(f"frame-{self._next_frame}", timeout)
         self._next_frame += 1
-        head = self._file.read(HEAD_BYTES)
+        head = self._read(self._file, HEAD_BYTES)
         if len(head) < HEAD_BYTES:
             raise self._failed(f"truncated: {self.peer}'s frame has {len(head)} bytes, its head alone {HEAD_BYTES}")
         return head

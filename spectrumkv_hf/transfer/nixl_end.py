@@ -119,12 +119,11 @@ class End:
             TransportError: the peer closed the connection, or died.
         """
         connection = self._connection()
-        if readable(connection, pause):
-            with self._watched():
-                data = connection.recv(1 << 16)
-            if not data:
-                raise self._failed(f"lost {self.peer}: it died or closed the connection")
-            buffer += data
+        with self._watched():  # to look takes a descriptor, of which there may be too many
+            data = connection.recv(1 << 16) if readable(connection, pause) else None
+        if data == b"":
+            raise self._failed(f"lost {self.peer}: it died or closed the connection")
+        buffer += data or b""
 
     def _check_time(self, until: float, timeout: float) -> None:
         if time.monotonic() > until:

@@ -1,6 +1,8 @@
 """What only one transport can suffer: files of a directory, notifications and greetings of NIXL."""
 
 import contextlib
+import errno
+import io
 import os
 import random
 import socket
@@ -168,6 +170,47 @@ def test_directory_that_vanishes(ends, tmp_path):
 def test_directory_waits_for_a_peer_yet_to_come(tmp_path):
     with DirectoryReceiver(tmp_path) as receiver, pytest.raises(TransportError, match="the sender is stalled or slow"):
         receiver.receive_head(QUICK)
+
+
+class Unreadable(io.BytesIO):
+    """A file on a disk that fails."""
+
+    def read(self, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_directory_that_can_not_be_read(ends, monkeypatch):
+    """An error of the disk is one of the transport, and ends the connection."""
+    sender, receiver = ends
+    sender.send(FRAME, 1)
+    receiver.reply(REPLY, 1)
+    for end, look in ((sender, sender.receive_reply), (receiver, receiver.receive_head)):
+        monkeypatch.setattr(end, "_arrived", lambda *_: Unreadable())
+        with pytest.raises(TransportError, match="can't read what the .* wrote: .*Input/output error"):
+            look(1)
+        with pytest.raises(TransportError, match="can't read what the .* wrote"):
+            end.send(FRAME, 1) if end is sender else end.reply(REPLY, 1)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_directory_of_which_both_are_gone(ends, tmp_path, first):
+    """Frames and replies that nobody will read have what a prompt said; what else lies there stays."""
+    sender, receiver = ends
+    sender.send(FRAME, 1)
+    receiver.reply(REPLY, 1)
+    for name in (f".{'a' * 32}.part", "frame-9", "notes"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "frame-10").mkdir()
+    ends[first].close()
+    assert len(list(tmp_path.iterdir())) == 8  # the other one may still read them
+    ends[1 - first].close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frame-10", "notes", "receiver.lock", "sender.lock"]
+
+
+def test_directory_to_which_nobody_came(tmp_path):
+    with DirectorySender(tmp_path) as sender:
+        sender.send(FRAME, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["sender.lock"]
 
 
 # -- NIXL -------------------------------------------------------------------------------------------------------------
@@ -408,6 +451,17 @@ def test_many_files_may_be_open(nixl):
         assert not readable(far, 0)
         there.send(b"!")
         assert readable(far, 1)
+
+
+@needs_nixl
+def test_nixl_with_too_many_files_open(nixl_ends, monkeypatch):
+    def none_left():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("spectrumkv_hf.transfer.nixl_end.selectors.DefaultSelector", none_left)
+    for look in (nixl_ends[0].receive_reply, nixl_ends[1].receive_head):
+        with pytest.raises(TransportError, match="lost the .*Too many open files"):
+            look(1)
 
 
 def test_nixl_nobody_there(nixl):
