@@ -171,7 +171,8 @@ class PrefixStore:
                 of another model, policy or codec than the store's.
             TypeError: it is no `SpectrumCache`, or the ids are no whole numbers.
             WireError: it can't be serialised.
-            OSError: the storage can't be written. Nothing, or an entry that is not found, is stored.
+            OSError: the storage can't be written, and nothing is stored, as far as the storage lets remove it; or it
+                can't be pruned, and the cache is stored.
         """
         tokens = _checked(ids)
         least = self._least(cache, len(tokens))
@@ -187,7 +188,11 @@ class PrefixStore:
             self._say(f"nothing is stored of a prompt of {size} bytes: max_bytes is {self.max_bytes}")
             return 0
         self._files.write(f"{name}{ENTRY}", [head, stream])  # before its pointers, so that none leads to nothing
-        self._point(chain.links, name)
+        try:
+            self._point(chain.links, name)
+        except BaseException:
+            self._remove(name, chain.links)  # on a full disk nothing must lie that nobody finds
+            raise
         if self.max_bytes is not None or self.max_age is not None:
             self.prune()
         return size

@@ -1,6 +1,7 @@
 """Caches of prompts by their tokens: the longest prefix, never a wrong one, whatever becomes of the files."""
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -519,6 +520,24 @@ def test_storage_that_fails(place, monkeypatch):
         patch.setattr(ours._files, "write", fail)
         with pytest.raises(PermissionError):
             ours.put(ids, filled(ids))
+
+
+def test_a_full_disk_keeps_nothing(place, monkeypatch):
+    """Not even an entry whose pointers had no room."""
+    ids, ours = prompt(TOKENS), store(place)
+    write_small = type(ours._files).write_small
+
+    def full(self, files):
+        if any(name.endswith(".at") for name in files):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_small(self, files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ours._files), "write_small", full)
+        with pytest.raises(OSError, match="No space left"):
+            ours.put(ids, filled(ids))
+    assert not ours._files.listing()
+    assert ours.put(ids, filled(ids)) and ours.get(ids) is not None
 
 
 def test_errors_of_file_systems_are_os_errors(monkeypatch):
