@@ -80,8 +80,10 @@ class PrefixStore:
             is a `key`; see `folders.open_folder` for who may write into a folder.
         model: The model, or its config. A model's weights are part of what prefixes are found by; with a config, keep
             models that differ in weights apart by `salt`.
-        policy, budget, codec, policy_options: Of the caches, as in `SpectrumCache`. Give `policy=cache.policy` for
-            caches of `SpectrumCache.from_model`.
+        policy: Of the caches, as in `SpectrumCache`. Give `policy=cache.policy` for those of
+            `SpectrumCache.from_model`.
+        budget: As in `SpectrumCache`.
+        codec: Likewise.
         adapter: Name of what else changes the model, such as a LoRA adapter; None: nothing does.
         salt: Separates what would be found otherwise: tenants, or images and other inputs that ids do not tell. Kept
             secret, it hides from those who list the files which prompts are known.
@@ -92,6 +94,7 @@ class PrefixStore:
         max_age: Seconds since an entry was last used, after which it is not found and the next `put` removes it.
         device: Where caches of `get` lie; None: where the model does, or on the CPU.
         storage_options: For the file system of a URL, as fsspec takes them.
+        policy_options: As in `SpectrumCache`.
 
     Raises:
         ValueError, TypeError: an argument out of range, or of another kind; as of `SpectrumCache`.
