@@ -70,12 +70,15 @@ def _sound(x, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _counted(
-    ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
+def _tokens(
+    ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    FITTED: tl.constexpr,
+    TOKENS: tl.constexpr, FITTED: tl.constexpr,
 ):  # fmt: skip
-    """Which tokens a frame is fitted by: all but sinks, padding, and those unsound in any head."""
+    """Tokens from position `first` on: their positions, their places in the tail of the row's head, and by which of
+    them a frame is fitted, which are all but sinks, padding, and those unsound in any head."""
+    at = first + tl.arange(0, TOKENS)
+    place = (at - base) % ring
     top = row // heads * heads
     counted = (at < length) & (at - pad >= least)
     for head in range(heads):
@@ -83,7 +86,7 @@ def _counted(
         counted = _sound(ring_keys + source * KEY_DIM, counted, KEY_DIM, KEY_WIDTH)
         if FITTED:
             counted = _sound(ring_values + source * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
-    return counted
+    return at, row * ring + place, counted
 
 
 @triton.jit
@@ -111,13 +114,11 @@ def _settle_frame(
     sums = tl.zeros([TOKENS, KEY_WIDTH], tl.float32)
     tokens = tl.zeros([TOKENS], tl.float32)
     for first in range(start, length, TOKENS):
-        at = first + tl.arange(0, TOKENS)
-        place = (at - base) % ring
-        counted = _counted(
-            ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
-            KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, FITTED,
+        at, source, counted = _tokens(
+            ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+            KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, FITTED,
         )  # fmt: skip
-        x = ring_keys + ((row * ring + place) * KEY_DIM)[:, None]
+        x = ring_keys + (source * KEY_DIM)[:, None]
         y = tl.load(x + channels[None, :], mask=counted[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if PAIRS:
             turned = counted[:, None] & (channels < 2 * PAIRS)[None, :]
@@ -136,18 +137,16 @@ def _settle_frame(
         value_inside = value_channels < VALUE_DIM
         value_sums = tl.zeros([TOKENS, VALUE_WIDTH], tl.float32)
         for first in range(start, length, TOKENS):
-            at = first + tl.arange(0, TOKENS)
-            place = (at - base) % ring
-            counted = _counted(
-                ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
-                KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, FITTED,
+            at, source, counted = _tokens(
+                ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+                KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, FITTED,
             )  # fmt: skip
-            x = ring_keys + ((row * ring + place) * KEY_DIM)[:, None]
+            x = ring_keys + (source * KEY_DIM)[:, None]
             y = load_residual(x, counted, at, frame, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True)
             y = tl.where(counted[:, None], y * y, 0.0)
             size = tl.sum(y, 1) * (1 / KEY_DIM)
             sums += y / tl.where(size > 0, size, 1.0)[:, None]
-            v = ring_values + ((row * ring + place) * VALUE_DIM)[:, None] + value_channels[None, :]
+            v = ring_values + (source * VALUE_DIM)[:, None] + value_channels[None, :]
             value_sums += tl.load(v, mask=counted[:, None] & value_inside[None, :], other=0.0).to(tl.float32)
         power = tl.sum(sums, 0) / weight
         key_scale = frame + KEY_DIM
@@ -166,19 +165,17 @@ def _settle_frame(
         value_logarithms = tl.zeros([TOKENS], tl.float32)
         value_number = tl.zeros([TOKENS], tl.float32)
         for first in range(start, length, TOKENS):
-            at = first + tl.arange(0, TOKENS)
-            place = (at - base) % ring
-            counted = _counted(
-                ring_keys, ring_values, at, place, row, length, pad, heads, ring, least,
-                KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, FITTED,
+            at, source, counted = _tokens(
+                ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+                KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, FITTED,
             )  # fmt: skip
-            x = ring_keys + ((row * ring + place) * KEY_DIM)[:, None]
+            x = ring_keys + (source * KEY_DIM)[:, None]
             y = load_residual(x, counted, at, frame, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True)
             y *= balance[None, :]
             size = tl.sum(tl.where(counted[:, None], y * y, 0.0), 1) * (1 / KEY_DIM)
             logarithms += tl.where(size > 0, tl.log2(tl.maximum(size, TINY)), 0.0)
             number += (size > 0).to(tl.float32)
-            v = ring_values + ((row * ring + place) * VALUE_DIM)[:, None] + value_channels[None, :]
+            v = ring_values + (source * VALUE_DIM)[:, None] + value_channels[None, :]
             there = counted[:, None] & value_inside[None, :]
             y = tl.load(v, mask=there, other=0.0).to(tl.float32) - mean[None, :]
             size = tl.sum(tl.where(there, y * y, 0.0), 1) * (1 / VALUE_DIM)
