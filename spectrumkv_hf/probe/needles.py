@@ -5,8 +5,9 @@ decoded greedily, success where the answer is a substring. Its released script l
 made with; the wording here is ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -74,30 +75,55 @@ def needle_prompts(
     """
     if not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths are fractions from 0 to 1, got {list(depths)}")
-    if tokenizer.chat_template:
-        ask = f"{_MARK}\n\n{needle.question} Answer with the exact words of the text."
-        message = [{"role": "user", "content": ask}]
-        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        head, tail = text.split(_MARK)
-        start = tokenizer(head, add_special_tokens=False).input_ids
-    else:
-        start, tail = tokenizer("").input_ids, f"\n\nQuestion: {needle.question}\nAnswer:"
-    end = tokenizer(tail, add_special_tokens=False).input_ids
+    start, end = around(tokenizer, needle.question, also=" Answer with the exact words of the text.")
     hidden = tokenizer(" " + needle.sentence, add_special_tokens=False).input_ids
     sentences = [tokenizer(" " + sentence, add_special_tokens=False).input_ids for sentence in HAYSTACK]
     room = tokens - len(start) - len(hidden) - len(end)
     if room < max(map(len, sentences)):
         raise ValueError(f"a prompt of {tokens} tokens has no room for a haystack beside needle and question")
-    hay: list[int] = []
-    borders = [0]
-    while len(hay) < room:
-        hay += sentences[(len(borders) - 1) % len(sentences)]
-        borders.append(min(len(hay), room))
+    hay, borders = filled(cycle(sentences), room)
     rows = []
     for depth in depths:
         at = min(borders, key=lambda border: abs(border - depth * room))
-        rows.append(start + hay[:at] + hidden + hay[at:room] + end)
+        rows.append(start + hay[:at] + hidden + hay[at:] + end)
     return NeedlePrompts(torch.tensor(rows), len(end), needle.answer)
+
+
+def around(
+    tokenizer: PreTrainedTokenizerBase, question: str, *, before: str = "", also: str = "", lead: str = ""
+) -> tuple[list[int], list[int]]:
+    """Ids before and behind a context about which something is asked, by the chat template where there is one.
+
+    Args:
+        tokenizer: Of the model.
+        question: What is asked behind the context.
+        before: What is said before it.
+        also: What is said behind the question in a chat.
+        lead: How the answer begins.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    if not tokenizer.chat_template:
+        return [*tokenizer("").input_ids, *ids_of(before)], ids_of(f"\n\nQuestion: {question}\nAnswer:{lead}")
+    message = [{"role": "user", "content": f"{before}{_MARK}\n\n{question}{also}"}]
+    text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+    head, tail = text.split(_MARK)
+    return ids_of(head), ids_of(tail + lead.lstrip())
+
+
+def filled(pieces: Iterable[list[int]], room: int) -> tuple[list[int], list[int]]:
+    """The first `room` ids of some pieces, and where pieces begin and end in them."""
+    ids: list[int] = []
+    borders = [0]
+    for piece in pieces:
+        ids += piece
+        borders.append(min(len(ids), room))
+        if len(ids) >= room:
+            break
+    return ids[:room], borders
 
 
 @torch.inference_mode()

@@ -7,9 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.metrics import load
-from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over
-from spectrumkv_hf.evaluation.protocols.quality import ratios
+from spectrumkv_hf.evaluation.protocols.needles import DEPTHS, ask_over, summarised
 from spectrumkv_hf.evaluation.report import figures
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import (
@@ -109,16 +107,14 @@ class Needles(Experiment):
         return [run.results.cells[join((spec, needle.answer))] for needle in NEEDLES[: run.args.needles]]
 
     def measured(self, run: Run, spec: str) -> dict[str, dict[str, Any]]:
-        """Of a method, over needles and depths: recall and bytes by the modules that compute them."""
+        """Of a method, over needles and depths."""
         cells = self._cells(run, spec)
-        asked = [
+        said = [
             (text, needle.answer)
             for needle, cell in zip(NEEDLES[: run.args.needles], cells, strict=True)
             for text in cell["texts"]
         ]
-        texts, answers = zip(*asked, strict=True)
-        recall = load("needle_recall", keep_in_memory=True).compute(predictions=texts, references=answers)
-        return {"needle_recall": recall, "kv_memory": ratios([cell["actual_ratio"] for cell in cells])}
+        return summarised(said, [cell["actual_ratio"] for cell in cells])
 
     def metrics(self, run: Run) -> list[dict[str, Any]]:
         return [{"method": spec, **self.measured(run, spec)} for spec in run.args.methods]

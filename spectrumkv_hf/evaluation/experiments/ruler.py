@@ -7,9 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from spectrumkv_hf.evaluation.experiments.experiment import SPEC, Experiment, Run, Table, join, methods_from
-from spectrumkv_hf.evaluation.metrics import load
-from spectrumkv_hf.evaluation.protocols.needles import ask_over
-from spectrumkv_hf.evaluation.protocols.quality import ratios
+from spectrumkv_hf.evaluation.protocols.needles import ask_over, summarised
 from spectrumkv_hf.evaluation.protocols.ruler import TASKS, ruler_prompt
 from spectrumkv_hf.evaluation.report.results import Cell
 from spectrumkv_hf.evaluation.subjects.methods import Method
@@ -87,12 +85,10 @@ class Ruler(Experiment):
         return [run.results.cells[join((spec, task, length, number))] for number in range(run.args.samples)]
 
     def measured(self, run: Run, spec: str, task: str, length: int) -> dict[str, Any]:
-        """Of a method on the prompts of a task and length: recall and bytes by the modules that compute them."""
+        """Of a method on the prompts of a task and length."""
         cells = self._cells(run, spec, task, length)
-        asked = [(cell["text"], answer) for cell in cells for answer in cell["answers"]]
-        texts, answers = zip(*asked, strict=True)
-        recall = load("needle_recall", keep_in_memory=True).compute(predictions=texts, references=answers)
-        return {"needle_recall": recall, "kv_memory": ratios([cell["actual_ratio"] for cell in cells])}
+        said = [(cell["text"], answer) for cell in cells for answer in cell["answers"]]
+        return summarised(said, [cell["actual_ratio"] for cell in cells])
 
     def metrics(self, run: Run) -> list[dict[str, Any]]:
         args = run.args

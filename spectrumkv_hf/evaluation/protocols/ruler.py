@@ -5,14 +5,14 @@ so scores of the two must not be compared. What asks for the answer follows the 
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from spectrumkv_hf.probe.needles import HAYSTACK, NeedlePrompts
+from spectrumkv_hf.probe.needles import HAYSTACK, NeedlePrompts, around, filled
 
 VALUES = 4
 """Numbers of one key, where there are several."""
@@ -191,8 +191,6 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
 }
 """Of a source of randomness, by name."""
 
-_MARK = "<<<context>>>"
-
 
 def ruler_prompt(tokenizer: PreTrainedTokenizerBase, name: str, tokens: int, seed: int) -> RulerPrompt:
     """A prompt of exactly `tokens` tokens, through the chat template where the tokenizer has one.
@@ -211,29 +209,15 @@ def ruler_prompt(tokenizer: PreTrainedTokenizerBase, name: str, tokens: int, see
     draw = random.Random(f"{name} {seed}")
     task = TASKS[name](draw)
 
-    def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
+    def ids_of(pieces: Iterable[str]) -> Iterator[list[int]]:
+        return (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces)
 
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": f"{task.before}{_MARK}\n\n{task.question}"}]
-        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        head, tail = text.split(_MARK)
-        start, end = ids_of(head), ids_of(tail + task.lead.lstrip())
-    else:
-        start = [*tokenizer("").input_ids, *ids_of(task.before)]
-        end = ids_of(f"\n\nQuestion: {task.question}\nAnswer:{task.lead}")
-    hidden = [ids_of(piece) for piece in task.hidden]
+    start, end = around(tokenizer, task.question, before=task.before, lead=task.lead)
+    hidden = list(ids_of(task.hidden))
     room = tokens - len(start) - len(end) - sum(map(len, hidden))
     if room < 64:
         raise ValueError(f"a prompt of {tokens} tokens has no room for a context beside what task {name!r} needs")
-    context: list[int] = []
-    borders = [0]
-    for piece in task.pieces:
-        if len(context) >= room:
-            break
-        context += ids_of(piece)
-        borders.append(min(len(context), room))
-    context = context[:room]
+    context, borders = filled(ids_of(task.pieces), room)
     for at, ids in reversed(list(zip(_places(draw, borders, len(hidden)), hidden, strict=True))):
         context[at:at] = ids
     row = torch.tensor([start + context + end])
