@@ -262,7 +262,7 @@ class BlockCodec:
         if self.policy.scope == "token":
             score = score.mean(0, keepdim=True).expand_as(score)
         store = TieredStore.assemble(keys, values, self.codec, rotary, length=tokens)
-        store.compress(tokens, self.policy, score)
+        store.confirm(store.tier(tokens, self.policy, score))
         if {tier: len(arena) for tier, arena in store.arenas.items()} != counts:
             raise ValueError(
                 "keys or values have NaN or infinity, or numbers beyond the scales of their codes: nothing stands for "

@@ -641,14 +641,13 @@ class SpectrumLayer(CacheLayerMixin):
         if self.shared is not None:
             self.shared.offer(self, score)
         else:
-            floor, power = self.policy.floor(self.layer_idx), self._open.query_power
-            self._tiering = store.tier(tokens, self.policy, score, floor, power)
+            self.compress(tokens, score)
             self.announce()
 
     def compress(self, tokens: int, score: torch.Tensor) -> None:
-        """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`."""
-        power = self._open.query_power
-        self.store.compress(tokens, self.policy, score, self.policy.floor(self.layer_idx), power)
+        """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`; to be confirmed."""
+        floor, power = self.policy.floor(self.layer_idx), self._open.query_power
+        self._tiering = self.store.tier(tokens, self.policy, score, floor, power)
 
     def lift(self, tokens: torch.Tensor, arena: Arena) -> None:
         """Move tokens to the tier in which an arena holds them; see `TieredStore.lift`."""

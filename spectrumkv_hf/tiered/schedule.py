@@ -8,7 +8,7 @@ import torch
 
 
 class Layer(Protocol):
-    """What the ranking needs of a `SpectrumLayer`."""
+    """What the schedules here need of a `SpectrumLayer`."""
 
     layer_idx: int
 
@@ -16,6 +16,8 @@ class Layer(Protocol):
     def tail_start(self) -> int: ...
 
     def compress(self, tokens: int, score: torch.Tensor) -> None: ...
+
+    def confirm(self) -> None: ...
 
     def announce(self) -> None: ...
 
@@ -48,14 +50,6 @@ class OpenUpdate:
     query_power: torch.Tensor | None = None
 
 
-class Confirmed(Protocol):
-    """A layer that may have to look at its last tiering once more."""
-
-    layer_idx: int
-
-    def confirm(self) -> None: ...
-
-
 class Confirmations:
     """The layer whose tiering is not confirmed yet.
 
@@ -68,12 +62,12 @@ class Confirmations:
 
     def __init__(self) -> None:
         self.last = -1
-        self._waiting: Confirmed | None = None
+        self._waiting: Layer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"last": self.last, "_waiting": None}
 
-    def tiered(self, layer: Confirmed) -> None:
+    def tiered(self, layer: Layer) -> None:
         """Take note of a layer that is to be confirmed, and confirm the one before it."""
         before, self._waiting = self._waiting, layer
         if before is not None and before is not layer:
@@ -134,6 +128,7 @@ class SharedRanking:
             if layer.tail_start == start and self._total is not None:  # else an interrupt came behind its tiering
                 shared = self._total[:, None, start : start + score.shape[-1]].to(score.device)
                 layer.compress(score.shape[-1], shared.expand_as(score))
+                layer.confirm()
             del self._offers[index]
             layer.announce()
         self._total = None

@@ -378,17 +378,6 @@ class TieredStore:
             frame = torch.where(begins[:, None, None], frame, self.frame)
         return frame
 
-    def compress(
-        self,
-        tokens: int,
-        policy: Policy,
-        score: torch.Tensor,
-        floor: Tier | None = None,
-        query_power: torch.Tensor | None = None,
-    ) -> None:
-        """Give the oldest `tokens` of the tail their tiers, by rank of `score`: `tier` and `confirm`."""
-        self.confirm(self.tier(tokens, policy, score, floor, query_power))
-
     def tier(
         self,
         tokens: int,

@@ -173,7 +173,7 @@ def test_bytes_of_int4(head_dim, most):
     keys, values = (torch.randn(1, 2, 1024, head_dim, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     store = TieredStore(keys, values, CODECS["spectrum2"], Rotary())
     store.append(keys, values)
-    store.compress(1024, UniformInt4(), torch.rand(1, 2, 1024))
+    store.confirm(store.tier(1024, UniformInt4(), torch.rand(1, 2, 1024)))
     arena = store.arenas[INT4]
     assert sum(t.nbytes for _, t in arena.tensors()) <= most * 2 * (keys.numel() + values.numel())
     assert torch.equal(arena.positions, torch.arange(1024, dtype=torch.int32).expand(1, 2, -1))

@@ -93,7 +93,7 @@ def test_higher_scores_get_more_bits():
     target = layer("greedy", 0.3)
     target.update(*tokens(203))
     score = torch.rand(3, 2, 193)
-    target.store.compress(193, target.policy, score)
+    target.store.confirm(target.store.tier(193, target.policy, score))
     bits = target.tier_map()[..., 4:193]
     for scores, tier in zip(score[..., 4:].flatten(0, 1), bits.flatten(0, 1), strict=True):
         assert scores[tier == 8].min() > scores[tier == 4].max()
