@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.evaluation.protocols.quality import prefill
-from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.environment import environment, settings_of
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.methods import cache_memory
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
@@ -315,8 +315,8 @@ def main() -> None:
     if any(row["milliseconds"] is None for row in rows.values()):
         print("-: out of memory")
     if args.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        write_whole(args.json, json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
+        report = {"environment": about, "settings": settings_of(args), "results": rows}
+        write_whole(args.json, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

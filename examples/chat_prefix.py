@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from pd_disaggregation import Clock
+from transformers import PreTrainedModel
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.environment import environment, settings_of
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 from spectrumkv_hf.probe.passage import passage
@@ -31,18 +32,6 @@ from spectrumkv_hf.transfer.prefix_store import PrefixStore
 QUESTION = "What pulls the water of the sea?"
 KEY = "SPECTRUMKV_STORE_KEY"
 """Variable of the environment with the key, in hex digits: what stands in a command's line others can read."""
-
-
-class Clock(LogitsProcessor):
-    """Notes the time at which the first forward has given its logits, and leaves them as they are."""
-
-    first: float | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.is_cuda:
-            torch.cuda.synchronize(scores.device)
-        self.first = self.first or time.perf_counter()
-        return scores
 
 
 def prompts(tokenizer: Any, tokens: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +57,7 @@ def answer(
     model: PreTrainedModel, ids: torch.Tensor, tokens: int, cache: Callable[[], SpectrumCache]
 ) -> tuple[float, list[int]]:
     """Seconds from asking for the cache to the first token's logits, and all tokens of the answer."""
-    clock, started = Clock(), time.perf_counter()
+    clock, started = Clock(), time.monotonic()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -152,9 +141,8 @@ def second_process(args: argparse.Namespace) -> None:
     if tokenizer is not None:
         print(f"{QUESTION} {tokenizer.decode(answers['resumed'], skip_special_tokens=True)!r}")
     if args.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         results = {"seconds": seconds, "medians": medians, "answers": answers}
-        write_whole(args.json, json.dumps({"environment": about, "settings": settings, **results}, indent=2))
+        write_whole(args.json, json.dumps({"environment": about, "settings": settings_of(args), **results}, indent=2))
 
 
 def parse_args() -> argparse.Namespace:

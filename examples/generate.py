@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from spectrumkv_hf import MemoryReport, SpectrumCache, cache_argument, get_policy
 from spectrumkv_hf.evaluation.protocols.quality import Quality, measure, prefill
-from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.environment import environment, settings_of
 from spectrumkv_hf.evaluation.report.figures import new_figure, save
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.methods import Tiered, cache_memory
@@ -277,8 +277,7 @@ def main() -> None:
         prefill(model, inputs["input_ids"], cache)
         plot_tiers(args.plot, cache, f"{args.model}, {cache.policy.name}, budget {cache.policy.budget:g}")
     if args.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        report = {"environment": about, "settings": settings, "results": rows, "notes": remarks}
+        report = {"environment": about, "settings": settings_of(args), "results": rows, "notes": remarks}
         write_whole(args.json, json.dumps(report, indent=2))
 
 

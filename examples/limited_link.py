@@ -40,7 +40,7 @@ from pd_disaggregation import (
 from tqdm import tqdm
 
 from spectrumkv_hf import get_policy
-from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.environment import environment, settings_of
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.models import load_from
 from spectrumkv_hf.support.whole_file import write_whole
@@ -258,7 +258,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report: dict[str, Any] = {
             **about,
             "date": datetime.now(UTC).isoformat(timespec="minutes"),
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "settings": settings_of(args),
             "unlimited_bytes_per_second": fast,
             "prefill_seconds": prefill,
             "fp16_sent_bytes": size,

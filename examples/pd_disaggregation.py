@@ -26,7 +26,7 @@ import torch.distributed as dist
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrumkv_hf import Policy, SpectrumCache, cache_argument, get_policy
-from spectrumkv_hf.evaluation.report.environment import environment
+from spectrumkv_hf.evaluation.report.environment import environment, settings_of
 from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders, print_table
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 from spectrumkv_hf.probe.passage import passage
@@ -321,8 +321,8 @@ def run_decode(args: argparse.Namespace) -> None:
         "the first token that the decode side computes over the cache it received."
     )
     if args.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        write_whole(args.json, json.dumps({"environment": about, "settings": settings, "results": rows}, indent=2))
+        report = {"environment": about, "settings": settings_of(args), "results": rows}
+        write_whole(args.json, json.dumps(report, indent=2))
 
 
 def work(rank: int, args: argparse.Namespace, address: str) -> None:

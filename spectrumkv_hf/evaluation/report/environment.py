@@ -1,7 +1,9 @@
 """Versions and device, which stand beside every result."""
 
+import argparse
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +19,11 @@ def environment(model: PreTrainedModel) -> dict[str, str | int]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(model.config._attn_implementation),
     }
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a command as JSON takes them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
 def versions(device: torch.device) -> dict[str, str | int]:
