@@ -5,7 +5,7 @@ in plain PyTorch specifies it.
 """
 
 from .backend.tensor_cache import clear_caches
-from .codec.frame import fit_frame, split_frame
+from .codec.frame import split_frame
 from .codec.quantize import (
     FLOAT16_MAX,
     Quantized,
@@ -26,6 +26,7 @@ from .operations import (
     dense,
     digest_sums,
     encode,
+    fit_frame,
     key_mean,
     tier_positions,
     tiered_attention,

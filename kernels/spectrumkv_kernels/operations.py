@@ -5,6 +5,7 @@ from typing import Any
 
 from .attention import reference as attention
 from .backend.dispatch import Operation
+from .codec import frame
 from .codec import reference as codec
 from .scores import reference as scores
 from .wire import affine, checksum, tier_map
@@ -14,6 +15,12 @@ def _triton_key_mean() -> Callable[..., Any]:
     from .codec import triton_codec
 
     return triton_codec.key_mean
+
+
+def _triton_fit_frame() -> Callable[..., Any]:
+    from .codec import triton_frame
+
+    return triton_frame.fit_frame
 
 
 def _triton_encode() -> Callable[..., Any]:
@@ -94,6 +101,7 @@ def _cpp_affine_flaws() -> Callable[..., Any]:
 
 
 key_mean = Operation(codec.key_mean, triton=_triton_key_mean)
+fit_frame = Operation(frame.fit_frame, triton=_triton_fit_frame)
 encode = Operation(codec.encode, triton=_triton_encode)
 decode = Operation(codec.decode, triton=_triton_decode)
 dense = Operation(codec.dense, triton=_triton_dense)

@@ -1,4 +1,4 @@
-"""Answers of a device for which nobody waits."""
+"""Numbers on their way between a device and the host, for which nobody waits."""
 
 from collections.abc import Sequence
 
@@ -27,3 +27,11 @@ class Readback:
         if self._event is not None:
             self._event.synchronize()
         return self._flags.tolist()
+
+
+def send(numbers: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy numbers that lie on the host to a tensor on a device, once the device has come so far.
+
+    From memory that is not pinned the host would wait for the device, even for a single number.
+    """
+    target.copy_(numbers.pin_memory() if target.is_cuda else numbers, non_blocking=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spectrumkv_hf.policy import DROPPED, TIERS, Counts, Policy, Tier, increments, lifted
+from spectrumkv_hf.tiered.readback import send
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore, by_tier, sizes_of
 from spectrumkv_kernels import Codec, Rotary
 from spectrumkv_kernels.backend.tensor_cache import keep
@@ -230,16 +231,16 @@ class StaticStore(TieredStore):
             views.frame.copy_(now.frame)
         known = (layout, tables, pads)
         if known != self._tables:
-            views.pads.copy_(torch.tensor(pads or (0,) * layout.batch, dtype=torch.int32))
+            send(torch.tensor(pads or (0,) * layout.batch, dtype=torch.int32), views.pads)
             if tables is not None:
                 kept = [i for i, (tier, _) in enumerate(_rooms(plan)) if any(r.bits == tier.bits for r in layout.rooms)]
                 totals, own_counts = tables.totals[:, kept], tables.own[:, :, kept]
-                views.totals[: len(totals)].copy_(totals[: len(views.totals)])
-                views.own[: len(own_counts)].copy_(own_counts[: len(views.own)])
+                send(totals[: len(views.totals)], views.totals[: len(totals)])
+                send(own_counts[: len(views.own)], views.own[: len(own_counts)])
             self._tables = known
         state = torch.zeros(STATE, dtype=torch.int32)
         state[LENGTH], state[BASE] = now.length, now.tail_start
-        self.step.state.copy_(state)
+        send(state, self.step.state)
         self._contents = now._replace(
             keys=views.keys,
             values=views.values,

@@ -219,7 +219,7 @@ def _dense_kernel(
         block -= blocks
 
 
-def _widths(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[str, int]:
+def widths_of(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[str, int]:
     """Sizes of heads and of blocks, as the kernels take them."""
     key_width, value_width = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     return {
@@ -270,7 +270,7 @@ def key_mean(
         Launcher(sums_kernel, {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT})(
             (splits * batch * heads,),
             {"keys": keys, "positions": positions, "weights": weights, "table": table, "sums": sums},
-            {"tokens": tokens, "heads": heads, **_strides("key", keys.stride()[:3])},
+            {"tokens": tokens, "heads": heads, **strides_of("key", keys.stride()[:3])},
         )
         Launcher(mean_kernel, {**sizes, "SPLITS": block})(
             (batch * heads,), {"sums": sums, "total": total, "mean": mean}, {"splits": splits, "heads": heads}
@@ -301,7 +301,7 @@ def encode(
         numbers, dtype = codec.affine
         return Quantized(codes, torch.empty(batch, heads, n, numbers, dtype=dtype, device=keys.device))
 
-    sizes = _widths(keys.shape[-1], values.shape[-1])
+    sizes = widths_of(keys.shape[-1], values.shape[-1])
     k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
     with on_device(keys):
         tensors = {
@@ -318,8 +318,8 @@ def encode(
             "value_scale": v.scale,
             "value_zero": v.zero,
         }
-        strides = {**_strides("key", keys.stride()[:3]), **_strides("value", values.stride()[:3])}
-        strides |= _strides("index", (0, 0) if index is None else index.stride()[:2])
+        strides = {**strides_of("key", keys.stride()[:3]), **strides_of("value", values.stride()[:3])}
+        strides |= strides_of("index", (0, 0) if index is None else index.stride()[:2])
         modes = {"BITS": bits, "HADAMARD": codec.hadamard, "FRAME": _size(frame)}
         Launcher(_encode_kernel, {**sizes, **modes, **rotation})(
             (triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2), tensors, {"n": n, "heads": heads, **strides}
@@ -378,7 +378,7 @@ def _read(
     """Write the tokens of the segments to `out`, at `position - start` if `scatter`, else in their order."""
     batch, heads, size = out[0].shape[:3]
     table, rotation = _rotation(rotary, frame is not None, out[0].device)
-    sizes = _widths(out[0].shape[-1], out[1].shape[-1], ELEMENTS // 2)
+    sizes = widths_of(out[0].shape[-1], out[1].shape[-1], ELEMENTS // 2)
     for first in range(0, len(segments), SEGMENTS):
         part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
         counts = [s.positions.shape[-1] for s in segments[first : first + SEGMENTS]]
@@ -406,7 +406,7 @@ def _read(
             )
 
 
-def _strides(of: str, strides: Sequence[int]) -> dict[str, int]:
+def strides_of(of: str, strides: Sequence[int]) -> dict[str, int]:
     """Strides of the first dimensions, by the names of a kernel's parameters."""
     return {f"{of}_{name}": stride for name, stride in zip(("batch", "head", "token"), strides, strict=False)}
 

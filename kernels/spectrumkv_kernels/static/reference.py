@@ -2,10 +2,9 @@
 
 import torch
 
-from ..codec.frame import fit_frame
 from ..codec.quantize import Quantized, sound
 from ..codec.reference import take
-from ..operations import encode, key_mean, tiered_attention
+from ..operations import encode, fit_frame, key_mean, tiered_attention
 from ..segment import Segment
 from .layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from ..backend.launch_triton import Launcher, on_device, trait
 from ..backend.tensor_cache import keep
-from ..codec import frame as codec_frame
 from ..codec.quantize import WIDTHS, divisor
 from ..codec.triton_codec import DTYPES, ELEMENTS, encode_rows, load_residual
+from ..codec.triton_frame import balance_of, logarithms, usual
 from ..codec.triton_quantize import FLOAT16_MAX
 from ..rotation.triton_rotary import partner, turn, turns
 from ..segment import contiguous_rows
@@ -28,8 +28,6 @@ BLOCK = tl.constexpr(static.BLOCK)
 LENGTH, TICKET = tl.constexpr(static.LENGTH), tl.constexpr(static.TICKET)
 BASE, REFUSED = tl.constexpr(static.BASE), tl.constexpr(static.REFUSED)
 HALF = tl.constexpr(ALIGNMENT // 2)
-CREDIT, FLOOR = tl.constexpr(codec_frame.CREDIT), tl.constexpr(codec_frame.FLOOR)
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 WIDEST = 1024
 """Channels of a head at most."""
 OPTIONS = {"num_warps": 4, "num_stages": 1}
@@ -87,14 +85,6 @@ def _tokens(
         if FITTED:
             counted = _sound(ring_values + source * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
     return at, row * ring + place, counted
-
-
-@triton.jit
-def _usual(logarithms, number):
-    """As `codec.frame._usual`, of the sum of the powers' logarithms and of how many there are."""
-    total = tl.sum(number, 0)
-    mean = tl.sum(logarithms, 0) / tl.where(total > 0, total, 1.0)
-    return tl.where(total > 0, tl.exp2(mean * 0.5), 1.0)
 
 
 @triton.jit
@@ -156,14 +146,12 @@ def _settle_frame(
             turned = channels < 2 * PAIRS
             power = tl.where(turned, (power + tl.load(key_scale + other, mask=turned, other=0.0)) * 0.5, power)
             tl.debug_barrier()
-        whole = tl.sum(power, 0) * (1 / KEY_DIM)
-        steady = tl.maximum((power * total + whole * CREDIT) / (total + CREDIT), whole * FLOOR)
-        balance = tl.where(whole > 0, 1 / tl.sqrt(tl.sqrt(tl.where(whole > 0, steady, 1.0))), 1.0)
+        balance = balance_of(power, total, tl.where(inside, 1.0, 0.0), inside, KEY_DIM)
         mean = tl.sum(value_sums, 0) / weight
-        logarithms = tl.zeros([TOKENS], tl.float32)
-        number = tl.zeros([TOKENS], tl.float32)
-        value_logarithms = tl.zeros([TOKENS], tl.float32)
-        value_number = tl.zeros([TOKENS], tl.float32)
+        key_sum = tl.zeros([TOKENS], tl.float32)
+        key_weight = tl.zeros([TOKENS], tl.float32)
+        value_sum = tl.zeros([TOKENS], tl.float32)
+        value_weight = tl.zeros([TOKENS], tl.float32)
         for first in range(start, length, TOKENS):
             at, source, counted = _tokens(
                 ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
@@ -173,17 +161,20 @@ def _settle_frame(
             y = load_residual(x, counted, at, frame, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True)
             y *= balance[None, :]
             size = tl.sum(tl.where(counted[:, None], y * y, 0.0), 1) * (1 / KEY_DIM)
-            logarithms += tl.where(size > 0, tl.log2(tl.maximum(size, TINY)), 0.0)
-            number += (size > 0).to(tl.float32)
+            found, number = logarithms(size, counted.to(tl.float32))
+            key_sum += found
+            key_weight += number
             v = ring_values + (source * VALUE_DIM)[:, None] + value_channels[None, :]
             there = counted[:, None] & value_inside[None, :]
             y = tl.load(v, mask=there, other=0.0).to(tl.float32) - mean[None, :]
             size = tl.sum(tl.where(there, y * y, 0.0), 1) * (1 / VALUE_DIM)
-            value_logarithms += tl.where(size > 0, tl.log2(tl.maximum(size, TINY)), 0.0)
-            value_number += (size > 0).to(tl.float32)
-        tl.store(key_scale + channels, _usual(logarithms, number) / balance, mask=inside)
+            found, number = logarithms(size, counted.to(tl.float32))
+            value_sum += found
+            value_weight += number
+        key_usual = usual(tl.sum(key_sum, 0), tl.sum(key_weight, 0))
+        tl.store(key_scale + channels, key_usual / balance, mask=inside)
         tl.store(key_scale + KEY_DIM + value_channels, mean, mask=value_inside)
-        tl.store(key_scale + KEY_DIM + VALUE_DIM, _usual(value_logarithms, value_number))
+        tl.store(key_scale + KEY_DIM + VALUE_DIM, usual(tl.sum(value_sum, 0), tl.sum(value_weight, 0)))
 
 
 @triton.jit
