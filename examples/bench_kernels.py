@@ -213,7 +213,7 @@ def compress(
     if codec.balanced:
         frame = fit_frame(keys, values, positions, rotary, frame)
     for bits, index in places.items():
-        encode.on(device.type)(keys, values, index.int(), bits, codec, frame, rotary, index=index)
+        encode.on(device.type)(keys, values, index.int(), bits, codec, frame, rotary, 0)
 
 
 def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,9 @@ from .operations import (
     digest_sums,
     encode,
     fit_frame,
+    fitting_weights,
     key_mean,
+    partition,
     tier_positions,
     tiered_attention,
     write_sums,
@@ -41,6 +43,7 @@ from .wire.tier_map import map_bits, map_width, pack_map
 __all__ = [
     "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "any_saturated",
     "attention_scores", "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode",
-    "fit_frame", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map", "quantize", "real_tokens",
-    "saturated", "sound", "split_frame", "take", "tier_positions", "tiered_attention", "unpack", "write_sums",
+    "fit_frame", "fitting_weights", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map", "partition",
+    "quantize", "real_tokens", "saturated", "sound", "split_frame", "take", "tier_positions", "tiered_attention",
+    "unpack", "write_sums",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 from .attention import reference as attention
 from .backend.dispatch import Operation
 from .codec import frame
+from .codec import partition as tiers
 from .codec import reference as codec
 from .scores import reference as scores
 from .wire import affine, checksum, tier_map
@@ -21,6 +22,18 @@ def _triton_fit_frame() -> Callable[..., Any]:
     from .codec import triton_frame
 
     return triton_frame.fit_frame
+
+
+def _triton_partition() -> Callable[..., Any]:
+    from .codec import triton_partition
+
+    return triton_partition.partition
+
+
+def _triton_fitting_weights() -> Callable[..., Any]:
+    from .codec import triton_partition
+
+    return triton_partition.fitting_weights
 
 
 def _triton_encode() -> Callable[..., Any]:
@@ -102,6 +115,8 @@ def _cpp_affine_flaws() -> Callable[..., Any]:
 
 key_mean = Operation(codec.key_mean, triton=_triton_key_mean)
 fit_frame = Operation(frame.fit_frame, triton=_triton_fit_frame)
+partition = Operation(tiers.partition, triton=_triton_partition)
+fitting_weights = Operation(tiers.fitting_weights, triton=_triton_fitting_weights)
 encode = Operation(codec.encode, triton=_triton_encode)
 decode = Operation(codec.decode, triton=_triton_decode)
 dense = Operation(codec.dense, triton=_triton_dense)

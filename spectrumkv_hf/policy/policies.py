@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 
@@ -13,6 +14,10 @@ class Tier(NamedTuple):
     name: str
     bits: int
     cost: Fraction
+
+    def __hash__(self) -> int:
+        """Quick, because tiers are keys wherever tokens are counted, and a fraction's hash takes a power."""
+        return self.bits
 
 
 FP16 = Tier("fp16", 16, Fraction(1))
@@ -90,7 +95,7 @@ class Policy:
     @property
     def exact_budget(self) -> Fraction:
         """`b` as the decimal that was written: .3 is 3/10, not the binary number next to it."""
-        return Fraction(str(self.budget))
+        return _written(self.budget)
 
     def counts(self, tokens: int) -> Counts:
         """Tokens per tier for a row of `tokens` tokens; they add up to `tokens`. `floors` are not in them."""
@@ -144,6 +149,12 @@ def exempt(counts: Counts, tokens: int) -> Counts:
             moved[tier] -= some
             moved[FP16] = moved.get(FP16, 0) + some
     return moved
+
+
+@cache
+def _written(number: float) -> Fraction:
+    """The decimal that a number is written as. Kept, because every layer asks for it whenever it tiers."""
+    return Fraction(str(number))
 
 
 def _fill(tokens: int, shares: dict[Tier, Fraction], rest: Tier) -> Counts:

@@ -9,17 +9,16 @@ class Readback:
     """Booleans on their way from a device to the host.
 
     Args:
-        flags: Bool `[]` each, all on one device.
+        flags: Bool `[any]` each, one at least, all on one device.
     """
 
     def __init__(self, flags: Sequence[torch.Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
-        self._flags = torch.stack(list(flags)) if flags else torch.zeros(0, dtype=torch.bool)
+        self._flags = torch.cat(list(flags)) if len(flags) > 1 else flags[0]
         if self._flags.is_cuda:
             device = self._flags.device
-            self._flags = torch.empty(len(flags), dtype=torch.bool, pin_memory=True).copy_(
-                self._flags, non_blocking=True
-            )
+            pinned = torch.empty(len(self._flags), dtype=torch.bool, pin_memory=True)
+            self._flags = pinned.copy_(self._flags, non_blocking=True)
             self._event = torch.cuda.current_stream(device).record_event()
 
     def read(self) -> list[bool]:

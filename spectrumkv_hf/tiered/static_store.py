@@ -1,7 +1,7 @@
 """A store of fixed capacity, which decoding can change without the host: inside a compiled graph, or a captured one."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from spectrumkv_hf.tiered.readback import send
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, Contents, TensorMap, TieredStore, by_tier, sizes_of
 from spectrumkv_kernels import Codec, Rotary
 from spectrumkv_kernels.backend.tensor_cache import keep
-from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, number_of
+from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, STATE, Layout, Room, Views, layout_of, number_of
 from spectrumkv_kernels.static.operations import prepare
 
 assert BLOCK == TAIL_STEP, "eager and compiled decoding tier alike"
@@ -52,6 +52,11 @@ class Plan:
     floor: Tier | None = None
     window: int | None = None
     beside: tuple[Tier, ...] = ()
+
+    @functools.cached_property
+    def rooms(self) -> tuple[tuple[Tier, int], ...]:
+        """Tokens that each stored tier has room for; 0 for one that the policy does not use."""
+        return _rooms(self)
 
     @property
     def ring(self) -> int:
@@ -131,7 +136,7 @@ class StaticStore(TieredStore):
         now, plan = self._contents, self.plan
         old = {} if self.step is None else {room.bits: room.tokens for room in self.step.layout.rooms}
         rooms = []
-        for tier, tokens in _rooms(plan):
+        for tier, tokens in plan.rooms:
             tokens = max(tokens, old.get(tier.bits, 0))
             needed = least.get(tier, 0)
             if needed > tokens:
@@ -160,7 +165,7 @@ class StaticStore(TieredStore):
 
     def _lay_out(self, least: dict[Tier, int]) -> Views:
         """The tensors in the buffer, which is made, or made anew where they don't fit it."""
-        layout = self._wanted(least)
+        layout = layout_of(number_of(self._wanted(least)))  # the one that all layers like this share
         step, device = self.step, self._contents.keys.device
         if step is None or step.layout != layout or step.buffer.device != device or self._views is None:
             with torch.inference_mode(False):  # tensors that are made there can't be changed outside
@@ -182,15 +187,46 @@ class StaticStore(TieredStore):
     def _stored(self, arenas: Iterable[Arena]) -> dict[Tier, Arena]:
         return by_tier(arena.unpacked() for arena in arenas)
 
+    def _whole(self, tier: Tier) -> Arena | None:
+        """All the room that the buffer has for a tier."""
+        views = self._views
+        room = None if views is None else next((room for room in views.arenas if room.bits == tier.bits), None)
+        return None if room is None else Arena(tier, *room[1:])
+
+    def _spaces(self, counts: Mapping[Tier, int]) -> dict[Tier, Arena]:
+        now, spaces = self._contents, {}
+        had = {tier: len(now.arenas.get(tier, ())) for tier, _ in self.plan.rooms}
+        grown = {tier: tokens + counts.get(tier, 0) for tier, tokens in had.items()}
+        # Room for what decoding will bring, too, so that these tokens need not move when they are published.
+        self._lay_out(self._tables_of(grown, now.tail_start + sum(counts.values()), now.pads).most)
+        for tier, tokens in had.items():
+            if grown[tier] > tokens:
+                whole = self._whole(tier)
+                assert whole is not None
+                spaces[tier] = _narrowed(whole, grown[tier], tokens)
+        return spaces
+
+    def _tables_of(self, had: Mapping[Tier, int], start: int, pads: torch.Tensor | None) -> "_Tables":
+        """What decoding will do from position `start` on, where arenas have so many tokens then."""
+        plan = self.plan
+        more = max(plan.capacity - start - plan.policy.recent_window, 0) // BLOCK + 1
+        padding = None if pads is None else tuple(pads.tolist())
+        return _decoded(plan.policy, plan.floor, tuple(had.items()), start, padding, more)
+
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
-        had = 0 if old is None else len(old)
-        views = self._lay_out({new.tier: had + len(new)})
-        room = next(room for room in views.arenas if room.bits == new.tier.bits)
-        whole = Arena(new.tier, *room[1:])
+        whole = self._whole(new.tier)
+        assert whole is not None  # the new tokens lie there
         if old is not None and old.places.data_ptr() != whole.places.data_ptr():
             return super()._joined(old, new)
-        _copy(new, whole, had)
-        return _narrowed(whole, had + len(new))
+        return _narrowed(whole, len(new) + (0 if old is None else len(old)))
+
+    def _shortened(self, tokens: int) -> Contents:
+        now, views, left = self._contents, self._views, self.tail_length - tokens
+        if views is None or left > self.plan.ring or now.keys.data_ptr() == views.keys.data_ptr():
+            return super()._shortened(tokens)
+        for ring, held in zip((views.keys, views.values), self.tail, strict=True):
+            ring[:, :, :left].copy_(held[:, :, tokens:])
+        return now._replace(keys=views.keys, values=views.values, borrowed=False)
 
     def publish(self) -> None:
         """Put what is held where a decode step finds it."""
@@ -209,20 +245,19 @@ class StaticStore(TieredStore):
         pads = None if now.pads is None else tuple(now.pads.tolist())
         tables = None
         if not plan.policy.lossless:
-            had = tuple((tier, len(now.arenas.get(tier, ()))) for tier, _ in _rooms(plan))
-            more = max(plan.capacity - now.tail_start - plan.policy.recent_window, 0) // BLOCK + 1
-            tables = _decoded(plan.policy, plan.floor, had, now.tail_start, pads, more)
+            had = {tier: len(now.arenas.get(tier, ())) for tier, _ in plan.rooms}
+            tables = self._tables_of(had, now.tail_start, now.pads)
         views = self._lay_out({} if tables is None else tables.most)
         assert self.step is not None
         layout, arenas = self.step.layout, {}
         for tier in TIERS:
-            arena, room = now.arenas.get(tier), next((r for r in views.arenas if r.bits == tier.bits), None)
-            if arena is None or room is None:
+            arena, whole = now.arenas.get(tier), self._whole(tier)
+            if arena is None or whole is None:
                 continue
-            whole = Arena(tier, *room[1:])
             if arena.places.data_ptr() != whole.places.data_ptr():
-                _copy(arena, whole, 0)
-            arenas[tier] = _narrowed(whole, len(arena))
+                _copy(arena, whole)
+                arena = _narrowed(whole, len(arena))
+            arenas[tier] = arena
         tail = now.length - now.tail_start
         for own, given in ((views.keys, now.keys), (views.values, now.values)):
             if own.data_ptr() != given.data_ptr():
@@ -231,12 +266,15 @@ class StaticStore(TieredStore):
             views.frame.copy_(now.frame)
         known = (layout, tables, pads)
         if known != self._tables:
-            send(torch.tensor(pads or (0,) * layout.batch, dtype=torch.int32), views.pads)
+            if pads is None:
+                views.pads.zero_()
+            else:
+                send(torch.tensor(pads, dtype=torch.int32), views.pads)
             if tables is not None:
-                kept = [i for i, (tier, _) in enumerate(_rooms(plan)) if any(r.bits == tier.bits for r in layout.rooms)]
-                totals, own_counts = tables.totals[:, kept], tables.own[:, :, kept]
-                send(totals[: len(views.totals)], views.totals[: len(totals)])
-                send(own_counts[: len(views.own)], views.own[: len(own_counts)])
+                kept = [i for i, (tier, _) in enumerate(plan.rooms) if any(r.bits == tier.bits for r in layout.rooms)]
+                totals, own_counts = _columns(tables, tuple(kept), now.keys.device)
+                views.totals[: len(totals)].copy_(totals[: len(views.totals)])
+                views.own[: len(own_counts)].copy_(own_counts[: len(views.own)])
             self._tables = known
         state = torch.zeros(STATE, dtype=torch.int32)
         state[LENGTH], state[BASE] = now.length, now.tail_start
@@ -272,7 +310,7 @@ class StaticStore(TieredStore):
                 contents = contents._replace(first_kept=start)
         if done:
             _, tables, _ = self._tables
-            counts = dict(zip((tier for tier, _ in _rooms(self.plan)), tables.totals[done].tolist(), strict=True))
+            counts = dict(zip((tier for tier, _ in self.plan.rooms), tables.totals[done].tolist(), strict=True))
             arenas = {}
             for room in views.arenas:
                 tier = next(tier for tier in TIERS if tier.bits == room.bits)
@@ -311,15 +349,15 @@ class StaticStore(TieredStore):
             yield from (self.step.buffer, self.step.state)
 
 
-def _narrowed(arena: Arena, tokens: int) -> Arena:
-    """The first tokens of an arena."""
-    return arena.map(lambda t: t[:, :, :tokens])
+def _narrowed(arena: Arena, stop: int, start: int = 0) -> Arena:
+    """The tokens of an arena in these places."""
+    return arena.map(lambda t: t[:, :, start:stop])
 
 
-def _copy(source: Arena, target: Arena, start: int) -> None:
-    """Copy tokens into an arena that has room for them from place `start` on."""
+def _copy(source: Arena, target: Arena) -> None:
+    """Copy tokens to the front of an arena that has room for them."""
     for (_, new), (_, room) in zip(source.tensors(), target.tensors(), strict=True):
-        room[:, :, start : start + len(source)].copy_(new)
+        room[:, :, : len(source)].copy_(new)
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,15 +406,20 @@ def _decoded(
     )
 
 
+@keep(64)
+def _columns(tables: _Tables, kept: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`totals` and `own` of the rooms `kept`, on a device: most layers have the same."""
+    return tables.totals[:, kept].to(device), tables.own[:, :, kept].to(device)
+
+
 def _row(policy: Policy, floor: Tier | None, start: int, pad: int) -> Counts:
     """Counts for the real tokens of one row in the block that begins at `start`."""
     before = max(start - pad, 0)
     return lifted(increments(policy, before, min(max(start + BLOCK - pad, 0), BLOCK)), floor)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # equal plans are those of many layers
 def _rooms(plan: Plan) -> tuple[tuple[Tier, int], ...]:
-    """Tokens that each stored tier has room for; 0 for one that the policy does not use."""
     if plan.policy.lossless:
         return ()
     tiered = max(plan.capacity - plan.policy.recent_window, 0)

@@ -14,13 +14,13 @@ from spectrumkv_kernels import (
     Quantized,
     Rotary,
     Segment,
-    any_saturated,
     dense,
     encode,
     fit_frame,
+    fitting_weights,
     key_mean,
+    partition,
     saturated,
-    sound,
     take,
 )
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
@@ -160,9 +160,8 @@ class Tiering(NamedTuple):
 
     Attributes:
         before, made: What the store held and holds.
-        flags: What the device will tell: whether vectors of each side in codes are not represented, and then whether
-            positions can be packed.
-        coded: How many of the former.
+        flags: What the device will tell: whether some vector in codes is not represented, and then whether positions
+            can be packed.
         packing: The tiers of the latter.
         exactly: Tiers once more, and leaves exact what no code stands for.
     """
@@ -170,7 +169,6 @@ class Tiering(NamedTuple):
     before: Contents
     made: Contents
     flags: Readback
-    coded: int
     packing: tuple[Tier, ...]
     exactly: Callable[[], Contents]
 
@@ -364,13 +362,10 @@ class TieredStore:
         begins = None if self.pads is None else self.pads >= self.tail_start  # rows of which nothing is tiered yet
         if self.frame is not None and (begins is None or not bool(begins.any())):
             return self.frame
-        index = self._row_index(self.tail_length)
-        positions = torch.arange(self.tail_start, self.length, device=self.device)
-        counted = index >= (sinks if self.tail_length > sinks else 0)
         keys, values = self.tail
-        counted = counted & sound(keys)
-        if self.codec.balanced:
-            counted = counted & sound(values)
+        least = sinks if self.tail_length > sinks else 0
+        counted = fitting_weights(keys, values if self.codec.balanced else None, self.tail_start, least, self.pads)
+        positions = _counting(self.tail_start, self.length, self.device)
         frame = key_mean(keys, positions, self.rotary, counted)
         if self.codec.balanced:
             frame = fit_frame(keys, values, positions, self.rotary, frame, counted, query_power)
@@ -400,20 +395,19 @@ class TieredStore:
         """
         before, frame = self._now, self._settled_frame(policy.sinks, query_power)
         score = score.nan_to_num(nan=0.0)
-        made, arenas = self._tiered(tokens, policy, score, floor, frame, None)
-        coded = [side for arena in arenas for side in (arena.keys, arena.values) if isinstance(side, Quantized)]
-        flags = [any_saturated(side) for side in coded]
+        lost = torch.zeros(1, dtype=torch.bool, device=self.device)
+        made, tiers = self._tiered(tokens, policy, score, floor, frame, None, lost)
         packing = [arena for arena in made.arenas.values() if arena.tier != FP16] if self._packs else []
-        flags += [can_pack(arena.places) for arena in packing]
+        flags = Readback([lost, *(can_pack(arena.places).unsqueeze(0) for arena in packing)])
         self._now = made
 
         def exactly() -> Contents:
-            widths = [arena.tier.bits for arena in arenas if arena.tier != FP16]
-            lost = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
-            again, _ = self._tiered(tokens, policy, score, floor, frame, lost)
+            widths = [tier.bits for tier in tiers if tier != FP16]
+            exact = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
+            again, _ = self._tiered(tokens, policy, score, floor, frame, exact)
             return again._replace(arenas=self._stored(again.arenas.values()))
 
-        return Tiering(before, made, Readback(flags), len(coded), tuple(arena.tier for arena in packing), exactly)
+        return Tiering(before, made, flags, tuple(arena.tier for arena in packing), exactly)
 
     def confirm(self, tiering: "Tiering") -> None:
         """Wait for the device, and see to it that what `tier` has made holds every token.
@@ -423,12 +417,12 @@ class TieredStore:
         """
         if self._now is not tiering.made:  # an interrupt came behind it
             return
-        flags = tiering.flags.read()
-        if any(flags[: tiering.coded]):
+        lost, *fits = tiering.flags.read()
+        if lost:
             self._now = tiering.before
             self._now = tiering.exactly()
         elif tiering.packing:
-            possible = dict(zip(tiering.packing, flags[tiering.coded :], strict=True))
+            possible = dict(zip(tiering.packing, fits, strict=True))
             arenas = {t: arena.packed(possible.get(t, False)) for t, arena in tiering.made.arenas.items()}
             self._now = tiering.made._replace(arenas=arenas)
 
@@ -440,22 +434,25 @@ class TieredStore:
         floor: Tier | None,
         frame: torch.Tensor | None,
         exact: torch.Tensor | None,
-    ) -> tuple[Contents, list[Arena]]:
-        """The contents once the tail's first `tokens` have their tiers, and the arenas of these; for `_assign`."""
+        lost: torch.Tensor | None = None,
+    ) -> tuple[Contents, list[Tier]]:
+        """The contents once the tail's first `tokens` have their tiers, and which tiers these are; for `_assign`.
+
+        Args:
+            lost: As in `encode`.
+        """
         assign = self._assign if self.pads is None else self._assign_padded
         chosen = assign(tokens, policy, score, floor, exact)
-        arenas = self._encoded(tokens, chosen, frame)
         grown = dict(self.arenas)
-        for arena in arenas:
+        for arena in self._encoded(tokens, chosen, frame, lost):
             grown[arena.tier] = self._joined(grown.get(arena.tier), arena)
-        now = _with_capacity(self._now, self.tail_length - tokens, self.length, skip=tokens)
-        now = now._replace(
+        now = self._shortened(tokens)._replace(
             arenas=by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
             frame=frame,
-            drops=self.drops or bool(chosen[TIERS.index(DROPPED)].shape[-1]),
+            drops=self.drops or DROPPED in chosen,
         )
-        return now, arenas
+        return now, [tier for tier in chosen if tier != DROPPED]
 
     @property
     def _packs(self) -> bool:
@@ -470,20 +467,42 @@ class TieredStore:
         """What a tier holds once more tokens have come."""
         return new if old is None else old.extended(new)
 
-    def _encoded(self, tokens: int, chosen: Sequence[torch.Tensor], frame: torch.Tensor | None) -> list[Arena]:
-        """Arenas of the tokens `chosen` for each of `TIERS` among the tail's first `tokens`."""
+    def _shortened(self, tokens: int) -> Contents:
+        """The contents without the tail's first `tokens`."""
+        return _with_capacity(self._now, self.tail_length - tokens, self.length, skip=tokens)
+
+    def _spaces(self, counts: Mapping[Tier, int]) -> dict[Tier, Arena]:
+        """Where so many tokens more can be written behind those of each tier, if there is a place for them."""
+        return {}
+
+    def _encoded(
+        self,
+        tokens: int,
+        chosen: Mapping[Tier, torch.Tensor],
+        frame: torch.Tensor | None,
+        lost: torch.Tensor | None,
+    ) -> list[Arena]:
+        """Arenas of the tokens among the tail's first `tokens` whose positions are `chosen` for each tier."""
         keys, values = (t[:, :, :tokens] for t in self.tail)
+        spaces = self._spaces({tier: positions.shape[-1] for tier, positions in chosen.items()})
         arenas = []
-        for tier, index in zip(TIERS, chosen, strict=True):
-            if not index.shape[-1] or tier == DROPPED:
+        for tier, positions in chosen.items():
+            if tier == DROPPED:
                 continue
-            positions = (index + self.tail_start).to(torch.int32)
             k: torch.Tensor | Quantized
             v: torch.Tensor | Quantized
+            space = spaces.get(tier)
+            there: Any = (None, None) if space is None else (space.keys, space.values)
             if tier == FP16:
-                k, v = take(keys, index), take(values, index)
+                index = positions.long() - self.tail_start
+                k, v = (take(side, index, out) for side, out in zip((keys, values), there, strict=True))
             else:
-                k, v = encode(keys, values, positions, tier.bits, self.codec, frame, self.rotary, index=index)
+                out = None if space is None else there
+                k, v = encode(
+                    keys, values, positions, tier.bits, self.codec, frame, self.rotary, self.tail_start, out, lost
+                )
+            if space is not None:
+                positions = space.places.copy_(positions)
             arenas.append(Arena(tier, k, v, positions))
         return arenas
 
@@ -498,11 +517,11 @@ class TieredStore:
 
     def _assign(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
-    ) -> Sequence[torch.Tensor]:
-        """The tokens that go to each of `TIERS`: ascending, int64 `[batch, kv_heads, any]`.
+    ) -> dict[Tier, torch.Tensor]:
+        """Positions of the tokens that go to each tier which takes some: ascending, int32 `[batch, kv_heads, any]`.
 
         Args:
-            tokens, policy, score, floor: As in `compress`.
+            tokens, policy, score, floor: As in `tier`.
             exact: Tokens that have to stay exact, bool `[batch, kv_heads, tokens]`, or None.
         """
         row = exempt(lifted(increments(policy, self.tail_start, tokens), floor), _most(exact))
@@ -510,13 +529,12 @@ class TieredStore:
             score[..., : policy.sinks - self.tail_start] = torch.finfo(score.dtype).max
         if exact is not None:
             score = score.masked_fill(exact, torch.inf)
-        ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
-        parts = ranked.split([row.get(tier, 0) for tier in TIERS], dim=-1)
-        return [part.sort(-1).values if part.shape[-1] else part for part in parts]
+        parts = partition(score, [row.get(tier, 0) for tier in TIERS], self.tail_start)
+        return {tier: part for tier, part in zip(TIERS, parts, strict=True) if part is not None}
 
     def _assign_padded(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
-    ) -> Sequence[torch.Tensor]:
+    ) -> dict[Tier, torch.Tensor]:
         """`_assign` for rows that begin at different places.
 
         The real tokens of each row take the documented counts for their number. The longest row sizes the arenas, and
@@ -552,7 +570,8 @@ class TieredStore:
         order = torch.argsort(tier_of, dim=-1, stable=True)
         tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
         order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
-        return order.split(sizes.tolist(), dim=-1)
+        parts = (order + self.tail_start).to(torch.int32).split(sizes.tolist(), dim=-1)
+        return {tier: owned(part) for tier, part in zip(TIERS, parts, strict=True) if part.shape[-1]}
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
-from ..backend.launch_triton import Held, Launcher, on_device, shared, trait
+from ..backend.launch_triton import Held, Launcher, next_power_of_2, on_device, shared, trait
 from ..backend.tensor_cache import keep_longest
 from ..codec.frame import frame_size
 from ..codec.quantize import Quantized
@@ -446,10 +445,10 @@ def plan_of(
     """None where the kernels don't do this."""
     if not _covers(dtype, dim, value_dim, bits):
         return None
-    rows_pad = triton.next_power_of_2(rows)
+    rows_pad = next_power_of_2(rows)
     columns = min(max(rows_pad, 8), ROWS)
-    block = triton.next_power_of_2(value_dim)
-    wide = max(triton.next_power_of_2(dim), block, 128)
+    block = next_power_of_2(value_dim)
+    wide = max(next_power_of_2(dim), block, 128)
     return Plan(
         dim=dim,
         value_dim=value_dim,

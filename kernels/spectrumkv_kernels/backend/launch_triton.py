@@ -14,6 +14,16 @@ DIRECT = frozenset(("3.6.0",))
 """Versions of Triton on which its own launcher was called on a GPU as `Launcher` does. It has no promised interface."""
 
 
+def cdiv(number: int, by: int) -> int:
+    """Rounded up. As `triton.cdiv`, which takes thirty times as long outside kernels."""
+    return -(-number // by)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of 2 that is no less than a positive number; see `cdiv`."""
+    return 1 << (number - 1).bit_length()
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: this makes it the tensor's."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
@@ -62,6 +72,16 @@ def trait(arg: Any) -> Any:
     return kind if kind is float else (arg.dtype, arg.data_ptr() % 16)
 
 
+def special(arg: Any) -> Any:
+    """`trait`, for kernels that specialise on values: also whether an integer is 1, and divisible by 16."""
+    kind = type(arg)
+    if kind is int:
+        return arg == 1, arg % 16 == 0, -(1 << 31) <= arg < 1 << 31
+    if kind is tuple:
+        return tuple(map(special, arg))
+    return kind if arg is None or kind is float else (arg.dtype, arg.data_ptr() % 16)
+
+
 class Launcher:
     """A kernel with its constants. A call is `kernel[grid](**tensors, **numbers, **constants, **options)`.
 
@@ -90,8 +110,8 @@ class Launcher:
 
         Args:
             grid: Programs; three numbers with `known`.
-            tensors: The first parameters: tensors, None, tuples of them or `Held`. With `known` all are tensors or
-                `Held`, and the first of all is a tensor on the current device.
+            tensors: The first parameters: tensors, None, tuples of them or `Held`. With `known` all are tensors, None
+                or `Held`, and the first of all is a tensor on the current device.
             numbers: The next ones: integers and floats, None, and tuples of them.
             known: `trait` of the tensors and numbers, or another value that differs where that does, for a kernel that
                 specialises on no integer but by its size.
@@ -112,7 +132,7 @@ class Launcher:
             return
         run, function, metadata = found
         stream = driver.active.get_current_stream(device)
-        addresses = [tensor.data_ptr() for tensor in values]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in values]
         run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers.values(), *self._values)
 
     def _launch_publicly(self, grid: tuple[int, ...], tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> Any:
@@ -123,3 +143,27 @@ class Launcher:
             raise TypeError(f"{name} takes {', '.join(kernel.arg_names)}; given were {', '.join(given)}")
         values = [tensor.made() if type(tensor) is Held else tensor for tensor in tensors.values()]
         return kernel[grid](*values, *numbers.values(), *self._values, **self._options)
+
+
+_launchers: dict[Any, Launcher] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Mapping[str, torch.Tensor | None],
+    numbers: Mapping[str, int | float | None],
+    constants: Mapping[str, Any],
+    **options: int,
+) -> None:
+    """Launch a kernel, which may specialise on numbers, by a `Launcher` that is kept for these constants and options.
+
+    Args:
+        tensors: On one device, the current one; the first of them is not None.
+    """
+    key = id(kernel), *constants.values(), *options.values()
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = Launcher(kernel, constants, **options)
+    known = tuple(map(special, (*tensors.values(), *numbers.values())))
+    launcher((*grid, *(1,) * (3 - len(grid))), tensors, numbers, known)

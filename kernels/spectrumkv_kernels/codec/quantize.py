@@ -210,7 +210,7 @@ def sound(states: torch.Tensor) -> torch.Tensor:
 
     By the others no frame is fitted: one token that is not finite would spoil every other.
     """
-    return (states.abs().amax(-1) <= FLOAT16_MAX).all(1)  # NaN compares false
+    return (states.abs().amax(-1).float() <= FLOAT16_MAX).all(1)  # NaN compares false; bfloat16 would round the bound
 
 
 def any_saturated(quantized: Quantized) -> torch.Tensor:

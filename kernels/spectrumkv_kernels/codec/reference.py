@@ -9,7 +9,7 @@ from ..rotation.hadamard import hadamard
 from ..rotation.rotary import Rotary
 from ..segment import Segment
 from .frame import Frame, frame_size, split_frame
-from .quantize import Quantized, dequantize, quantize, quantize_unbiased
+from .quantize import Quantized, any_saturated, dequantize, quantize, quantize_unbiased
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ CODECS = {
 }
 
 
-def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def take(tensor: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Tokens `index`, `[batch, kv_heads, n]`, of `[batch, kv_heads, tokens]` or `[batch, kv_heads, tokens, dim]`."""
     if tensor.dim() == 4:
         index = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
-    return tensor.gather(2, index)
+    return torch.gather(tensor, 2, index, out=out)
 
 
 def key_mean(
@@ -96,7 +96,9 @@ def encode(
     codec: Codec,
     frame: torch.Tensor | None,
     rotary: Rotary,
-    index: torch.Tensor | None = None,
+    start: int | None = None,
+    out: tuple[Quantized, Quantized] | None = None,
+    lost: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """Quantise keys and values of the tokens of one tier.
 
@@ -109,9 +111,12 @@ def encode(
         frame: Of the layer, float32 `[batch, kv_heads, codec.frame_size]`: `key_mean`, or where the codec balances
             `fit_frame`; None where it does not centre.
         rotary: The rotation that the frame was taken with.
-        index: int64 `[batch, kv_heads, n]`, the tokens to take, in this order; None: all.
+        start: Position of the first of keys and values, of which those at `positions` are taken; None: all, in order.
+        out: Where to write them, tensors like those that are returned; None: new ones.
+        lost: bool `[1]`, which becomes True where no code stands for some token; see `any_saturated`.
     """
-    if index is not None:
+    if start is not None:
+        index = positions.long() - start
         keys, values = take(keys, index), take(values, index)
     k, v = keys.float(), values.float()
     mean, parts = codec.parts(frame, k.shape[-1])
@@ -122,9 +127,19 @@ def encode(
         v = (v - parts.value_mean.unsqueeze(-2)) / parts.value_scale.unsqueeze(-2)
     if codec.hadamard:
         k, v = hadamard(k), hadamard(v)
-    if codec.balanced:
-        return quantize_unbiased(k, bits), quantize_unbiased(v, bits)
-    return quantize(k, bits, codec.symmetric), quantize(v, bits, codec.symmetric)
+    coded = [quantize_unbiased(x, bits) if codec.balanced else quantize(x, bits, codec.symmetric) for x in (k, v)]
+    if lost is not None and positions.numel():
+        for side in coded:
+            lost |= any_saturated(side)
+    return (coded[0], coded[1]) if out is None else write_codes(out, coded)
+
+
+def write_codes(out: tuple[Quantized, Quantized], coded: Sequence[Quantized]) -> tuple[Quantized, Quantized]:
+    """Copy codes to where they belong, and return them there."""
+    for there, side in zip(out, coded, strict=True):
+        for own, new in zip(there, side, strict=True):
+            own.copy_(new)
+    return out
 
 
 def decode(

@@ -6,14 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import Launcher, on_device, shared
+from ..backend.launch_triton import Launcher, cdiv, launch, next_power_of_2, on_device, shared
 from ..rotation.rotary import Rotary
 from ..rotation.triton_hadamard import hadamard, join_quarters
 from ..rotation.triton_rotary import rotated_mean, turns
 from ..segment import Segment, contiguous_rows
 from . import reference as twin
 from .quantize import WIDTHS, Quantized, divisor
-from .reference import Codec
+from .reference import Codec, write_codes
 from .triton_mean import mean_kernel, sums_kernel
 from .triton_quantize import load_affine, load_codes, store_codes
 
@@ -62,6 +62,9 @@ def encode_rows(
 
     Args:
         mean, scale: Of the frame, or None. `EACH` channel has a scale, or all of them share one.
+
+    Returns:
+        Which tokens no code stands for, bool `[tokens]`.
     """
     if WIDTH == DIM and WIDTH >= 32:
         part = tl.arange(0, WIDTH // 4)
@@ -77,31 +80,39 @@ def encode_rows(
         channels = tl.arange(0, WIDTH)
         y = load_residual(x, inside, positions, mean, scale, table, channels, DIM, PAIRS, INTERLEAVED, EACH)
     BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
-    store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
+    return store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
 
 
 @triton.jit
 def _encode_tokens(
-    x, stride, index, positions, mean, scale, table, codes, scales, zeros, first, block, n,
+    x, stride, start, positions, mean, scale, table, codes, scales, zeros, lost, first, block, n,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on."""
+    """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on.
+
+    What `lost` points to becomes 1 where no code stands for one of them.
+    """
     token = block * TOKENS + tl.arange(0, TOKENS)
     inside = token < n
-    at = tl.load(positions + first + token, mask=inside, other=0) if table is not None else token
-    source = token if index is None else tl.load(index + token, mask=inside, other=0)
-    encode_rows(
+    at = token
+    if (table is not None) | (start is not None):
+        at = tl.load(positions + token, mask=inside, other=0 if start is None else start)
+    source = token if start is None else at - start
+    gone = encode_rows(
         x + source.to(tl.int64)[:, None] * stride, inside, at, mean, scale, table, codes, scales, zeros, first + token,
         DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, EACH,
     )  # fmt: skip
+    if lost is not None:
+        tl.store(lost, 1, mask=tl.max((gone & inside).to(tl.int32), 0) > 0)
 
 
-@triton.jit(do_not_specialize=["index", "n", "index_batch", "index_head"])
+@triton.jit(do_not_specialize=["n", "start", "room", "position_row"])
 def _encode_kernel(
-    keys, values, index, positions, frame, table,
-    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, n, heads,
-    key_batch, key_head, key_token, value_batch, value_head, value_token, index_batch, index_head,
+    keys, values, positions, frame, table,
+    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lost, n, start, heads,
+    room, position_row,  # from row to row: tokens that codes have room for, positions
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, FRAME: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -111,24 +122,23 @@ def _encode_kernel(
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = row // heads, row % heads
-    first = row * n
-    if index is not None:
-        index += batch * index_batch + head * index_head
+    first = row * room
+    positions += row * position_row
     if frame is not None:
         frame += row * FRAME
     FITTED: tl.constexpr = FRAME > KEY_DIM
     if tl.program_id(1) == 0:
         keys += batch * key_batch + head * key_head
         _encode_tokens(
-            keys, key_token, index, positions, frame, frame + KEY_DIM if FITTED else None, table, key_codes, key_scale,
-            key_zero, first, block, n, KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, True, TOKENS,
+            keys, key_token, start, positions, frame, frame + KEY_DIM if FITTED else None, table, key_codes, key_scale,
+            key_zero, lost, first, block, n, KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, True, TOKENS,
         )  # fmt: skip
     else:
         values += batch * value_batch + head * value_head
         _encode_tokens(
-            values, value_token, index, positions, frame + 2 * KEY_DIM if FITTED else None,
+            values, value_token, start, positions, frame + 2 * KEY_DIM if FITTED else None,
             frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, None, value_codes, value_scale,
-            value_zero, first, block, n, VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, 0, False, False, TOKENS,
+            value_zero, lost, first, block, n, VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, 0, False, False, TOKENS,
         )  # fmt: skip
 
 
@@ -221,7 +231,7 @@ def _dense_kernel(
 
 def widths_of(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[str, int]:
     """Sizes of heads and of blocks, as the kernels take them."""
-    key_width, value_width = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    key_width, value_width = next_power_of_2(key_dim), next_power_of_2(value_dim)
     return {
         "KEY_DIM": key_dim,
         "KEY_WIDTH": key_width,
@@ -257,7 +267,7 @@ def key_mean(
         return twin.key_mean(keys, positions, rotary, weights)
     keys, positions = contiguous_rows(keys), positions.contiguous()
     table, rotation = _rotation(rotary, True, keys.device)
-    width, splits = triton.next_power_of_2(dim), triton.cdiv(tokens, SPLIT)
+    width, splits = next_power_of_2(dim), cdiv(tokens, SPLIT)
     if weights is None:
         total = torch.full((batch,), float(tokens), device=keys.device)
     else:
@@ -267,13 +277,19 @@ def key_mean(
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
     sizes, block = {"DIM": dim, "WIDTH": width, **rotation}, max(1, ELEMENTS // 2 // width)
     with on_device(keys):
-        Launcher(sums_kernel, {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT})(
+        launch(
+            sums_kernel,
             (splits * batch * heads,),
             {"keys": keys, "positions": positions, "weights": weights, "table": table, "sums": sums},
             {"tokens": tokens, "heads": heads, **strides_of("key", keys.stride()[:3])},
+            {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT},
         )
-        Launcher(mean_kernel, {**sizes, "SPLITS": block})(
-            (batch * heads,), {"sums": sums, "total": total, "mean": mean}, {"splits": splits, "heads": heads}
+        launch(
+            mean_kernel,
+            (batch * heads,),
+            {"sums": sums, "total": total, "mean": mean},
+            {"splits": splits, "heads": heads},
+            {**sizes, "SPLITS": block},
         )
     return mean
 
@@ -286,14 +302,15 @@ def encode(
     codec: Codec,
     frame: torch.Tensor | None,
     rotary: Rotary,
-    index: torch.Tensor | None = None,
+    start: int | None = None,
+    out: tuple[Quantized, Quantized] | None = None,
+    lost: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """As `codec.encode`. Reads the tokens once."""
     if not _fits(rotary, bits, keys, values):
-        return twin.encode(keys, values, positions, bits, codec, frame, rotary, index)
+        return twin.encode(keys, values, positions, bits, codec, frame, rotary, start, out, lost)
     batch, heads, n = positions.shape
     keys, values = contiguous_rows(keys), contiguous_rows(values)
-    index = None if index is None else contiguous_rows(index)
     table, rotation = _rotation(rotary, frame is not None, keys.device)
 
     def allocate(dim: int) -> Quantized:
@@ -302,13 +319,14 @@ def encode(
         return Quantized(codes, torch.empty(batch, heads, n, numbers, dtype=dtype, device=keys.device))
 
     sizes = widths_of(keys.shape[-1], values.shape[-1])
-    k, v = allocate(keys.shape[-1]), allocate(values.shape[-1])
+    room = None if out is None else rows_apart((*out[0], *out[1]))
+    k, v = (allocate(keys.shape[-1]), allocate(values.shape[-1])) if out is None or room is None else out
+    positions = positions if rows_apart((positions.unsqueeze(-1),)) is not None else positions.contiguous()
     with on_device(keys):
         tensors = {
             "keys": keys,
             "values": values,
-            "index": index,
-            "positions": positions.contiguous(),
+            "positions": positions,
             "frame": None if frame is None else frame.contiguous(),
             "table": table,
             "key_codes": k.codes,
@@ -317,14 +335,27 @@ def encode(
             "value_codes": v.codes,
             "value_scale": v.scale,
             "value_zero": v.zero,
+            "lost": None if lost is None else lost.view(torch.uint8),
         }
+        numbers = {"n": n, "start": start, "heads": heads, "room": n if room is None else room}
+        numbers["position_row"] = positions.stride(1)
         strides = {**strides_of("key", keys.stride()[:3]), **strides_of("value", values.stride()[:3])}
-        strides |= strides_of("index", (0, 0) if index is None else index.stride()[:2])
         modes = {"BITS": bits, "HADAMARD": codec.hadamard, "FRAME": _size(frame)}
-        Launcher(_encode_kernel, {**sizes, **modes, **rotation})(
-            (triton.cdiv(n, sizes["TOKENS"]) * batch * heads, 2), tensors, {"n": n, "heads": heads, **strides}
-        )
-    return k, v
+        grid = cdiv(n, sizes["TOKENS"]) * batch * heads, 2
+        launch(_encode_kernel, grid, tensors, {**numbers, **strides}, {**sizes, **modes, **rotation})
+    return (k, v) if out is None or room is not None else write_codes(out, (k, v))
+
+
+def rows_apart(tensors: Sequence[torch.Tensor]) -> int | None:
+    """How many tokens rows of `[batch, kv_heads, tokens, numbers]` are apart from one another, the same in all of them;
+    None where rows are not in order, or tokens not beside one another."""
+    rooms = set()
+    for tensor in tensors:
+        (_, heads, _, numbers), (batch, head, token, number) = tensor.shape, tensor.stride()
+        room, rest = divmod(head, numbers)
+        beside = (token == numbers or tensor.shape[2] == 1) and (number == 1 or numbers == 1)
+        rooms.add(room if beside and not rest and (batch == heads * head or tensor.shape[0] == 1) else None)
+    return rooms.pop() if len(rooms) == 1 else None
 
 
 def decode(
@@ -382,7 +413,7 @@ def _read(
     for first in range(0, len(segments), SEGMENTS):
         part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
         counts = [s.positions.shape[-1] for s in segments[first : first + SEGMENTS]]
-        blocks = sum(triton.cdiv(n, sizes["TOKENS"]) for n in counts)
+        blocks = sum(cdiv(n, sizes["TOKENS"]) for n in counts)
         tensors, strides, bits, once = zip(*part, strict=True)
         with on_device(out[0]):
             modes = {"BITS": bits, "SHARED": once, "HADAMARD": codec.hadamard, "SCATTER": scatter}

@@ -1,15 +1,17 @@
-"""Triton twin of `codec.frame.fit_frame`: three passes, as each needs what the one before has found in all tokens.
+"""Triton twin of `codec.frame.fit_frame`, in three passes: each needs what the one before found in all tokens.
 
-The first sums up the shapes of the keys' residuals, and the values. Of these follow the balance of the keys' channels and
-the mean of values. By them the second sums up the logarithms of the vectors' powers, and the third writes the frame.
+The first sums up the shapes of the keys' residuals, and the values. Of these follow the balance of the keys' channels
+and the mean of values. By them the second sums up the logarithms of vectors' powers, and the third writes the frame.
 Tokens are split over programs, and every sum is taken in a fixed order.
 """
+
+# mypy: allow-untyped-defs
 
 import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import Launcher, on_device
+from ..backend.launch_triton import cdiv, launch, on_device
 from ..rotation.rotary import Rotary
 from ..rotation.triton_rotary import partner, turns
 from ..segment import contiguous_rows
@@ -24,7 +26,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def balance_of(power, total, wanted, inside, DIM: tl.constexpr):
-    """By what channels of keys are multiplied, `(wanted / power)**(1 / 4)`, as `fit_frame` has it, float32 `[channels]`.
+    """By what channels of keys are multiplied, `(wanted / power)**(1 / 4)` as in `fit_frame`: float32 `[channels]`.
 
     Args:
         power: Mean power of each channel in vectors of power 1, alike for the channels of a pair.
@@ -100,7 +102,7 @@ def power_kernel(
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, SPLIT: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `SPLIT` tokens of the shapes of keys' residuals, of values, and of weights. Grid: splits x batch x heads.
+    """Sums over `SPLIT` tokens of keys' residuals' shapes, of values, and of weights. Grid: splits x batch x heads.
 
     Args:
         sums: float32 `[batch * heads, splits, KEY_WIDTH + VALUE_WIDTH + 1]`.
@@ -223,9 +225,9 @@ def fit_frame(
     known = keys.dtype in DTYPES and values.dtype in DTYPES and 2 * len(rotary.inv_freq) <= key_dim
     if not known or not keys.numel() or not values.numel():
         return twin.fit_frame(keys, values, positions, rotary, mean, weights, query_power)
-    every = triton.cdiv(all_tokens, twin.FITTED)
-    tokens = triton.cdiv(all_tokens, every)
-    splits, rows = triton.cdiv(tokens, SPLIT), batch * heads
+    every = cdiv(all_tokens, twin.FITTED)
+    tokens = cdiv(all_tokens, every)
+    splits, rows = cdiv(tokens, SPLIT), batch * heads
     keys, values = contiguous_rows(keys), contiguous_rows(values)
     sizes = widths_of(key_dim, value_dim, 2048)
     block = sizes.pop("TOKENS")
@@ -250,9 +252,8 @@ def fit_frame(
     lengths |= {**strides_of("key", keys.stride()[:3]), **strides_of("value", values.stride()[:3])}
     split = {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT, **rotation}
     with on_device(keys):
-        Launcher(power_kernel, split)((splits * rows,), {**read, "sums": sums}, lengths)
-        Launcher(size_kernel, split)((splits * rows,), {**read, **found, "sizes": logs}, lengths)
-        Launcher(frame_kernel, {**sizes, **rotation})(
-            (rows,), {"mean": mean, **found, "sizes": logs, "frame": frame}, {"splits": splits}
-        )
+        launch(power_kernel, (splits * rows,), {**read, "sums": sums}, lengths, split)
+        launch(size_kernel, (splits * rows,), {**read, **found, "sizes": logs}, lengths, split)
+        tensors = {"mean": mean, **found, "sizes": logs, "frame": frame}
+        launch(frame_kernel, (rows,), tensors, {"splits": splits}, {**sizes, **rotation})
     return frame

@@ -39,22 +39,27 @@ def store_codes(
             `quantize`: `zeros` is None for symmetric codes, else the two lie side by side.
         tokens: Their places there.
         inside: Which of them are stored.
+
+    Returns:
+        Which tokens are not represented, bool `[tokens]`.
     """
     if scales.dtype.element_ty == tl.uint8:
-        code = _unbiased(y * NORM, scales, tokens, inside, DIM, BITS)
+        code, lost = _unbiased(y * NORM, scales, tokens, inside, DIM, BITS)
     else:
-        code = _nearest(y, scales, zeros, tokens, inside, NORM, DIM, BITS)
+        code, lost = _nearest(y, scales, zeros, tokens, inside, NORM, DIM, BITS)
     SIZE: tl.constexpr = DIM * BITS // 8
     if BITS == 3:
         _pack(code >> 1, codes, tokens, inside, SIZE, DIM, 2)
         _pack(code & 1, codes + DIM // 4, tokens, inside, SIZE, DIM, 1)
     else:
         _pack(code, codes, tokens, inside, SIZE, DIM, BITS)
+    return lost
 
 
 @triton.jit
 def _nearest(y, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Codes of `NORM * y`, in the lowest bytes of uint32 `[tokens, channels]`; scales and zeros are stored."""
+    """Codes of `NORM * y`, in the lowest bytes of uint32 `[tokens, channels]`, and which tokens are not represented;
+    scales and zeros are stored."""
     TOP: tl.constexpr = 2**BITS - 1
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     STEP: tl.constexpr = 1 if zeros is None else 2
@@ -79,12 +84,14 @@ def _nearest(y, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.const
     step = scale.to(tl.float32)
     inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
     y = (y * NORM - zero[:, None]) * inverse[:, None] + offset
-    return tl.minimum(tl.maximum(y, lowest), ROUND + TOP).to(tl.uint32, bitcast=True)
+    lost = tl.maximum(step, tl.abs(zero)) >= FLOAT16_MAX
+    return tl.minimum(tl.maximum(y, lowest), ROUND + TOP).to(tl.uint32, bitcast=True), lost
 
 
 @triton.jit
 def _unbiased(x, scales, tokens, inside, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Codes of `x`, in the lowest bytes of uint32 `[tokens, channels]`; the bytes of their scales are stored."""
+    """Codes of `x`, in the lowest bytes of uint32 `[tokens, channels]`, and which tokens are not represented; the bytes
+    of their scales are stored."""
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     if BITS == 8:
         finite = tl.sum(tl.abs(x), 1) < float("inf")  # maxima pass over NaN
@@ -110,7 +117,7 @@ def _unbiased(x, scales, tokens, inside, DIM: tl.constexpr, BITS: tl.constexpr):
         scale = square / tl.where(along > 0, along, float("inf"))
         byte = _byte(_exponent(tl.where(square < float("inf"), scale, float("inf")), BITS))
     tl.store(scales + tokens, byte, mask=inside)
-    return (_floor(x, step, MIDDLE) + (ROUND + MIDDLE)).to(tl.uint32, bitcast=True)
+    return (_floor(x, step, MIDDLE) + (ROUND + MIDDLE)).to(tl.uint32, bitcast=True), byte == SATURATED
 
 
 @triton.jit

@@ -2,14 +2,14 @@
 
 # mypy: allow-untyped-defs
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..attention.triton_dot import LOG2E
-from ..backend.launch_triton import Launcher, on_device
+from ..backend.launch_triton import cdiv, launch, next_power_of_2, on_device
 from ..segment import contiguous_rows
 from . import reference as twin
 from .reference import probe_rows, real_tokens
@@ -21,6 +21,9 @@ PROGRAMS = 1024
 
 SPLIT = 1024
 """The fewest keys of a split."""
+
+JOINED = 256
+"""Rows of probes whose normalisers a program joins."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -75,6 +78,7 @@ def _places(rows, p, probes, offset):
 @triton.jit(do_not_specialize=LENGTHS)
 def _normalisers_kernel(
     query, keys, rows, mask, lse, scale, softcap, window, hidden, tokens, probes, offset, span,
+    query_batch: tl.int64, query_head: tl.int64, query_token: tl.int64,
     key_batch: tl.int64, key_head: tl.int64, key_token,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -88,9 +92,9 @@ def _normalisers_kernel(
     r, d = row_block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     p, g = r // GROUP, r % GROUP
     row, at = _places(rows + batch * probes, p, probes, offset)
-    query += (batch * probes * KV_HEADS + head) * GROUP * D
-    q_at = query + (p.to(tl.int64) * (KV_HEADS * GROUP) + g)[:, None] * D + d[None, :]
-    q = tl.load(q_at, mask=(p < probes)[:, None] & (d < D)[None, :], other=0.0)
+    query += batch * query_batch + head * GROUP * query_head
+    q_at = query + (row * query_token + g * query_head)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=(row >= 0)[:, None] & (d < D)[None, :], other=0.0)
     keys += batch * key_batch + head * key_head
     if mask is not None:
         mask += (batch * mask_batch + (head * GROUP + g) * mask_head + row * mask_row)[:, None]
@@ -117,9 +121,32 @@ def _normalisers_kernel(
     tl.store(out, (top + tl.log2(total)) * LN2, mask=p < probes)
 
 
+@triton.jit(do_not_specialize=["splits", "total", "probes"])
+def _join_kernel(
+    parts, sinks, lse, splits, total, probes, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Log-sum-exp of the splits' `parts`, `[splits, total]`, and of the head's sink, for each row; infinity where a row
+    sees nothing, so that it has no probability. Grid: blocks of rows."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < total
+    top = tl.full([BLOCK], -3e38, tl.float32)  # finite: -inf - -inf would be NaN
+    weight = tl.zeros([BLOCK], tl.float32)
+    if sinks is not None:
+        head = r // (probes * GROUP) % KV_HEADS
+        top = tl.maximum(tl.load(sinks + head * GROUP + r % GROUP, mask=inside, other=0.0), top)
+        weight += 1.0
+    for split in range(splits):
+        part = tl.load(parts + split * total + r, mask=inside, other=float("-inf"))
+        new_top = tl.maximum(top, part)
+        weight = weight * tl.exp(top - new_top) + tl.exp(part - new_top)
+        top = new_top
+    tl.store(lse + r, tl.where(weight > 0, top + tl.log(weight), float("inf")), mask=inside)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _mass_kernel(
     query, keys, rows, mask, lse, out, scale, softcap, window, hidden, tokens, probes, offset, mask_heads,
+    query_batch: tl.int64, query_head: tl.int64, query_token: tl.int64,
     key_batch: tl.int64, key_head: tl.int64, key_token,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -134,7 +161,7 @@ def _mass_kernel(
     k = tl.load(k_at, mask=(n < tokens)[:, None] & (d < D)[None, :], other=0.0)
     rows += batch * probes
     lse += pair * probes * GROUP
-    query += (batch * probes * KV_HEADS + head) * GROUP * D
+    query += batch * query_batch + head * GROUP * query_head
     if mask is not None:
         mask += batch * mask_batch
 
@@ -160,8 +187,8 @@ def _mass_kernel(
         p, g = r // GROUP, r % GROUP
         row, at = _places(rows, p, probes, offset)
         norm = tl.load(lse + r, mask=p < probes, other=float("inf")) * LOG2E
-        q_at = query + (p.to(tl.int64) * (KV_HEADS * GROUP) + g)[None, :] * D + d[:, None]
-        q = tl.load(q_at, mask=(p < probes)[None, :] & (d < D)[:, None], other=0.0)
+        q_at = query + (row * query_token + g * query_head)[None, :] + d[:, None]
+        q = tl.load(q_at, mask=(row >= 0)[None, :] & (d < D)[:, None], other=0.0)
         mask_at = mask
         if mask is not None:
             mask_at = mask + ((head * GROUP + g) * mask_head + row * mask_row)[None, :]
@@ -177,10 +204,6 @@ class _Blocks(NamedTuple):
     rows: int
     keys: int
     options: dict[str, int]
-
-    def launcher(self, kernel: Any, shape: dict[str, int], **more: int) -> Launcher:
-        """The kernel with these blocks, and what else it takes."""
-        return Launcher(kernel, {**shape, "BLOCK_R": self.rows, "BLOCK_N": self.keys, **more}, **self.options)
 
 
 def _blocks(block_d: int, dtype: torch.dtype, masked: bool) -> tuple[_Blocks, _Blocks]:
@@ -228,9 +251,7 @@ def attention_scores(
     rows = probe_rows(real_tokens(mask, queries), queries, recent, strided, query.device)
     rows = rows.expand(batch, -1).contiguous()
     probes, group = rows.shape[1], heads // kv_heads
-    index = rows.clamp(min=0)[:, :, None, None].expand(-1, -1, heads, head_dim)
-    probing = query.transpose(1, 2).gather(1, index)  # [batch, probes, heads, head_dim]
-    keys = contiguous_rows(keys)
+    query, keys = contiguous_rows(query), contiguous_rows(keys)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     hidden, mask_heads = 0.0, 1
     if mask is not None:
@@ -240,17 +261,20 @@ def attention_scores(
         mask_strides = mask.stride()
         mask_heads = heads if mask.stride(1) else 1
 
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
     first, second = _blocks(block_d, query.dtype, mask is not None)
-    row_blocks, pairs = triton.cdiv(probes * group, first.rows), batch * kv_heads
-    splits = min(triton.cdiv(tokens, SPLIT), triton.cdiv(PROGRAMS, row_blocks * pairs))
-    span = triton.cdiv(triton.cdiv(tokens, splits), first.keys) * first.keys
-    splits = triton.cdiv(tokens, span)
+    row_blocks, pairs = cdiv(probes * group, first.rows), batch * kv_heads
+    splits = min(cdiv(tokens, SPLIT), cdiv(PROGRAMS, row_blocks * pairs))
+    span = cdiv(cdiv(tokens, splits), first.keys) * first.keys
+    splits = cdiv(tokens, span)
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "BLOCK_D": block_d}
-    parts = torch.empty(splits, batch, kv_heads, probes, group, device=query.device)
+    total = batch * heads * probes
+    parts = torch.empty(splits, total, device=query.device)
+    lse = torch.empty(total, device=query.device)
     out = torch.empty(batch, kv_heads, tokens, device=query.device)
-    names = ("key_batch", "key_head", "key_token", "mask_batch", "mask_head", "mask_row", "mask_column")
-    strides = dict(zip(names, (*keys.stride()[:3], *mask_strides), strict=True))
+    strides = {f"query_{name}": n for name, n in zip(("batch", "head", "token"), query.stride(), strict=False)}
+    strides |= {f"key_{name}": n for name, n in zip(("batch", "head", "token"), keys.stride(), strict=False)}
+    strides |= {f"mask_{n}": k for n, k in zip(("batch", "head", "row", "column"), mask_strides, strict=True)}
     numbers = {
         "scale": scale,
         "softcap": softcap,
@@ -260,18 +284,29 @@ def attention_scores(
         "probes": probes,
         "offset": tokens - queries,
     }
-    tensors = {"query": probing, "keys": keys, "rows": rows, "mask": mask}
+    tensors = {"query": query, "keys": keys, "rows": rows, "mask": mask}
     with on_device(query):
-        first.launcher(_normalisers_kernel, shape)(
-            (row_blocks * pairs, splits), {**tensors, "lse": parts}, {**numbers, "span": span, **strides}
+        launch(
+            _normalisers_kernel,
+            (row_blocks * pairs, splits),
+            {**tensors, "lse": parts},
+            {**numbers, "span": span, **strides},
+            {**shape, "BLOCK_R": first.rows, "BLOCK_N": first.keys},
+            **first.options,
         )
-        lse = parts.logsumexp(0)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.float().view(kv_heads, 1, group))
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no probability where a row sees nothing
-        second.launcher(_mass_kernel, shape, BLOCK_P=32)(
-            (triton.cdiv(tokens, second.keys) * pairs,),
+        launch(
+            _join_kernel,
+            (cdiv(total, JOINED),),
+            {"parts": parts, "sinks": None if sinks is None else sinks.float().contiguous(), "lse": lse},
+            {"splits": splits, "total": total, "probes": probes},
+            {"KV_HEADS": kv_heads, "GROUP": group, "BLOCK": JOINED},
+        )
+        launch(
+            _mass_kernel,
+            (cdiv(tokens, second.keys) * pairs,),
             {**tensors, "lse": lse, "out": out},
             {**numbers, "mask_heads": mask_heads, **strides},
+            {**shape, "BLOCK_R": second.rows, "BLOCK_N": second.keys, "BLOCK_P": 32},
+            **second.options,
         )
     return out

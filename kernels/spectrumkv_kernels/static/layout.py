@@ -171,10 +171,11 @@ class Layout:
 
     def views(self, buffer: torch.Tensor) -> Views:
         """The tensors in a buffer, uint8 `[size]`."""
-        found = {
-            name: buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for name, dtype, shape, start in self.places
-        }
+        wholes = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype, _, _ in self.places}}
+        found = {}
+        for name, dtype, shape, start in self.places:
+            steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            found[name] = wholes[dtype].as_strided(shape, steps, start // dtype.itemsize)
 
         def side(bits: int, name: str) -> torch.Tensor | Quantized:
             if bits == 16:

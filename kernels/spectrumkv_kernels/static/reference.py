@@ -2,9 +2,9 @@
 
 import torch
 
-from ..codec.quantize import Quantized, sound
+from ..codec.quantize import Quantized
 from ..codec.reference import take
-from ..operations import encode, fit_frame, key_mean, tiered_attention
+from ..operations import encode, fit_frame, fitting_weights, key_mean, tiered_attention
 from ..segment import Segment
 from .layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 
@@ -148,7 +148,7 @@ def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> N
         if isinstance(arena.keys, torch.Tensor) and isinstance(arena.values, torch.Tensor):
             arena.keys[:, :, there], arena.values[:, :, there] = take(keys, chosen), take(values, chosen)
             continue
-        coded = encode(keys, values, at, arena.bits, layout.codec, frame, layout.rotary, index=chosen)
+        coded = encode(keys, values, at, arena.bits, layout.codec, frame, layout.rotary, start)
         for own, new in zip((arena.keys, arena.values), coded, strict=True):
             for stored, fresh in zip(own, new, strict=True):
                 stored[:, :, there] = fresh
@@ -170,10 +170,8 @@ def _settle_frame(
     rows = views.pads >= start
     if not bool(rows.any()):
         return
-    counted = index >= (layout.sinks if positions.numel() > layout.sinks else 0)
-    counted = counted & sound(keys)
-    if layout.codec.balanced:
-        counted = counted & sound(values)
+    least = layout.sinks if positions.numel() > layout.sinks else 0
+    counted = fitting_weights(keys, values if layout.codec.balanced else None, start, least, views.pads)
     frame = key_mean(keys, positions, layout.rotary, counted)
     if layout.codec.balanced:
         frame = fit_frame(keys, values, positions, layout.rotary, frame, counted)

@@ -41,6 +41,7 @@ from spectrumkv_kernels import CODECS, Rotary, Segment  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_frame as frame_triton  # noqa: E402
+from spectrumkv_kernels.codec import triton_partition as partition_triton  # noqa: E402
 from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
 from spectrumkv_kernels.static import triton_append as append_triton  # noqa: E402
 from spectrumkv_kernels.static import triton_attend as attend_triton  # noqa: E402
@@ -70,7 +71,9 @@ for head_dim, codec, tiers, fillers, widths, options in (
     codec_triton.dense(case.segments, 0, case.length, torch.bfloat16, *fields.values())
     keys, positions = randn(1, 2, 40, head_dim).bfloat16(), torch.arange(40, dtype=torch.int32)
     codec_triton.key_mean(keys, positions, case.rotary)
+    partition_triton.partition(randn(1, 2, 40), [4, 0, 36])
     if codec == "spectrum2":
+        partition_triton.fitting_weights(keys, keys, 0, 4)
         mean, power = randn(1, 2, head_dim), randn(1, 2, head_dim)
         frame_triton.fit_frame(keys, keys, positions, case.rotary, mean, positions[None] > 3, power)
     each, segments = positions.expand(1, 2, -1).contiguous(), []

@@ -73,7 +73,7 @@ class Inputs:
         key_dim, value_dim, pairs, interleaved, self.bits, codec_name, dtype = case
         self.codec, self.rotary = CODECS[codec_name], Rotary(frequencies(pairs), interleaved)
         mean = 3 * randn(2, 2, key_dim, seed=1) if self.codec.center else None
-        self.index = chosen(2, 2, tokens, n)
+        self.index, self.start = chosen(2, 2, tokens, n), first
         self.positions = (self.index + first).int()
         at = torch.arange(first, first + tokens).expand(2, 2, -1)
         keys = randn(2, 2, tokens, key_dim, seed=2)
@@ -88,9 +88,9 @@ class Inputs:
         self.frame = None if frame is None else frame.to(device)
         self.index, self.positions = self.index.to(device), self.positions.to(device)
 
-    def encode(self, implementation):
+    def encode(self, implementation, **more):
         return implementation.encode(
-            self.keys, self.values, self.positions, self.bits, self.codec, self.frame, self.rotary, index=self.index
+            self.keys, self.values, self.positions, self.bits, self.codec, self.frame, self.rotary, self.start, **more
         )
 
     def decode(self, implementation, keys, values, positions=None):
@@ -187,11 +187,63 @@ def test_round_trip_within_rounding(case, device):
 
 
 @SOME_CASES
+@pytest.mark.parametrize("implementation", [codec, codec_triton], ids=["torch", "triton"])
+def test_codes_are_written_where_they_belong(case, implementation, device):
+    """Into the middle of rooms that have more places, and of which nothing else changes."""
+    inputs = Inputs(case, device, first=3)
+    expected = inputs.encode(implementation)
+    rooms = []
+    for side in expected:
+        for part in side:
+            room = torch.full((2, 2, 50, part.shape[-1]), 77, dtype=part.dtype, device=device)
+            rooms.append((room, room.clone(), part))
+    places = [room[:, :, 4 : 4 + part.shape[2]] for room, _, part in rooms]
+    got = inputs.encode(implementation, out=(Quantized(*places[:2]), Quantized(*places[2:])))
+    assert_equal(got, expected)
+    for room, before, part in rooms:
+        before[:, :, 4 : 4 + part.shape[2]] = part
+        assert torch.equal(room, before)
+
+
+@pytest.mark.parametrize("implementation", [codec, codec_triton], ids=["torch", "triton"])
+def test_codes_are_written_where_rows_are_in_another_order(implementation, device):
+    inputs = Inputs(CASES[0], device)
+    expected = inputs.encode(implementation)
+    out = [Quantized(*(torch.empty_like(t.transpose(0, 1)).transpose(0, 1) for t in side)) for side in expected]
+    assert_equal(inputs.encode(implementation, out=tuple(out)), expected)
+    assert_equal(out, expected)
+
+
+@SOME_CASES
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("implementation", [codec, codec_triton], ids=["torch", "triton"])
+def test_what_no_code_stands_for_is_told(case, implementation, number, side, device):
+    if case[-1] == torch.float16 and number == 3e38:
+        pytest.skip("no float16")
+    inputs = Inputs(case, device)
+    lost = torch.zeros(1, dtype=torch.bool, device=device)
+    inputs.encode(implementation, lost=lost)
+    assert not lost
+    spoilt = inputs.index[1, 0, -1]
+    states = getattr(inputs, side).clone()
+    states[1, 0, spoilt, 1] = number
+    setattr(inputs, side, states)
+    inputs.encode(implementation, lost=lost)
+    assert lost
+    others = inputs.index[..., :-1]  # without that token nothing is lost
+    inputs.positions, lost = (others + inputs.start).int(), torch.zeros_like(lost)
+    if not bool((others[1, 0] == spoilt).any()):
+        inputs.encode(implementation, lost=lost)
+        assert not lost
+
+
+@SOME_CASES
 def test_all_tokens_without_index(case, device):
     inputs = Inputs(case, device)
     expected = inputs.encode(codec_triton)
     inputs.keys, inputs.values = take(inputs.keys, inputs.index), take(inputs.values, inputs.index)
-    inputs.index = None
+    inputs.start = None
     assert_equal(inputs.encode(codec_triton), expected)
 
 
@@ -282,7 +334,8 @@ def test_a_token_is_bit_equal_in_any_company(case, device):
 def test_negative_positions_count_as_0(case, device):
     """The first places of rows that have fewer tokens than others."""
     inputs = Inputs(case, device)
-    inputs.positions[0, :, :3] = -1
+    inputs.keys, inputs.values = take(inputs.keys, inputs.index), take(inputs.values, inputs.index)
+    inputs.positions[0, :, :3], inputs.start = -1, None
     theirs = inputs.encode(codec)
     assert_same_codes(inputs.encode(codec_triton), theirs, inputs.bits)
     pair = [inputs.decode(implementation, *theirs) for implementation in (codec_triton, codec)]

@@ -17,7 +17,7 @@ CASES = [  # keys' and values' head_dim, pairs, interleaved, dtype, tokens, weig
     (10, 6, 4, True, torch.float32, 700, "bool", True),
     (256, 192, 128, False, torch.float32, 65, "bool", True),
     (24, 40, 0, False, torch.bfloat16, 259, "float", True),
-    (2, 1, 1, False, torch.float32, 1, None, False),
+    (2, 1, 1, False, torch.float32, 5, None, False),
 ]
 
 

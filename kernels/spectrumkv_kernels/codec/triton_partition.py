@@ -1,0 +1,130 @@
+"""Triton twins of `codec.partition`."""
+
+# mypy: allow-untyped-defs
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ..backend.launch_triton import cdiv, launch, on_device
+from ..segment import contiguous_rows
+from . import partition as twin
+from .triton_codec import DTYPES, strides_of, widths_of
+from .triton_quantize import FLOAT16_MAX
+
+BLOCK = 1024
+"""Tokens that a program looks at at a time."""
+TIERS = 6
+"""Most tiers."""
+
+
+@triton.jit(do_not_specialize=["tokens", "total", "end0", "end1", "end2", "end3", "end4"])
+def rank_kernel(ranked, tiers, tokens, total, end0, end1, end2, end3, end4, BLOCK: tl.constexpr):
+    """The tier of each token, uint8 `[rows, tokens]`, by its place in `ranked`, and at which ranks tiers end."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < total
+    row = place // tokens * tokens
+    rank = place - row
+    tier = (rank >= end0).to(tl.uint8) + (rank >= end1).to(tl.uint8) + (rank >= end2).to(tl.uint8)
+    tier += (rank >= end3).to(tl.uint8) + (rank >= end4).to(tl.uint8)
+    token = tl.load(ranked + place, mask=inside, other=0)
+    tl.store(tiers + row + token, tier, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "count", "start", "tier"])
+def place_kernel(tiers, positions, tokens, count, start, tier, BLOCK: tl.constexpr):
+    """Positions of a tier's tokens, `[rows, count]`. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    tiers += row * tokens
+    positions += row * count
+    found = 0
+    for first in range(0, tokens, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        mine = (tl.load(tiers + token, mask=token < tokens, other=255) == tier).to(tl.int32)
+        tl.store(positions + found + tl.cumsum(mine, 0) - 1, start + token, mask=mine != 0)
+        found += tl.sum(mine, 0)
+
+
+@triton.jit
+def _sound(x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Which of the vectors that begin at `x` float16 holds, bool `[tokens]`."""
+    channels = tl.arange(0, WIDTH)
+    there = inside[:, None] & (channels < DIM)[None, :]
+    y = tl.load(x[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
+    return tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH  # not so of NaN
+
+
+@triton.jit(do_not_specialize=["tokens", "start", "least"])
+def weights_kernel(
+    keys, values, pads, weights, tokens, start, least, heads,
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of tokens x batch."""
+    blocks = tl.cdiv(tokens, TOKENS)
+    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    inside = token < tokens
+    index = start + token
+    if pads is not None:
+        index -= tl.load(pads + batch).to(tl.int32)
+    counted = inside & (index >= least)
+    keys += batch * key_batch
+    values += batch * value_batch
+    at = token.to(tl.int64)
+    for head in range(heads):
+        counted = counted & _sound(keys + head * key_head + at * key_token, inside, KEY_DIM, KEY_WIDTH)
+        if VALUE_DIM:
+            counted = counted & _sound(values + head * value_head + at * value_token, inside, VALUE_DIM, VALUE_WIDTH)
+    tl.store(weights + batch * tokens + token, counted.to(tl.float32), mask=inside)
+
+
+def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> list[torch.Tensor | None]:
+    """As `codec.partition.partition`."""
+    batch, heads, tokens = score.shape
+    if len(counts) > TIERS or not score.numel():
+        return twin.partition(score, counts, start)
+    ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
+    tiers = torch.empty(batch, heads, tokens, dtype=torch.uint8, device=score.device)
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    ends += [tokens] * (TIERS - len(ends))
+    found: list[torch.Tensor | None] = []
+    with on_device(score):
+        numbers = {"tokens": tokens, "total": score.numel(), **{f"end{i}": ends[i] for i in range(TIERS - 1)}}
+        grid = (cdiv(score.numel(), BLOCK),)
+        launch(rank_kernel, grid, {"ranked": ranked, "tiers": tiers}, numbers, {"BLOCK": BLOCK})
+        for tier, count in enumerate(counts):
+            if not count:
+                found.append(None)
+                continue
+            positions = torch.empty(batch, heads, count, dtype=torch.int32, device=score.device)
+            tensors, numbers = {"tiers": tiers, "positions": positions}, {"tokens": tokens, "count": count}
+            numbers |= {"start": start, "tier": tier}
+            launch(place_kernel, (batch * heads,), tensors, numbers, {"BLOCK": BLOCK})
+            found.append(positions)
+    return found
+
+
+def fitting_weights(
+    keys: torch.Tensor, values: torch.Tensor | None, start: int, least: int, pads: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `codec.partition.fitting_weights`."""
+    batch, heads, tokens, _ = keys.shape
+    sides = (keys,) if values is None else (keys, values)
+    if any(side.dtype not in DTYPES or not side.numel() for side in sides):
+        return twin.fitting_weights(keys, values, start, least, pads)
+    keys = contiguous_rows(keys)
+    values = keys if values is None else contiguous_rows(values)
+    sizes = widths_of(keys.shape[-1], values.shape[-1])
+    if len(sides) == 1:
+        sizes["VALUE_DIM"] = 0
+    weights = torch.empty(batch, tokens, device=keys.device)
+    numbers = {"tokens": tokens, "start": start, "least": least, "heads": heads}
+    numbers |= {**strides_of("key", keys.stride()[:3]), **strides_of("value", values.stride()[:3])}
+    tensors = {"keys": keys, "values": values, "pads": pads, "weights": weights}
+    with on_device(keys):
+        launch(weights_kernel, (cdiv(tokens, sizes["TOKENS"]) * batch,), tensors, numbers, sizes)
+    return weights
