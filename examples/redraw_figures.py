@@ -17,6 +17,7 @@ from spectrumkv_hf.evaluation.report.results import Results
 
 KEYS = {
     "needles": ("methods", "needles"),
+    "generation": ("contexts", "methods"),
     "layer-error": ("windows", "methods"),
     "paper-perplexity": ("windows", "policies"),
     "access-skew": ("windows",),

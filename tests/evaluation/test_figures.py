@@ -119,4 +119,5 @@ def test_pictures_are_small_and_keep_their_colours(tmp_path):
 
 def test_every_experiment_draws_what_is_stored():
     drawn = {name for name, each in EXPERIMENTS.items() if type(each).figure is not Experiment.figure}
-    assert {redraw_figures.experiment_of(path).name for path in STORED} >= drawn - {"perplexity", "uniform"}
+    drawn -= {"perplexity", "uniform", "generation"}  # which no results are stored of
+    assert {redraw_figures.experiment_of(path).name for path in STORED} >= drawn

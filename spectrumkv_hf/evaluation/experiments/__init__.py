@@ -2,6 +2,7 @@
 
 from spectrumkv_hf.evaluation.experiments.access_skew import AccessSkew
 from spectrumkv_hf.evaluation.experiments.experiment import Experiment
+from spectrumkv_hf.evaluation.experiments.generation import Generation
 from spectrumkv_hf.evaluation.experiments.layer_error import ReconstructionError
 from spectrumkv_hf.evaluation.experiments.needles import Needles
 from spectrumkv_hf.evaluation.experiments.paper_perplexity import PaperPerplexity
@@ -16,6 +17,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         PaperPerplexity(),
         Needles(),
         Ruler(),
+        Generation(),
         ReconstructionError(),
         AccessSkew(),
         Ttft(),

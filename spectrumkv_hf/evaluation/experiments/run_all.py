@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="results, figures, tables.md")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="EXPERIMENT")
-    parser.add_argument("--batch", type=int, help="rows at once, of needles")
+    parser.add_argument("--batch", type=int, help="rows at once, of needles and generation")
     parser.add_argument(
         "--reduced", action=Reduced, nargs=0, default=False, grid={"dataset": PASSAGE}, help="the grids that CI runs"
     )
