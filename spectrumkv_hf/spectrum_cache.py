@@ -112,14 +112,19 @@ class SpectrumCache(TieredCache):
                 budget = None
         return cls(model.config, policy, budget, codec, model=model, max_cache_len=max_cache_len, **policy_options)
 
-    def serialize(self) -> torch.Tensor:
+    def serialize(self, *, key: bytes | None = None) -> torch.Tensor:
         """The cache as bytes, a contiguous uint8 tensor on its device; docs/wire-format.md describes them.
+
+        Args:
+            key: 16 to 64 random bytes. Each frame gets a MAC of it, and the bytes differ from call to call. MACs are
+                computed on the host, by one core at half a gigabyte a second or a little more. None: there are none.
 
         Raises:
             WireError: a layer or policy that can't be serialised, or layers of different lengths.
             RuntimeError: an operation ended before it had reached all layers.
+            ValueError: the key is of another length, or no bytes.
         """
-        return wire.serialize(self)
+        return wire.serialize(self, key=key)
 
     @classmethod
     def deserialize(
@@ -128,6 +133,8 @@ class SpectrumCache(TieredCache):
         config: PreTrainedConfig,
         device: torch.device | str | None = None,
         model: torch.nn.Module | None = None,
+        *,
+        key: bytes | None = None,
     ) -> Self:
         """The cache that `serialize` wrote.
 
@@ -140,36 +147,48 @@ class SpectrumCache(TieredCache):
             device: Where the cache will lie; None: where the buffer does.
             model: That model, if its weights are to be compared with those that made the cache. Caches from
                 `from_model`, or made with `model`, say which these were; others are not compared.
+            key: That they were written with; bytes without a MAC of it are refused. Nobody else may be able to write
+                into the buffer then, or what was checked need not be what is used; a mapped file is copied. None:
+                bytes with a MAC are refused.
 
         Raises:
-            WireError: the bytes are damaged, of another version, or of another model.
+            WireError: the bytes are damaged, of another version, or of another model, or a MAC is wrong.
+            KeyRefused, one of them: there is a key and no MAC of it, or no key and a MAC.
             TypeError: `buffer` is none.
+            ValueError: the key is of another length, or no bytes.
         """
-        return wire.deserialize(cls, buffer, config, device, model)
+        return wire.deserialize(cls, buffer, config, device, model, key)
 
-    def apply_patch(self, frame: Any) -> None:
+    def apply_patch(self, frame: Any, *, key: bytes | None = None) -> None:
         """Lift tokens to a higher tier, as a patch frame says that `spectrumkv_hf.wire.request` has asked for.
 
         Args:
             frame: bytes, bytearray, memoryview, mmap, or a contiguous uint8 tensor; its tensors are copied.
+            key: As in `deserialize`: of the MAC that `ExactCopy.patch` has given it.
 
         Raises:
-            WireError: the frame is damaged, or the tokens have changed since they were asked for (batch operations,
-                `crop`, another patch). The cache is as it was.
+            WireError: the frame is damaged, its MAC is wrong, or the tokens have changed since they were asked for
+                (batch operations, `crop`, another patch). The cache is as it was.
+            KeyRefused, ValueError: as in `deserialize`.
         """
-        patch.apply(self, frame)
+        patch.apply(self, frame, key)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, key: bytes | None = None) -> None:
         """Write what `serialize` gives into a file, which appears at `path` whole or not at all.
 
         A regular file there is replaced and keeps its permissions, a symbolic link is followed; a new file has those
         that the umask leaves of 0666. Caches of others who have mapped the old file stay as they are.
 
+        Args:
+            path: Of the file.
+            key: As in `serialize`.
+
         Raises:
             WireError: a layer or policy that can't be serialised, or layers of different lengths.
             OSError: it can't be written, or something else than a regular file is there.
+            ValueError: the key is of another length, or no bytes.
         """
-        wire.save(self, path)
+        wire.save(self, path, key)
 
     @classmethod
     def load(
@@ -179,6 +198,8 @@ class SpectrumCache(TieredCache):
         device: torch.device | str | None = None,
         mmap: bool = True,
         model: torch.nn.Module | None = None,
+        *,
+        key: bytes | None = None,
     ) -> Self:
         """The cache that `save` wrote.
 
@@ -189,10 +210,15 @@ class SpectrumCache(TieredCache):
             model: That model, if its weights are to be compared with those that made the cache.
             mmap: On the CPU the cache's tensors are the mapped file, of which only what is used is read. `save` may
                 replace it meanwhile, but who writes into it changes the cache, and who shortens it ends this process
-                with SIGBUS. False: the file is read into memory, for files that others can write into.
+                with SIGBUS. False: the file is read into memory, for files that others can write into. With a key it
+                always is, so that what was checked is what is used.
+            key: That it was written with; a file without a MAC of it is refused. None: one with a MAC is refused.
 
         Raises:
-            WireError: the bytes are damaged, of another version, or of another model, or there are none.
+            WireError: the bytes are damaged, of another version, or of another model, or there are none, or a MAC is
+                wrong.
+            KeyRefused, one of them: there is a key and no MAC of it, or no key and a MAC.
             OSError: it can't be read, or is no regular file.
+            ValueError: the key is of another length, or no bytes.
         """
-        return wire.load(cls, path, config, device, mmap, model)
+        return wire.load(cls, path, config, device, mmap, model, key)

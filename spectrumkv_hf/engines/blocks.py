@@ -20,6 +20,7 @@ from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.store import Arena, TieredStore
 from spectrumkv_hf.wire.frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor
 from spectrumkv_hf.wire.layer import read_map, read_side
+from spectrumkv_hf.wire.mac import check_key_id
 from spectrumkv_hf.wire.payload import Payload, Tensors, read_payload
 from spectrumkv_kernels import Codec, Rotary, map_bits, map_width, pack_map, tier_positions
 
@@ -165,6 +166,7 @@ class BlockCodec:
         """
         data = as_tensor(blob)
         header = FrameHeader.parse(data)
+        check_key_id(header.key_id, None)
         if header.kind != Kind.BLOCKS or FrameHeader.SIZE + header.padded != len(data):
             raise WireError(
                 f"a frame of kind {header.kind.name} and {FrameHeader.SIZE + header.padded} bytes in a buffer of "

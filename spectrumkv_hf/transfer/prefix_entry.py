@@ -17,7 +17,6 @@ docs/wire-format.md. All of it is little-endian.
 """
 
 import hashlib
-import hmac
 import re
 import struct
 from typing import NamedTuple, Self
@@ -25,6 +24,7 @@ from typing import NamedTuple, Self
 import torch
 
 from spectrumkv_hf.wire.frame import WireError, padded
+from spectrumkv_hf.wire.mac import check_key_id, is_same, key_id, mac
 
 BLOCK = 64
 """Tokens of a block, the unit in which prefixes are known."""
@@ -35,10 +35,6 @@ MAGIC = b"SPKVPRFX"
 VERSION = 1
 _FIELDS = struct.Struct("<8sHHIQ8s16s16s")
 _NAME = re.compile(r"([0-9a-f]{32})\.([1-9][0-9]{0,7})\.(0|[1-9][0-9]{0,7})")
-
-
-class KeyRefused(WireError):
-    """An entry with the MAC of another key, without one, or with one where the store has no key."""
 
 
 class EntryName(NamedTuple):
@@ -103,7 +99,7 @@ def pack(name: EntryName, start: bytes, ids: torch.Tensor, stream: memoryview, k
     """
     raw = ids.numpy().tobytes()
     raw = raw.ljust(padded(len(raw)), b"\0")
-    fields = _FIELDS.pack(MAGIC, VERSION, 0, len(ids), len(stream), _key_id(key), start, bytes(16))
+    fields = _FIELDS.pack(MAGIC, VERSION, 0, len(ids), len(stream), key_id(key), start, bytes(16))
     return fields + _check(name, [fields, raw, stream], key) + raw
 
 
@@ -137,12 +133,10 @@ def unpack(name: EntryName, data: torch.Tensor, key: bytes | None) -> tuple[torc
     head = bytes(memory[:HEAD])
     if (size := size_of(head)) != len(data):
         raise WireError(f"{len(data)} bytes or more, expected {size}")
-    _, _, _, tokens, _, key_id, *_ = _FIELDS.unpack(head[: _FIELDS.size])
-    if key_id != _key_id(key):
-        having = "it has no MAC" if not any(key_id) else "it has a MAC of another key"
-        raise KeyRefused(having if key else "it has a MAC, and the store has no key to check it")
+    _, _, _, tokens, _, made_by, *_ = _FIELDS.unpack(head[: _FIELDS.size])
+    check_key_id(made_by, key, "the store")
     check = _check(name, [head[: _FIELDS.size], memory[HEAD:]], key)
-    if not hmac.compare_digest(check, head[_FIELDS.size :]):
+    if not is_same(check, head[_FIELDS.size :]):
         raise WireError(f"damaged, or another entry's: its {'MAC' if key else 'checksum'} is wrong")
     if tokens != name.tokens:
         raise WireError(f"{tokens} tokens, its name says {name.tokens}")
@@ -157,13 +151,5 @@ def links_of(data: torch.Tensor) -> list[str]:
     return Chain(_FIELDS.unpack(head[: _FIELDS.size])[6], ids).links if len(head) == HEAD else []
 
 
-def _key_id(key: bytes | None) -> bytes:
-    """Tells keys apart, so that an entry of another key is not taken for a damaged one; zeros without a key."""
-    return bytes(8) if key is None else hashlib.blake2b(key=key, digest_size=8, person=b"key id").digest()
-
-
 def _check(name: EntryName, parts: list[bytes | memoryview], key: bytes | None) -> bytes:
-    state = hashlib.blake2b(str(name).encode() + b"\n", key=key or b"", person=b"prefix entry")
-    for part in parts:
-        state.update(part)
-    return state.digest()
+    return mac(key, b"prefix entry", f"{name}\n".encode(), *parts)

@@ -40,7 +40,6 @@ from spectrumkv_hf.transfer.prefix_entry import (
     VERSION,
     Chain,
     EntryName,
-    KeyRefused,
     links_of,
     pack,
     size_of,
@@ -49,6 +48,7 @@ from spectrumkv_hf.transfer.prefix_entry import (
 from spectrumkv_hf.transfer.prefix_files import files_at
 from spectrumkv_hf.wire.frame import VERSION as WIRE_VERSION
 from spectrumkv_hf.wire.frame import WireError
+from spectrumkv_hf.wire.mac import KeyRefused, check_key
 from spectrumkv_hf.wire.stock import is_linear
 from spectrumkv_hf.wire.write import FrameWriter
 
@@ -132,9 +132,6 @@ class PrefixStore:
         config: Any = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
         self._config, self._model = config, None if model is config else model
         like = SpectrumCache(config, policy, budget, codec, **policy_options)
-        if key is not None and (not isinstance(key, bytes) or not 16 <= len(key) <= 64):
-            given = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
-            raise ValueError(f"key is 16 to 64 bytes, or None, got {given}")
         if not isinstance(salt, str) or not isinstance(adapter, str | None):
             raise TypeError(f"salt is text and adapter is text or None, got {type(salt).__name__}, {adapter!r}")
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
@@ -142,7 +139,7 @@ class PrefixStore:
         if max_age is not None and (isinstance(max_age, bool) or not max_age > 0):
             raise ValueError(f"max_age is a number of seconds above 0, or None, got {max_age!r}")
         self.policy, self.codec, self.max_bytes, self.max_age = like.policy, codec, max_bytes, max_age
-        self._identity, self._key, self._device = like.identity, key, device
+        self._identity, self._key, self._device = like.identity, check_key(key), device
         settings = {field.name: getattr(like.policy, field.name) for field in fields(like.policy)}
         self._settings = {
             "entry": VERSION,

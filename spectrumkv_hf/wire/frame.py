@@ -21,6 +21,10 @@ MAGIC = b"SPECTRKV"
 VERSION = 1
 ALIGNMENT = 64
 """Frames, and the tensors' part of a payload, begin at multiples of this many bytes."""
+MAC_BYTES = 64
+"""Of the MAC behind the payload of a frame that has one."""
+NO_KEY = bytes(8)
+"""Which key has made the MAC of a frame without one."""
 
 
 class WireError(ValueError):
@@ -57,6 +61,7 @@ class Kind(IntEnum):
     REQUEST = 4
     PATCH = 5
     BLOCKS = 6
+    GREETING = 7
 
 
 class Place(NamedTuple):
@@ -87,10 +92,11 @@ class FrameHeader:
         length: Bytes of the payload, without the zeros that pad it.
         digest: `digest` of the padded payload.
         stream: A number chosen by the sender, the same in all frames of a stream.
+        key_id: Tells which key has made the MAC behind the payload, 8 bytes; zeros: there is none.
     """
 
     SIZE = 64
-    _LAYOUT = struct.Struct("<8sHHIiIQQQ12s")  # and the CRC-32 of these 60 bytes
+    _LAYOUT = struct.Struct("<8sHHIiIQQQ8s4s")  # and the CRC-32 of these 60 bytes
 
     kind: Kind
     index: int
@@ -98,6 +104,7 @@ class FrameHeader:
     length: int
     digest: int
     stream: int = 0
+    key_id: bytes = NO_KEY
 
     @property
     def place(self) -> Place:
@@ -106,13 +113,23 @@ class FrameHeader:
 
     @property
     def padded(self) -> int:
-        """Bytes that follow the header."""
+        """Bytes of the payload with the zeros that pad it."""
         return padded(self.length)
+
+    @property
+    def has_mac(self) -> bool:
+        """Whether there is a MAC behind the payload."""
+        return self.key_id != NO_KEY
+
+    @property
+    def rest(self) -> int:
+        """Bytes that follow the header."""
+        return self.padded + (MAC_BYTES if self.has_mac else 0)
 
     def pack(self) -> bytes:
         """The 64 bytes."""
-        fields = (self.kind, self.index, self.layer, 0, self.length, self.digest, self.stream, bytes(12))
-        head = self._LAYOUT.pack(MAGIC, VERSION, *fields)
+        fields = (self.kind, self.index, self.layer, self.has_mac, self.length, self.digest, self.stream)
+        head = self._LAYOUT.pack(MAGIC, VERSION, *fields, self.key_id, bytes(4))
         return head + struct.pack("<I", zlib.crc32(head))
 
     @classmethod
@@ -129,7 +146,9 @@ class FrameHeader:
         raw = data[: cls.SIZE] if isinstance(data, bytes) else host_bytes(as_tensor(data)[: cls.SIZE])
         if len(raw) < cls.SIZE:
             raise WireError(f"a frame header has {cls.SIZE} bytes, got {len(raw)}")
-        magic, version, kind, index, layer, flags, length, check, stream, reserved = cls._LAYOUT.unpack(raw[:-4])
+        magic, version, kind, index, layer, flags, length, check, stream, key_id, reserved = cls._LAYOUT.unpack(
+            raw[:-4]
+        )
         if magic != MAGIC:
             raise WireError(f"no frame: begins with {magic!r}, not {MAGIC!r}")
         if version != VERSION:
@@ -138,11 +157,11 @@ class FrameHeader:
             raise WireError("damaged frame header: its CRC-32 is wrong")
         if kind not in Kind.__members__.values():
             raise WireError(f"unknown kind of frame: {kind}")
-        if flags or any(reserved):
+        if flags != any(key_id) or any(reserved):
             raise WireError("reserved fields of the frame header are not 0")
         if limit is not None and padded(length) > limit:
             raise WireError(f"a payload of {length} bytes, more than the limit of {limit}")
-        return cls(Kind(kind), index, layer, length, check, stream)
+        return cls(Kind(kind), index, layer, length, check, stream, key_id)
 
 
 def padded(length: int) -> int:

@@ -22,6 +22,7 @@ from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.tiered.store import Arena, TieredStore, owned, take
 from spectrumkv_hf.wire.frame import ALIGNMENT, Buffer, FrameHeader, Kind, WireError, as_tensor, host_bytes
 from spectrumkv_hf.wire.layer import TIER_BY_BITS, check_channels, read_side
+from spectrumkv_hf.wire.mac import FrameMacs
 from spectrumkv_hf.wire.payload import MAX_LENGTH, Fields, Payload, Tensors, read_payload
 from spectrumkv_kernels import Quantized, encode
 
@@ -37,6 +38,7 @@ def request(
     tier: str,
     positions: Iterable[int] | torch.Tensor | None = None,
     source: str | None = None,
+    key: bytes | None = None,
 ) -> torch.Tensor | None:
     """The frame that asks for tokens of one layer at a higher tier.
 
@@ -47,14 +49,15 @@ def request(
         positions: Slots of the tokens, in all rows and heads; None: all. Those that already lie as high are left out.
         source: Only tokens of this tier, one below `tier`; `"dropped"` for those that a policy has dropped. None: all
             tiers below.
+        key: 16 to 64 bytes, by which the request gets a MAC; None: it has none.
 
     Returns:
         uint8 `[bytes]`, or None where there is nothing to lift.
 
     Raises:
-        ValueError: unknown or unsuitable tiers, positions out of range, a layer that is not tiered.
+        ValueError: unknown or unsuitable tiers, positions out of range, a layer that is not tiered, a key that is none.
     """
-    target = _target(tier)
+    macs, target = FrameMacs(key), _target(tier)
     sources = [t for t in TIERS if t.bits < target.bits and source in (None, t.name)]
     if not sources:
         below = ", ".join(t.name for t in TIERS if t.bits < target.bits)
@@ -76,7 +79,8 @@ def request(
     if target.bits < 16 and store.frame is not None:
         tensors["mean"] = store.frame
     base = _base(store, target, torch.nn.functional.pad(wanted, (store.first_kept, 0)))
-    return _frame(Kind.REQUEST, layer, _metadata(target, store.first_kept, wanted.shape[-1], base), tensors)
+    payload = Payload(_metadata(target, store.first_kept, wanted.shape[-1], base), tensors)
+    return payload.frame(Kind.REQUEST, layer=layer, macs=macs)[1]
 
 
 class ExactCopy:
@@ -117,16 +121,18 @@ class ExactCopy:
         self.stop()
         self._held.clear()
 
-    def patch(self, frame: Buffer) -> torch.Tensor:
-        """The patch frame that answers a request, uint8 `[bytes]`.
+    def patch(self, frame: Buffer, key: bytes | None = None) -> torch.Tensor:
+        """The patch frame that answers a request, uint8 `[bytes]`; with a key both have a MAC.
 
         FP16 tokens travel as they are. Others travel as whole codes, coded as the receiver's are: their scale is
         rounded by itself, so they are no refinement of lower codes by a fixed number of bits.
 
         Raises:
             WireError: the request is damaged, or asks for what isn't here.
+            KeyRefused, one of them: there is a key and no MAC of it, or no key and a MAC.
+            ValueError: the key is none.
         """
-        header, fields, tensors = _read(frame, Kind.REQUEST)
+        header, fields, tensors = _read(frame, Kind.REQUEST, key)
         index, held = header.layer, Tensors(tensors)
         if index not in self._held:
             raise WireError(f"a request for layer {index}; exact tokens are here of {sorted(self._held)}")
@@ -145,12 +151,13 @@ class ExactCopy:
         sides = _encode(layer, target, keys, values, positions, coding)
         parts = {"wanted": tensors["wanted"].to(keys.device)}
         parts |= {name: t for name, t in Arena(target, *sides, positions).tensors() if name != "positions"}
-        return _frame(Kind.PATCH, index, _metadata(target, start, size, base), parts)
+        payload = Payload(_metadata(target, start, size, base), parts)
+        return payload.frame(Kind.PATCH, layer=index, macs=FrameMacs(key))[1]
 
 
-def apply(cache: TieredCache, frame: Buffer) -> None:
+def apply(cache: TieredCache, frame: Buffer, key: bytes | None = None) -> None:
     """Lift the tokens of a patch; see `SpectrumCache.apply_patch`."""
-    header, fields, tensors = _read(frame, Kind.PATCH)
+    header, fields, tensors = _read(frame, Kind.PATCH, key)
     try:
         layer = _tiered(cache, header.layer)
     except ValueError as error:
@@ -260,8 +267,8 @@ def _base(store: TieredStore, target: Tier, wanted: torch.Tensor) -> str:
     return state.hexdigest()
 
 
-def _read(frame: Buffer, kind: Kind) -> tuple[FrameHeader, Fields, dict[str, torch.Tensor]]:
-    data = as_tensor(frame)
+def _read(frame: Buffer, kind: Kind, key: bytes | None) -> tuple[FrameHeader, Fields, dict[str, torch.Tensor]]:
+    data, macs = as_tensor(frame), FrameMacs(key)
     header = FrameHeader.parse(data)
     if header.kind != kind:
         raise WireError(f"a frame of kind {header.kind.name}, expected {kind.name}")
@@ -269,16 +276,9 @@ def _read(frame: Buffer, kind: Kind) -> tuple[FrameHeader, Fields, dict[str, tor
     if payload.data_ptr() % ALIGNMENT or payload.storage_offset() % 8:
         payload = payload.clone()
     try:
-        return header, *read_payload(header, payload)
+        return header, *read_payload(header, macs.check(header, payload))
     except WireError as error:
-        raise WireError(f"{kind.name.lower()} for layer {header.layer}: {error}") from None
-
-
-def _frame(kind: Kind, layer: int, metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    payload = Payload(metadata, tensors)
-    out = torch.empty(payload.frame_bytes, dtype=torch.uint8, device=next(iter(tensors.values())).device)
-    payload.write(out, kind, 0, layer)
-    return out
+        raise type(error)(f"{kind.name.lower()} for layer {header.layer}: {error}") from None
 
 
 def pack_bits(flags: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from spectrumkv_hf.wire.frame import (
     shown,
     sums_of,
 )
+from spectrumkv_hf.wire.mac import FrameMacs
 from spectrumkv_kernels import Codec, affine_flaws, write_sums
 from spectrumkv_kernels.wire.affine import NEGATIVE, NOT_FINITE
 
@@ -99,13 +100,47 @@ class Payload:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of the frame: header, payload, padding."""
+        """Bytes of the frame: header, payload, padding. With a key its MAC comes behind them."""
         return FrameHeader.SIZE + padded(self.length)
 
-    def write(self, out: torch.Tensor, kind: Kind, index: int, layer: int = -1, stream: int = 0) -> FrameHeader:
-        """Write the frame into `out`, uint8 `[frame_bytes]` on the tensors' device."""
-        header = FrameHeader(kind, index, layer, self.length, hashed(write_payloads([self], out))[0], stream)
-        put(out, [(0, header.pack())])
+    def frame(
+        self,
+        kind: Kind,
+        index: int = 0,
+        layer: int = -1,
+        stream: int = 0,
+        macs: FrameMacs | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[FrameHeader, torch.Tensor]:
+        """The frame and its header.
+
+        Args:
+            kind, index, layer, stream: As in `FrameHeader`.
+            macs: Of its stream, for the MAC; None: it has none.
+            device: Of the frame; None: that of the tensors, or the CPU where there are none.
+
+        Returns:
+            The header, and the frame with it, uint8 `[bytes]`.
+        """
+        device = device or next((t.device for t in self.tensors.values()), torch.device("cpu"))
+        size = self.frame_bytes + (macs.size if macs else 0)
+        out = torch.empty(size, dtype=torch.uint8, device=device)
+        return self.write(out, kind, index, layer, stream, macs), out
+
+    def write(
+        self,
+        out: torch.Tensor,
+        kind: Kind,
+        index: int,
+        layer: int = -1,
+        stream: int = 0,
+        macs: FrameMacs | None = None,
+    ) -> FrameHeader:
+        """Write the frame into `out`, uint8 `[frame_bytes]`, or `macs.size` more, on the tensors' device."""
+        macs = macs or FrameMacs()
+        check = hashed(write_payloads([self], out))[0]
+        header = FrameHeader(kind, index, layer, self.length, check, stream, macs.key_id)
+        put(out, macs.pieces(header, out[FrameHeader.SIZE : self.frame_bytes]))
         return header
 
     def _ends(self) -> list[tuple[int, bytes]]:
@@ -122,13 +157,13 @@ class Payload:
         return write_sums(payload, list(self.tensors.values()), len(self.head))
 
 
-def write_payloads(payloads: Sequence[Payload], out: torch.Tensor) -> list[torch.Tensor]:
-    """Write frames but for their headers into `out`, uint8, one behind the other.
+def write_payloads(payloads: Sequence[Payload], out: torch.Tensor, apart: int = 0) -> list[torch.Tensor]:
+    """Write frames but for their headers into `out`, uint8, one `apart` bytes behind the other.
 
     Returns:
         What each frame's digest is the hash of, to be asked of the device at once.
     """
-    starts = list(itertools.accumulate((p.frame_bytes for p in payloads), initial=0))
+    starts = list(itertools.accumulate((p.frame_bytes + apart for p in payloads), initial=0))
     put(out, [(start + at, data) for start, p in zip(starts, payloads, strict=False) for at, data in p._ends()])
     return [
         p._write_tensors(out[start + FrameHeader.SIZE : start + p.frame_bytes])

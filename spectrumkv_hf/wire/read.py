@@ -29,6 +29,7 @@ from spectrumkv_hf.wire.frame import (
     shown,
 )
 from spectrumkv_hf.wire.layer import decode_layer, kind_of
+from spectrumkv_hf.wire.mac import FrameMacs, check_key
 from spectrumkv_hf.wire.payload import BEGINNING, MAX_LENGTH, Fields, Later, check_length, read_payload
 from spectrumkv_kernels import CODECS
 
@@ -66,6 +67,10 @@ class Assembler(Generic[C]):
         device: Where the cache will lie; None: where the frames are.
         limit: The longest frame to accept, in bytes; None: any.
         model: That model, if its weights are to be compared with those that made the cache.
+        key: 16 to 64 bytes, by which every frame has to have a MAC; None: frames with one are refused.
+
+    Raises:
+        ValueError: the key is none.
 
     Example:
         ```python
@@ -82,7 +87,9 @@ class Assembler(Generic[C]):
         device: torch.device | str | None = None,
         limit: int | None = None,
         model: torch.nn.Module | None = None,
+        key: bytes | None = None,
     ) -> None:
+        self._macs = FrameMacs(key)
         self._weights = None if model is None else weights_fingerprint(model)
         self._config, self._device, self._limit = config, device, limit
         self._cache_class = cache_class
@@ -90,6 +97,10 @@ class Assembler(Generic[C]):
         self._digests: list[int] = []
         self._offset = 0
         self._state = "open"
+
+    def use_key(self, key: bytes | None) -> None:
+        """Go by another key; before the first frame."""
+        self._macs = FrameMacs(key)
 
     @property
     def expected(self) -> Place | None:
@@ -107,7 +118,8 @@ class Assembler(Generic[C]):
             The cache at the end frame, before that None.
 
         Raises:
-            WireError: the frame is damaged, not the expected one, or of another model.
+            WireError: the frame is damaged, not the expected one, or of another model, or its MAC is wrong.
+            KeyRefused, one of them: there is a key and no MAC of it, or no key and a MAC.
             TypeError: it is no buffer.
         """
         data = as_tensor(frame)
@@ -116,7 +128,7 @@ class Assembler(Generic[C]):
         return self.add(header, data[FrameHeader.SIZE :])
 
     def add(self, header: FrameHeader, payload: Buffer) -> C | None:
-        """As `feed`, for a header that is parsed and the `header.padded` bytes behind it."""
+        """As `feed`, for a header that is parsed and the `header.rest` bytes behind it."""
         return self._add(header, as_tensor(payload))
 
     def _add(self, header: FrameHeader, data: torch.Tensor, begin: bytes = b"", later: Later | None = None) -> C | None:
@@ -124,9 +136,13 @@ class Assembler(Generic[C]):
         with self._located(header):
             if self._state != "open":
                 raise WireError(f"no frame can be added: the stream is {self._state}")
+            self._macs.check_key(header)
             self._check_place(header)
             if data.data_ptr() % ALIGNMENT or data.storage_offset() % 8:
                 data = data.clone()
+            data = self._macs.check(header, data)
+            if header.has_mac:
+                begin = b""  # which was read before the check
             if self._device is not None:
                 data = data.to(self._device)
             metadata, tensors = read_payload(header, data, begin, later)
@@ -144,10 +160,10 @@ class Assembler(Generic[C]):
                 metadata.equal("frames", len(self._digests) + 1)
                 metadata.equal("digest", f"{digest_of_digests(self._digests):016x}")
                 metadata.done()
-                check_length(self._stream.length, self._offset + FrameHeader.SIZE + header.padded)
+                check_length(self._stream.length, self._offset + FrameHeader.SIZE + header.rest)
                 self._state = "complete"
             self._digests.append(header.digest)
-            self._offset += FrameHeader.SIZE + header.padded
+            self._offset += FrameHeader.SIZE + header.rest
         if self._state == "complete" and self._stream:
             cache, self._stream = self._stream.cache, None
             return cache
@@ -191,7 +207,7 @@ class _Located:
         offset = assembler._offset
         assembler._fail()
         if isinstance(error, WireError):
-            raise WireError(f"{where}, at byte {offset} of the stream: {error}", located=True) from None
+            raise type(error)(f"{where}, at byte {offset} of the stream: {error}", located=True) from None
 
 
 def _begin(
@@ -289,16 +305,19 @@ def deserialize(
     config: PreTrainedConfig,
     device: torch.device | str | None = None,
     model: torch.nn.Module | None = None,
+    key: bytes | None = None,
 ) -> C:
     """The cache in a buffer; see `SpectrumCache.deserialize`."""
     data = as_tensor(buffer)
+    if key is not None and isinstance(buffer, Mapping):
+        data = data.clone()  # others may write into the file between check and use
     if torch.device(device or data.device).type != "cpu":
         later = Later()
         with contextlib.suppress(WireError):  # which says neither what came first nor where
-            cache = _read(data, Assembler(cache_class, config, device, model=model), later)
+            cache = _read(data, Assembler(cache_class, config, device, model=model, key=key), later)
             later.settle()
             return cache
-    return _read(data, Assembler(cache_class, config, device, model=model))
+    return _read(data, Assembler(cache_class, config, device, model=model, key=key))
 
 
 def _read(data: torch.Tensor, assembler: Assembler[C], later: Later | None = None) -> C:
@@ -312,7 +331,7 @@ def _read(data: torch.Tensor, assembler: Assembler[C], later: Later | None = Non
                 raise WireError("the buffer ends here")
             begin = beginnings.at(at)
             header = FrameHeader.parse(begin)
-            end = at + FrameHeader.SIZE + header.padded
+            end = at + FrameHeader.SIZE + header.rest
             if len(data) < end:
                 raise WireError(f"truncated: a frame of {end - at} bytes, {len(data) - at} are left")
         payload = data[at + FrameHeader.SIZE : end]
@@ -356,16 +375,18 @@ def load(
     device: torch.device | str | None = None,
     mmap: bool = True,
     model: torch.nn.Module | None = None,
+    key: bytes | None = None,
 ) -> C:
     """The cache in a file; see `SpectrumCache.load`."""
+    check_key(key)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if not size:
             raise WireError(f"{os.fspath(path)!r} is empty")
         data: Buffer
-        if mmap:
+        if mmap and key is None:  # what is checked by a key has to be what is used
             data = Mapping(file.fileno(), 0, access=ACCESS_COPY)  # private: nothing reaches the file
         else:
             data = torch.empty(size, dtype=torch.uint8)
             data = data[: file.readinto(data.numpy().data)]
-    return deserialize(cache_class, data, config, device, model)
+    return deserialize(cache_class, data, config, device, model, key)

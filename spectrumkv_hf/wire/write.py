@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from types import TracebackType
@@ -27,25 +28,28 @@ from spectrumkv_hf.wire.frame import (
     put,
 )
 from spectrumkv_hf.wire.layer import encode_layer, kind_of
+from spectrumkv_hf.wire.mac import FrameMacs
 from spectrumkv_hf.wire.payload import MAX_LENGTH, Payload, check_length, write_payloads
 
 HUGE = 1 << 23
 """Bytes from which on memory is asked for in huge pages, of 2 MiB mostly."""
 
 
-def frames(cache: TieredCache, stream: int = 0) -> Iterator[torch.Tensor]:
+def frames(cache: TieredCache, stream: int | None = None, key: bytes | None = None) -> Iterator[torch.Tensor]:
     """The frames of a cache in their order, each a uint8 tensor `[bytes]` on the cache's device.
 
     A layer is read when its frame is asked for; the cache must not change until the last.
 
     Args:
         cache: What to send; tiering that is still open is finished.
-        stream: A number to tell streams apart, below 2^64.
+        stream: A number to tell streams apart, below 2^64; None: 0, and with a key one at random.
+        key: 16 to 64 bytes, by which each frame gets a MAC; None: they have none.
 
     Raises:
         WireError: as in `SpectrumCache.serialize`.
+        ValueError: the key is none.
     """
-    writer = FrameWriter(cache, stream)
+    writer = FrameWriter(cache, stream, key)
     yield writer.header()
     for index in range(len(cache.layers)):
         yield writer.layer(index)
@@ -57,7 +61,9 @@ def layer_frame(cache: TieredCache, index: int, stream: int = 0) -> torch.Tensor
     return FrameWriter(cache, stream).layer(index)
 
 
-def serialize(cache: TieredCache, stream: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+def serialize(
+    cache: TieredCache, stream: int | None = None, out: torch.Tensor | None = None, key: bytes | None = None
+) -> torch.Tensor:
     """All frames of a cache in one uint8 tensor `[bytes]` on its device; see `SpectrumCache.serialize`.
 
     Args:
@@ -65,16 +71,18 @@ def serialize(cache: TieredCache, stream: int = 0, out: torch.Tensor | None = No
         stream: As in `frames`.
         out: Write into the beginning of this one, and return that part. Memory that has been in use takes bytes
             faster than new memory.
+        key: As in `frames`.
 
     Raises:
         WireError: as in `SpectrumCache.serialize`.
-        ValueError: `out` is too small.
+        ValueError: `out` is too small, or the key is none.
         TypeError: `out` is no contiguous uint8 tensor of one dimension.
     """
-    writer = FrameWriter(cache, stream)
+    writer = FrameWriter(cache, stream, key)
+    macs = writer.macs
     payloads = [writer.header_payload(), *(writer.layer_payload(i) for i in range(len(cache.layers)))]
     size = sum(
-        p.frame_bytes for p in [*payloads, writer.end_payload([])]
+        p.frame_bytes + macs.size for p in [*payloads, writer.end_payload([])]
     )  # that one is as long as the one that follows
     check_length(writer.extent[1], size)
     if out is None:
@@ -82,14 +90,16 @@ def serialize(cache: TieredCache, stream: int = 0, out: torch.Tensor | None = No
     elif len(as_tensor(out)) < size or out.data_ptr() % ALIGNMENT or out.storage_offset() % ALIGNMENT:
         raise ValueError(f"out is {size} bytes or more at a multiple of {ALIGNMENT}, got {len(out)} bytes")
     out = out[:size]
-    digests = hashed(write_payloads(payloads, out))
+    digests = hashed(write_payloads(payloads, out, apart=macs.size))
     payloads.append(end := writer.end_payload(digests))
     digests.append(digest(as_tensor(end.head)))
-    pieces, at = [(size - len(end.head), end.head)], 0
+    pieces, at = [(size - macs.size - len(end.head), end.head)], 0
     for index, (payload, check) in enumerate(zip(payloads, digests, strict=True)):
         kind, layer = writer.place(index)
-        pieces.append((at, FrameHeader(kind, index, layer, payload.length, check, stream).pack()))
-        at += payload.frame_bytes
+        header = FrameHeader(kind, index, layer, payload.length, check, writer.stream, macs.key_id)
+        written = out[at + FrameHeader.SIZE : at + payload.frame_bytes]
+        pieces += macs.pieces(header, as_tensor(end.head) if payload is end else written, at)
+        at += payload.frame_bytes + macs.size
     put(out, pieces)
     return out
 
@@ -104,10 +114,10 @@ def _fresh(size: int, device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def save(cache: TieredCache, path: str | os.PathLike[str]) -> None:
+def save(cache: TieredCache, path: str | os.PathLike[str], key: bytes | None = None) -> None:
     """Write a cache into a file, frame by frame; see `SpectrumCache.save`."""
     with whole_file(path) as file:
-        for frame in frames(cache):
+        for frame in frames(cache, key=key):
             file.write(frame.cpu().numpy().data)
 
 
@@ -123,7 +133,7 @@ class Emitter:
             forward, out of which comes what it raises.
         tokens: Length of the cache at which layers are final; for a prefill in chunks, that of the whole prompt.
             None: the first forward's.
-        stream: As in `frames`.
+        stream, key: As in `frames`.
 
     Example:
         ```python
@@ -137,10 +147,11 @@ class Emitter:
         cache: TieredCache,
         emit: Callable[[torch.Tensor], None],
         tokens: int | None = None,
-        stream: int = 0,
+        stream: int | None = None,
+        key: bytes | None = None,
     ) -> None:
         self._cache, self._emit, self._tokens = cache, emit, tokens
-        self._writer = FrameWriter(cache, stream)
+        self._writer = FrameWriter(cache, stream, key)
         self._next = -1  # the header
 
     def __enter__(self) -> "Emitter":
@@ -172,11 +183,12 @@ class FrameWriter:
 
     Args:
         cache: What to send.
-        stream: As in `frames`.
+        stream, key: As in `frames`.
     """
 
-    def __init__(self, cache: TieredCache, stream: int = 0) -> None:
-        self.cache, self.stream = cache, stream
+    def __init__(self, cache: TieredCache, stream: int | None = None, key: bytes | None = None) -> None:
+        self.cache, self.macs = cache, FrameMacs(key)
+        self.stream = (0 if key is None else secrets.randbits(63)) if stream is None else stream
         self._extent: tuple[int, int] | None = None
         self._digests: dict[int, int] = {}
         self._bytes = 0
@@ -242,10 +254,10 @@ class FrameWriter:
 
     def _frame(self, payload: Payload, index: int) -> torch.Tensor:
         device = next((t.device for t in payload.tensors.values()), self.device)
-        out = torch.empty(payload.frame_bytes, dtype=torch.uint8, device=device)
-        self._bytes += payload.frame_bytes
         kind, layer = self.place(index)
-        self._digests[index] = payload.write(out, kind, index, layer, self.stream).digest
+        header, out = payload.frame(kind, index, layer, self.stream, self.macs, device)
+        self._digests[index] = header.digest
+        self._bytes += len(out)
         return out
 
     def header(self) -> torch.Tensor:
@@ -260,7 +272,7 @@ class FrameWriter:
         """The frame that ends the stream."""
         frames = len(self.cache.layers) + 1
         payload = self.end_payload([self._digests.get(i, 0) for i in range(frames)])
-        check_length(self.extent[1], self._bytes + payload.frame_bytes)
+        check_length(self.extent[1], self._bytes + payload.frame_bytes + self.macs.size)
         return self._frame(payload, frames)
 
 

@@ -84,7 +84,7 @@ def split(data):
     frames, at = [], 0
     while at < len(data):
         header = FrameHeader.parse(data[at:])
-        end = at + FrameHeader.SIZE + header.padded
+        end = at + FrameHeader.SIZE + header.rest
         frames.append(data[at:end])
         at = end
     return frames
