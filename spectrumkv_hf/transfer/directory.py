@@ -179,9 +179,10 @@ class DirectorySender(_End):
 
     Args:
         path: A directory of its own for each connection, which may serve many transfers one after another; made if
-            missing, with 0700. Who can write into it can disturb the connection, and forge a cache; so it must belong
-            to this user or root, or to one who shares it with a group of this user, and not be writable for everyone.
-            Frames can be read by this user, and by the group as far as that may read the directory.
+            missing, with 0700. Who can write into it can disturb the connection, and forge a cache where there is
+            no `key`; so it must belong to this user or root, or to one who shares it with a group of this user, and
+            not be writable for everyone. Frames can be read by this user, and by the group as far as that may read
+            the directory.
 
     Raises:
         ValueError: the directory has or had a sender.

@@ -6,6 +6,7 @@ acknowledges or refuses every frame; the sender never has more than `in_flight` 
 """
 
 import queue
+import secrets
 import threading
 import time
 from contextlib import suppress
@@ -34,7 +35,8 @@ from spectrumkv_hf.transfer.link import (
     layer_of,
     located,
     pack_reply,
-    unpack_reason,
+    session_key,
+    unpack_stop,
 )
 from spectrumkv_hf.transfer.transport import (
     HEAD_BYTES,
@@ -43,12 +45,16 @@ from spectrumkv_hf.transfer.transport import (
     SendingTransport,
     TransportError,
 )
-from spectrumkv_hf.wire import FrameHeader, WireError
+from spectrumkv_hf.wire import FrameHeader, Kind, WireError
 from spectrumkv_hf.wire.frame import Place, host_bytes
+from spectrumkv_hf.wire.mac import FrameMacs, check_key
+from spectrumkv_hf.wire.payload import read_payload
 
 __all__ = ["CacheReceiver", "CacheSender", "TransferError", "TransferReport", "recv_cache", "send_cache"]
 
 MAX_FRAME_BYTES = 1 << 30
+HOST = torch.device("cpu")
+"""Where stops and greetings lie, wherever the cache does."""
 
 
 def send_cache(
@@ -57,6 +63,7 @@ def send_cache(
     group: dist.ProcessGroup | None = None,
     timeout: float = 60.0,
     in_flight: int = 2,
+    key: bytes | None = None,
 ) -> TransferReport:
     """Send a cache to rank `dst`, which receives it by `recv_cache`; returns when it is there in full.
 
@@ -67,12 +74,15 @@ def send_cache(
             time between two of its ranks.
         timeout: Seconds that a message may take; on a slow link, more than a layer's frame needs.
         in_flight: Frames sent and not yet acknowledged, 1 or more; each is a copy of one layer.
+        key: 16 to 64 random bytes, which the receiver has too. All messages of both get MACs; those without a right
+            one, and those of another transfer, are refused. None: there are none.
 
     Raises:
-        TransferError: the peer died, was too slow, or refused a frame.
+        TransferError: the peer died, was too slow, refused a frame, or has another key or none.
         WireError: the cache can't be written.
+        ValueError: a timeout, `in_flight` or key out of range.
     """
-    sender = FrameSender(sending_to(dst, group), timeout, in_flight)
+    sender = FrameSender(sending_to(dst, group), timeout, in_flight, key)
     sender.send(cache)
     return sender.report
 
@@ -91,10 +101,12 @@ def recv_cache(
         config: Of the model that will use the cache.
         group: Of the rank: process group with a backend for CPU tensors; None: the default group.
         timeout: Seconds that a message may take.
-        options: `first_timeout`, `device`, `max_frame_bytes` and `model` of `CacheReceiver`.
+        options: `first_timeout`, `device`, `max_frame_bytes`, `model` and `key` of `CacheReceiver`.
 
     Raises:
-        TransferError: the peer died, was too slow, gave up, or sent damage. There is no cache then.
+        TransferError: the peer died, was too slow, gave up, sent damage, or has another key or none. There is no cache
+            then.
+        ValueError: a timeout or key out of range.
     """
     return CacheReceiver(src, config, group, timeout, **options).receive()
 
@@ -114,6 +126,7 @@ class CacheSender:
         in_flight: Frames sent and not yet acknowledged, 1 or more; each is a copy of one layer.
         tokens: Length of the cache at which its layers are final; for a prefill in chunks, that of the whole prompt.
             None: the first forward's.
+        key: As in `send_cache`. The thread computes the MACs.
 
     Example:
         ```python
@@ -131,10 +144,11 @@ class CacheSender:
         timeout: float = 60.0,
         in_flight: int = 2,
         tokens: int | None = None,
+        key: bytes | None = None,
     ) -> None:
         self._cache, self._tokens = cache, tokens
         transport = sending_to(dst, group)
-        self._sender = FrameSender(transport, timeout, in_flight)
+        self._sender = FrameSender(transport, timeout, in_flight, key)
         self._final: queue.SimpleQueue[int] = queue.SimpleQueue()  # frames that may be written
         self._frames_due = 0
         self._given_up: GivenUp | None = None
@@ -213,6 +227,7 @@ class CacheReceiver:
         device: Where the cache will lie; None: the CPU.
         max_frame_bytes: The longest frame to make room for.
         model: The model that will use the cache, if its weights are to be compared with those that made it.
+        key: 16 to 64 bytes, which the sender has too; see `send_cache`. None: a sender with a key is refused.
     """
 
     def __init__(
@@ -225,13 +240,16 @@ class CacheReceiver:
         device: torch.device | str | None = None,
         max_frame_bytes: int = MAX_FRAME_BYTES,
         model: torch.nn.Module | None = None,
+        key: bytes | None = None,
     ) -> None:
         self._transport = receiving_from(src, group)
         self._timeout = check_timeout("timeout", timeout)
         self._first_timeout = check_timeout("first_timeout", timeout if first_timeout is None else first_timeout)
         self._device = torch.device(device or "cpu")
         self._limit = max_frame_bytes
-        self._assembler = wire.Assembler(SpectrumCache, config, self._device, model=model)
+        self._key = self._session = check_key(key)  # the shared one, and the one for messages
+        self._assembler = wire.Assembler(SpectrumCache, config, self._device, model=model, key=key)
+        self._refusal: TransferError | None = None
         self.report = TransferReport()
 
     def receive(self) -> SpectrumCache:
@@ -240,40 +258,62 @@ class CacheReceiver:
         Raises:
             TransferError: the peer died, was too slow, gave up, or sent damage.
         """
+        try:
+            return self._receive()
+        except TransferError as problem:
+            refusal = self._refusal
+            if refusal is None or problem is refusal:
+                raise
+            refusal.group_usable = False  # as what came of it ended the connection
+            raise refusal from problem
+
+    def _receive(self) -> SpectrumCache:
         transport, report = self._transport, self.report
-        refusal: TransferError | None = None
         while True:
-            try:
-                head, header = self._header(refusal)
-            except TransferError as problem:
-                if refusal is None or problem is refusal:
-                    raise
-                refusal.group_usable = False
-                raise refusal from problem
+            head, header = self._header()
             place = header.place
-            cache, began = None, time.monotonic()
+            device = HOST if header.kind == Kind.GREETING else self._device
+            cache, began, key, said = None, time.monotonic(), self._session, ""
             try:
                 with located(place):
-                    payload = transport.receive_payload(header.padded, self._device, self._timeout)
+                    payload = transport.receive_payload(header.rest, device, self._timeout)
                 began = time.monotonic()
-                cache = self._assembler.add(header, payload) if refusal is None else None
+                if self._refusal is None and key is not None and key is self._key:
+                    said = self._greeted(key, head, header, payload)
+                elif self._refusal is None:
+                    cache = self._assembler.add(header, payload)
             except TransferError:
                 raise
             except Exception as problem:  # even what is no WireError: the sender is to know, and not to wait
                 where = "" if isinstance(problem, WireError) and problem.located else f"{place}: "
                 message = f"from {transport.peer}: {where}{describe(problem)}"
-                refusal = refusal or TransferError(message, place.layer, True)
+                self._refusal = refusal = self._refusal or TransferError(message, place.layer, True)
                 refusal.__cause__ = refusal.__cause__ or problem
             report.packing += time.monotonic() - began
             with located(place):
-                status = REFUSED if refusal else ACCEPTED
-                transport.reply(pack_reply(status, head, str(refusal or "")), self._timeout)
-            report.frames, report.bytes = report.frames + 1, report.bytes + FrameHeader.SIZE + header.padded
+                status = REFUSED if self._refusal else ACCEPTED
+                transport.reply(pack_reply(status, head, str(self._refusal or said), key), self._timeout)
+            report.frames, report.bytes = report.frames + 1, report.bytes + FrameHeader.SIZE + header.rest
             report.finished = time.monotonic()
             if cache is not None:
                 return cache
 
-    def _header(self, refusal: TransferError | None) -> tuple[bytes, FrameHeader]:
+    def _greeted(self, key: bytes, head: bytes, header: FrameHeader, payload: torch.Tensor) -> str:
+        """Take the greeting, with which a transfer by key begins; what this side has drawn for the transfer's key.
+
+        Raises:
+            WireError: it is none, or none of this key.
+        """
+        fields, _ = read_payload(header, FrameMacs(key).check(header, payload))
+        if header.kind != Kind.GREETING:
+            raise WireError("a transfer by key begins with a greeting")
+        fields.done()
+        drawn = secrets.token_hex(16)
+        self._session = session_key(key, head, drawn)
+        self._assembler.use_key(self._session)
+        return drawn
+
+    def _header(self) -> tuple[bytes, FrameHeader]:
         """The next frame's header, as bytes too; or an error, where the sender stops or something else arrives."""
         transport, expected = self._transport, self._assembler.expected
         with located(expected):
@@ -281,33 +321,29 @@ class CacheReceiver:
         if not self.report.frames:
             self.report.started = time.monotonic()
         if head.startswith(STOP_MAGIC):
-            raise self._stopped(head, refusal, expected)
+            raise self._stopped(head, expected)
         try:
             return head, FrameHeader.parse(head, self._limit)
         except WireError as problem:
             message = f"from {transport.peer}: {in_words(expected)}: {problem}"
             with suppress(TransportError):
-                transport.reply(pack_reply(LOST, head, message), self._timeout)
+                transport.reply(pack_reply(LOST, head, message, self._session), self._timeout)
             transport.close()
             raise TransferError(message, layer_of(expected)) from problem
 
-    def _stopped(self, head: bytes, refusal: TransferError | None, expected: Place | None) -> TransferError:
+    def _stopped(self, head: bytes, expected: Place | None) -> TransferError:
         """Hear out a sender that stops; the error that results."""
         transport = self._transport
         try:
             with located(expected):
-                rest = transport.receive_payload(STOP.size - HEAD_BYTES, torch.device("cpu"), self._timeout)
-                stop = head + host_bytes(rest)
-                if len(stop) != STOP.size:
-                    raise WireError(f"{len(stop)} bytes of a stop, which has {STOP.size}")
-                transport.reply(pack_reply(ACCEPTED, head, ""), self._timeout)
+                rest = transport.receive_payload(STOP.size - HEAD_BYTES, HOST, self._timeout)
+                text = unpack_stop(head + host_bytes(rest), self._session)
+                transport.reply(pack_reply(ACCEPTED, head, "", self._session), self._timeout)
         except WireError as problem:
             transport.close()
             return TransferError(f"from {transport.peer}: {in_words(expected)}: {problem}", layer_of(expected))
-        _, size, _, reason = STOP.unpack(stop)
-        text = unpack_reason(reason[:size])
         message = f"{transport.peer} gave up before {in_words(expected)}: {text}"
-        return refusal or TransferError(message, layer_of(expected), True)
+        return self._refusal or TransferError(message, layer_of(expected), True)
 
 
 def sending_to(dst: int | SendingTransport, group: dist.ProcessGroup | None) -> SendingTransport:

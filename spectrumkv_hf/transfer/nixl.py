@@ -4,7 +4,8 @@ A frame is cut into parts no longer than a slot of the staging buffers. Each par
 announced by a notification, which says where in which frame it belongs and carries the frame's head, and with it the
 layer: notifications come in any order. The receiver copies parts out of the slots, so that no peer can write into a
 cache, and gives slots back over a TCP connection of our own, on which the ends also meet, reply, and see each other
-die. No pickle is involved. Whoever reaches the port can send; use networks that you trust.
+die. No pickle is involved. Whoever reaches the port can send; use networks that you trust. A `key` of the transfer
+authenticates frames and replies, but not how the ends meet: NIXL reads the receiver's description of itself before.
 """
 
 import socket

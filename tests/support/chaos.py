@@ -349,14 +349,17 @@ class Tally:
         assert self.refused and (self.right or not right)
 
 
-def send_side(cache: SpectrumCache, transport: Any, timeout: float, in_flight: int = 2) -> Side:
+def send_side(
+    cache: SpectrumCache, transport: Any, timeout: float, in_flight: int = 2, key: bytes | None = None
+) -> Side:
     """What sending comes to."""
-    return Side.of(lambda: send_cache(cache, transport, timeout=timeout, in_flight=in_flight))
+    return Side.of(lambda: send_cache(cache, transport, timeout=timeout, in_flight=in_flight, key=key))
 
 
-def receive_side(config: Any, transport: Any, timeout: float) -> Side:
+def receive_side(config: Any, transport: Any, timeout: float, key: bytes | None = None) -> Side:
     """What receiving comes to; the result is the cache's bytes."""
-    return Side.of(lambda: CacheReceiver(transport, config, timeout=timeout).receive().serialize().numpy().tobytes())
+    receiver = CacheReceiver(transport, config, timeout=timeout, key=key)
+    return Side.of(lambda: receiver.receive().serialize().numpy().tobytes())
 
 
 def judge(tally: Tally, case: Any, plan: Plan, sent: Side, received: Side, expected: bytes) -> None:

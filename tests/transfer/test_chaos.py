@@ -58,6 +58,9 @@ LIMIT = 10.0
 SLACK = 2.0
 """Seconds by which one wait may exceed its timeout, on a busy machine."""
 OPERATIONS = dict.fromkeys(FAULTS, FRAMES)
+KEY = b"k" * 32
+WITH_KEY = dict.fromkeys(FAULTS, FRAMES + 1)
+"""A greeting goes ahead."""
 
 
 @functools.cache
@@ -83,7 +86,7 @@ def open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
-def both(sender, receiver, timeout, in_flight=2, limit=LIMIT):
+def both(sender, receiver, timeout, in_flight=2, limit=LIMIT, key=None):
     """What the two sides come to, in threads of their own, and whether one of them hangs."""
     sides = {}
 
@@ -93,8 +96,8 @@ def both(sender, receiver, timeout, in_flight=2, limit=LIMIT):
             with contextlib.suppress(Died):
                 transport.close()  # as the system does
 
-    send = functools.partial(chaos.send_side, cache(), timeout=timeout, in_flight=in_flight)
-    receive = functools.partial(chaos.receive_side, model().config, timeout=timeout)
+    send = functools.partial(chaos.send_side, cache(), timeout=timeout, in_flight=in_flight, key=key)
+    receive = functools.partial(chaos.receive_side, model().config, timeout=timeout, key=key)
     threads = [
         threading.Thread(target=run, args=arguments, daemon=True)
         for arguments in (("sent", send, sender), ("received", receive, receiver))
@@ -107,18 +110,18 @@ def both(sender, receiver, timeout, in_flight=2, limit=LIMIT):
     return None if any(thread.is_alive() for thread in threads) else (sides["sent"], sides["received"])
 
 
-def suffer(tally, case, ends, plan, timeout=TIMEOUT, in_flight=2, wrapped=True):
+def suffer(tally, case, ends, plan, timeout=TIMEOUT, in_flight=2, wrapped=True, key=None):
     """One transfer by a plan, and a clean one after it over the same connection, as far as it serves."""
     sender, receiver = ends
     suffering = (ChaosSender(sender, plan), ChaosReceiver(receiver, plan)) if wrapped else ends
     with contextlib.nullcontext() if wrapped else faulty_files(plan):
-        sides = both(*suffering, timeout, in_flight)
+        sides = both(*suffering, timeout, in_flight, key=key)
     if sides is None or plan.overtime > SLACK:
         tally.hangs.append(f"{case}, {plan.overtime:.1f} s too long")
         return
     judge(tally, case, plan, *sides, expected())
     if sides[0].usable and sides[1].usable:
-        again = both(*ends, PATIENCE, limit=4 * PATIENCE)
+        again = both(*ends, PATIENCE, limit=4 * PATIENCE, key=key)
         if again is None:
             tally.hangs.append(f"{case}, the transfer after it")
         else:
@@ -155,7 +158,7 @@ def quick_collections():
 # -- transports -------------------------------------------------------------------------------------------------------
 
 
-def suffer_all(tally, connect, cases, timeout=TIMEOUT, right=True):
+def suffer_all(tally, connect, cases, timeout=TIMEOUT, right=True, key=None):
     """Transfers with these faults, each over a connection of its own; the number of frames in flight is with them."""
     for seed, (in_flight, faults) in enumerate(cases):
         case = f"{seed}: {faults}, {in_flight} in flight"
@@ -163,12 +166,17 @@ def suffer_all(tally, connect, cases, timeout=TIMEOUT, right=True):
             ends = connect()
             for end in ends:
                 closing.callback(end.close)
-            suffer(tally, case, ends, Plan(faults, seed), timeout, in_flight)
+            suffer(tally, case, ends, Plan(faults, seed), timeout, in_flight, key=key)
     tally.check(FAULTS, right)
 
 
 def test_queue():
     suffer_all(Tally("queue"), chaos.queue_ends, [(2, [fault]) for fault in each_fault(OPERATIONS, FAULTS)])
+
+
+def test_queue_with_a_key():
+    cases = [(2, [fault]) for fault in each_fault(WITH_KEY, FAULTS)]
+    suffer_all(Tally("queue, with a key"), chaos.queue_ends, cases, key=KEY)
 
 
 def mixtures(count, faults):
@@ -204,14 +212,23 @@ def test_queue_mixtures(count):
     suffer_all(Tally("queue, mixtures"), chaos.queue_ends, mixtures(count, MIXED), TIMEOUT / 2)
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_queue_mixtures_with_a_key(count):
+    faults = each_fault(dict.fromkeys(FAULTS, FRAMES + 3), FAULTS)
+    suffer_all(Tally("queue, mixtures with a key"), chaos.queue_ends, mixtures(count, faults), TIMEOUT / 2, key=KEY)
+
+
 def directory_ends(place):
     return DirectorySender(place), DirectoryReceiver(place)
 
 
-def test_directory(tmp_path):
+@pytest.mark.parametrize("key", [None, KEY], ids=["", "with a key"])
+def test_directory(tmp_path, key):
     number = itertools.count()
-    cases = [(2, [fault]) for fault in each_fault(OPERATIONS, FAULTS)]
-    suffer_all(Tally("directory"), lambda: directory_ends(tmp_path / str(next(number))), cases)
+    faults = one_of_each(each_fault(WITH_KEY, FAULTS)) if key else each_fault(OPERATIONS, FAULTS)
+    cases = [(2, [fault]) for fault in faults]
+    tally = Tally("directory, with a key" if key else "directory")
+    suffer_all(tally, lambda: directory_ends(tmp_path / str(next(number))), cases, right=not key, key=key)
     assert not [name for place in tmp_path.iterdir() for name in chaos_files.left_in(place)]
 
 
@@ -359,7 +376,7 @@ MAX_BYTES = 120_000
 
 
 def store(place):
-    return PrefixStore(place, model(), "sink_protect", 0.3, key=b"k" * 32, max_bytes=MAX_BYTES)
+    return PrefixStore(place, model(), "sink_protect", 0.3, key=KEY, max_bytes=MAX_BYTES)
 
 
 @functools.cache
