@@ -256,7 +256,7 @@ class CacheReceiver:
         """The cache, once its last frame is there and sound.
 
         Raises:
-            TransferError: the peer died, was too slow, gave up, or sent damage.
+            TransferError: the peer died, was too slow, gave up, sent damage, or has another key or none.
         """
         try:
             return self._receive()
