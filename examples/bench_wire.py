@@ -1,4 +1,4 @@
-"""Speed of serialize and deserialize against a memcpy of the same bytes, all in one run.
+"""Speed of serialize and deserialize, without and with a key, against a memcpy of the same bytes, all in one run.
 
 python examples/bench_wire.py --tokens 4096 --json results/wire-4096.json
 """
@@ -20,6 +20,9 @@ from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders
 from spectrumkv_hf.support.whole_file import write_whole
 from spectrumkv_hf.tiered.layer import SpectrumLayer
 from spectrumkv_hf.wire.frame import digest
+from spectrumkv_hf.wire.mac import mac
+
+KEY = bytes(range(32))
 
 
 def filled_cache(args: argparse.Namespace, budget: float) -> SpectrumCache:
@@ -56,15 +59,18 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def measure(cache: SpectrumCache, config: Any, rounds: int) -> dict[str, list[float]]:
     """Seconds of each operation by round; they take turns, so that a slow moment hits all."""
-    buffer = cache.serialize()
-    target = torch.empty_like(buffer)
+    buffer, keyed = cache.serialize(), cache.serialize(key=KEY)
+    target = torch.empty_like(keyed)
     works: dict[str, Callable[[], Any]] = {
-        "memcpy": lambda: target.copy_(buffer),
+        "memcpy": lambda: target[: len(buffer)].copy_(buffer),
         "memcpy into fresh memory": buffer.clone,
         "digest": lambda: digest(buffer),
+        "MAC": lambda: mac(KEY, b"frame", buffer.cpu().numpy().data),
         "serialize": cache.serialize,
         "serialize into a buffer": lambda: wire.serialize(cache, out=target),
         "deserialize": lambda: SpectrumCache.deserialize(buffer, config=config),
+        "serialize into a buffer, key": lambda: wire.serialize(cache, out=target, key=KEY),
+        "deserialize, key": lambda: SpectrumCache.deserialize(keyed, config=config, key=KEY),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
@@ -127,7 +133,7 @@ def main() -> None:
         )
         for name in medians:
             print(
-                f"  {name:<26}{1e3 * medians[name]:8.1f} ms {result['GiB/s'][name]:7.1f} GiB/s"
+                f"  {name:<29}{1e3 * medians[name]:8.1f} ms {result['GiB/s'][name]:7.1f} GiB/s"
                 f"{result['speed over memcpy'][name]:7.2f} of memcpy"
                 f"{result['speed over memcpy into fresh memory'][name]:7.2f} of memcpy into fresh memory"
             )

@@ -3,6 +3,7 @@
 python examples/pd_disaggregation.py --budget 0.3
 torchrun --nproc-per-node 2 examples/pd_disaggregation.py --budget 0.3
 python examples/pd_disaggregation.py --budget 0.3 --transport nixl  # with the extra of that name
+head -c 32 /dev/urandom > key; python examples/pd_disaggregation.py --budget 0.3 --key-file key
 """
 
 import argparse
@@ -36,6 +37,7 @@ from spectrumkv_hf.transfer import CacheReceiver, CacheSender, send_cache
 from spectrumkv_hf.transfer.break_even import TransferCosts, choose_policy
 from spectrumkv_hf.transfer.directory import DirectoryReceiver, DirectorySender
 from spectrumkv_hf.transfer.transport import ReceivingTransport, SendingTransport
+from spectrumkv_hf.wire.mac import check_key
 
 PREFILL, DECODE = 0, 1
 """Ranks."""
@@ -136,20 +138,21 @@ def prefill_and_send(
     streamed: bool,
     timeout: float,
     to: int | SendingTransport = DECODE,
+    key: bytes | None = None,
 ) -> Sent:
     """Prefill `ids`, `[1, tokens]`, send the cache to the decode rank, and then the first token with the times."""
     cache = SpectrumCache(model.config, policy=policy)
     sent = Sent(tokens=ids.shape[1], started=time.monotonic())
     with timed_compression(cache) as compressing:
         if streamed:
-            with CacheSender(cache, to, timeout=timeout) as sender:
+            with CacheSender(cache, to, timeout=timeout, key=key) as sender:
                 (sent.first_token,) = generate(model, ids, cache, 1, Clock())
                 sent.prefilled = time.monotonic()
             report = sender.report
         else:
             (sent.first_token,) = generate(model, ids, cache, 1, Clock())
             sent.prefilled = time.monotonic()
-            report = send_cache(cache, to, timeout=timeout)
+            report = send_cache(cache, to, timeout=timeout, key=key)
     sent.finished = time.monotonic()
     sent.compressing, sent.sending, sent.sent_bytes = compressing(), report.seconds, report.bytes
     sent.fp16_bytes = cache.memory().fp16
@@ -164,9 +167,11 @@ def receive_and_decode(
     timeout: float,
     prefill_timeout: float,
     source: int | ReceivingTransport = PREFILL,
+    key: bytes | None = None,
 ) -> tuple[Sent, Received]:
     """Receive the cache of `ids`, `[1, tokens]`, and generate the rest of the answer over it."""
-    receiver = CacheReceiver(source, model.config, timeout=timeout, first_timeout=prefill_timeout, device=model.device)
+    options = {"timeout": timeout, "first_timeout": prefill_timeout, "device": model.device, "key": key}
+    receiver = CacheReceiver(source, model.config, **options)
     cache = receiver.receive()
     complete = time.monotonic()
     numbers = torch.empty(len(fields(Sent)), dtype=torch.float64)
@@ -252,6 +257,11 @@ def receiver_of(args: argparse.Namespace) -> int | ReceivingTransport:
     return PREFILL
 
 
+def key_of(args: argparse.Namespace) -> bytes | None:
+    """The key of both processes, None without a file of it."""
+    return check_key(args.key_file.read_bytes()) if args.key_file else None
+
+
 def send_text(text: str) -> None:
     """To the prefill rank, in 256 bytes."""
     dist.send(torch.tensor(list(text.encode().ljust(256, b"\0")), dtype=torch.uint8), PREFILL)
@@ -270,7 +280,7 @@ def run_prefill(args: argparse.Namespace) -> None:
     policy = get_policy(args.policy, args.budget)
     for index, ids in enumerate(prompts(model, tokenizer, [args.tokens[0], *args.tokens])):
         dist.barrier()
-        sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout, to)
+        sent = prefill_and_send(model, ids.to(model.device), policy, args.streamed, args.timeout, to, key_of(args))
         if index == 0 and args.bandwidth and not policy.lossless:  # the warm-up tells what compressing costs
             costs = TransferCosts(
                 fp16_bytes=int(sent.fp16_bytes),
@@ -292,7 +302,7 @@ def run_decode(args: argparse.Namespace) -> None:
     for ids in every:
         dist.barrier()
         sent, received = receive_and_decode(
-            model, ids.to(model.device), args.max_new_tokens, args.timeout, args.timeout, source
+            model, ids.to(model.device), args.max_new_tokens, args.timeout, args.timeout, source, key_of(args)
         )
         answers.append(received.answer)
         policies.append(received.policy)
@@ -348,6 +358,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
     parser.add_argument("--budget", type=float, help="fraction of the FP16 bytes; default: the policy's own")
     parser.add_argument("--bandwidth", type=float, help="of the link, Mbit/s: send exact where compressing doesn't pay")
+    parser.add_argument("--key-file", type=Path, metavar="PATH", help="16 to 64 random bytes: transfers have MACs")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048], help="lengths of the prompts")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens of each answer")
     how = parser.add_mutually_exclusive_group()
@@ -362,6 +373,7 @@ def main() -> None:
     try:
         get_policy(args.policy, args.budget)
         check_folders(args.json)
+        key_of(args)
         if min(args.tokens) < 1 or args.max_new_tokens < 2 or not args.timeout > 0:
             raise ValueError("--tokens are 1 or more, --max-new-tokens 2 or more, --timeout is positive")
         if args.transport == "nccl" and not torch.cuda.is_available():

@@ -17,7 +17,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", ["--streamed", "--whole", "--transport=file", "--transport=nixl", "--model=random-smollm2-135m"]
+    "how",
+    ["--streamed", "--whole", "--transport=file", "--transport=nixl", "--model=random-smollm2-135m", "--key-file=key"],
 )
 def test_two_processes_answer_as_one(how, tmp_path):
     """The example compares the answers itself, and fails where they differ."""
@@ -31,7 +32,8 @@ def test_two_processes_answer_as_one(how, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, EXAMPLES / "pd_disaggregation.py", "--tokens", "300", "500", "--json", report, how]
     command += ["--dtype", "bfloat16", "--budget", "0.3"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "key").write_bytes(bytes(32))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(report.read_text())["results"]
     assert [row["tokens"] for row in rows] == [300, 500]
@@ -58,6 +60,8 @@ def test_a_model_of_random_weights_is_the_same_in_every_process(monkeypatch):
         (["--policy", "best"], "unknown policy"),
         (["--tokens", "0"], "--tokens are 1 or more"),
         (["--json", "no/such/file"], "there is no folder"),
+        (["--key-file", "no/such/file"], "No such file"),
+        (["--key-file", __file__], r"key is 16 to 64 bytes, or None, got"),
     ],
 )
 def test_wrong_arguments(arguments, message, monkeypatch, capsys):
