@@ -2,9 +2,16 @@
 
 import argparse
 import json
+import random
+from contextlib import chdir, nullcontext
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectrumkv_hf.evaluation.report.environment import environment
 from spectrumkv_hf.evaluation.report.results import Cell, Results
@@ -14,6 +21,8 @@ from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_f
 from spectrumkv_hf.support.extras import required
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
     from spectrumkv_hf.evaluation.subjects.lm_eval_model import SpectrumLM
@@ -32,10 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metadata", type=json.loads, help="JSON for tasks that take it, '{\"max_seq_lengths\": [4096]}'"
     )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder with copies of the hub's data sets under their names there, such as DIR/openai/gsm8k; others come "
+        "from the hub. Paths in --metadata are relative to it",
+    )
     parser.add_argument("--limit", type=float, help="documents of each task, or a fraction of them below 1")
     parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
     parser.add_argument("--num-fewshot", type=int, help="default: the task's")
     parser.add_argument("--max-length", type=int, help="tokens given to the model at most; default: its maximum")
+    parser.add_argument("--max-gen-toks", type=int, help="tokens generated at most; default: the task's")
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws for standard errors; 0: none; default: 1000")
     parser.add_argument("--apply-chat-template", action="store_true", help="prompts as messages of a chat")
     parser.add_argument("--output", type=Path, help="JSON file; what it has already is not measured again")
@@ -52,26 +68,46 @@ def run(args: argparse.Namespace) -> None:
     check_folders(args.output)
     for spec in args.policy:
         parse_method(spec, args.recent_window)
-    tasks = task_manager(args.tasks, args.include_path, args.metadata)
-    model, tokenizer = load_from(args)
-    if tokenizer is None:
-        raise ValueError(f"model {args.model!r} has random weights and no tokenizer, which tasks need")
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise ValueError(f"there is no folder {args.data_dir}")
+    with TemporaryDirectory() as words:  # RULER's tasks load the tokenizer by a name, and not every model has one
+        tasks = task_manager(args.tasks, args.include_path, {"tokenizer": words} | (args.metadata or {}))
+        model, tokenizer = load_from(args)
+        if tokenizer is None:
+            raise ValueError(f"model {args.model!r} has random weights and no tokenizer, which tasks need")
+        tokenizer.save_pretrained(words)
+        measure_tasks(args, tasks, model, tokenizer)
+
+
+def measure_tasks(
+    args: argparse.Namespace, tasks: "TaskManager", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What `run` does once everything is loaded.
+
+    Raises:
+        ValueError: arguments that don't fit the model, or results of other settings.
+    """
     from spectrumkv_hf.evaluation.subjects.lm_eval_model import CHUNK, SpectrumLM
 
     chunk = CHUNK if args.chunk is None else args.chunk
     depends = ("model", "recent_window", "limit", "batch_size", "num_fewshot", "max_length", "bootstrap", "load_in")
-    settings = {name: getattr(args, name) for name in (*depends, "metadata")}
+    settings = {name: getattr(args, name) for name in (*depends, "metadata", "max_gen_toks")}
     settings |= {"chunk": chunk, "chat_template": args.apply_chat_template}
     results = Results(args.output, settings, environment(model) | {"lm-eval": metadata.version("lm-eval")})
     rows: list[tuple[str, ...]] = []
     warnings: list[str] = []
+
+    @cache  # all methods get the same documents, which some of RULER's tasks draw anew each time
+    def loaded(task: str) -> "list[Task | Group]":
+        return load_task(tasks, task, args.data_dir)
+
     for task in args.tasks:
         for spec in args.policy:
 
             def measure(task: str = task, spec: str = spec) -> Cell:
                 given = {"tokenizer": tokenizer, "batch_size": args.batch_size, "max_length": args.max_length}
                 lm = SpectrumLM(model, spec, args.recent_window, chunk, **given)
-                return evaluate(lm, task, tasks, args)
+                return evaluate(lm, loaded(task), tasks, args)
 
             cell = results.cell(f"{task} {spec}", measure)
             rows += _rows(spec, cell)
@@ -101,7 +137,7 @@ def task_manager(names: list[str], folder: Path | None, task_metadata: dict[str,
 
     if folder is not None and not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    tasks = None
+    folder = folder and folder.resolve()  # tasks are read later, maybe from another current folder
     for with_defaults in (False, True) if folder else (True,):  # reading all of lm-eval's tasks takes seconds
         tasks = TaskManager(
             include_path=str(folder) if folder else None, include_defaults=with_defaults, metadata=task_metadata
@@ -113,22 +149,37 @@ def task_manager(names: list[str], folder: Path | None, task_metadata: dict[str,
     raise ValueError(f"no task {', '.join(unknown)} in {where}; `lm-eval ls tasks` shows what there is")
 
 
-def evaluate(lm: "SpectrumLM", task: str, tasks: "TaskManager", args: argparse.Namespace) -> Cell:
-    """Results of one task: metrics by the name of the task or of a subtask, and what the caches held."""
+def load_task(tasks: "TaskManager", name: str, data: Path | None) -> "list[Task | Group]":
+    """A task or group with its documents; `data`: where data sets lie by their names on the hub, if anywhere.
+
+    `datasets` takes a folder by the name of a data set for a copy of it, where there is one in the current folder.
+
+    Raises:
+        ValueError: a data set is neither there nor on the hub, or can't be read.
+    """
+    random.seed(0)  # as lm-eval does before it loads tasks
+    np.random.seed(1234)
+    with chdir(data) if data else nullcontext():
+        found = tasks.load([name])
+    return [found["groups"][name]] if name in found.get("groups", {}) else [*found["tasks"].values()]
+
+
+def evaluate(lm: "SpectrumLM", loaded: "list[Task | Group]", tasks: "TaskManager", args: argparse.Namespace) -> Cell:
+    """Results of what `load_task` returned: metrics by the name of a task or subtask, and what the caches held."""
     from lm_eval import simple_evaluate
 
     limit = args.limit if args.limit is None or args.limit < 1 else int(args.limit)
     got = simple_evaluate(
         lm,
-        tasks=[task],
+        tasks=loaded,
         task_manager=tasks,
         num_fewshot=args.num_fewshot,
         batch_size=args.batch_size,
         limit=limit,
         bootstrap_iters=args.bootstrap,
+        gen_kwargs=None if args.max_gen_toks is None else {"max_gen_toks": args.max_gen_toks},
         apply_chat_template=args.apply_chat_template,
         log_samples=False,
-        metadata=args.metadata,
     )
     return {
         "metrics": {
@@ -155,8 +206,8 @@ def _rows(spec: str, cell: Cell) -> list[tuple[str, ...]]:
     for name, metrics in cell["metrics"].items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
-            if metric.endswith("_stderr") or not kind:
-                continue
+            if metric.endswith("_stderr") or not kind or (metric.isdecimal() and value == -1):
+                continue  # -1: RULER's tasks, of a length that was not asked for
             error = metrics.get(f"{metric}_stderr,{kind}")
             title = metric if kind == "none" else f"{metric} ({kind})"
             smaller = shown(cell["cache"].get("times_smaller"), ".2f")  # older results lack it

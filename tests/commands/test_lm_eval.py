@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import families
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
@@ -20,10 +22,12 @@ from spectrumkv_hf.evaluation.subjects.methods import Method
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
+import lm_eval
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from spectrumkv_hf.commands.lm_eval import task_manager
+from spectrumkv_hf.commands import lm_eval as lm_eval_command
+from spectrumkv_hf.commands.lm_eval import load_task, task_manager
 from spectrumkv_hf.evaluation.subjects.lm_eval_model import SpectrumLM
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
@@ -386,3 +390,163 @@ def test_own_command_line_of_lm_eval(saved, folder, tmp_path):
     assert "|choice|" in result.stdout
     with pytest.raises(ValueError, match="no task nonsense in lm-eval or"):
         task_manager(["choice", "nonsense"], folder, None)
+
+
+OWN = Path(lm_eval.__file__).parent / "tasks"
+"""lm-eval's own collection, a folder of which is read much faster than all of it."""
+
+
+@pytest.fixture(scope="module", params=["parquet", "jsonl"])
+def hub(request, tmp_path_factory):
+    """Data sets in the hub's layout under their names: a card whose head says where the rows of each config lie."""
+    folder, rng = tmp_path_factory.mktemp("hub"), random.Random(6)
+
+    def data_set(name, split, configs):
+        card = []
+        for config, rows in configs.items():
+            path = f"{config}/{split}-00000-of-00001.{request.param}"
+            (folder / name / config).mkdir(parents=True)
+            if request.param == "parquet":
+                Dataset.from_list(rows).to_parquet(folder / name / path)
+            else:
+                (folder / name / path).write_text("\n".join(map(json.dumps, rows)))
+            card.append({"config_name": config, "data_files": [{"split": split, "path": path}]})
+        (folder / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': card})}---\n# A card\n")
+
+    def rows(count):
+        return [
+            {"context": text(120, rng), "question": text(5, rng), "answers": ["w7 w8"], "length": 120,
+             "dataset": "made up", "language": "en", "all_classes": None, "_id": str(index)}
+            for index in range(count)
+        ]  # fmt: skip
+
+    data_set("Xnhyacinth/LongBench", "test", {"2wikimqa_e": rows(3), "lcc_e": rows(2), "repobench-p_e": rows(1)})
+    essays = [{"text": " ".join(f"{text(9, rng)}." for _ in range(40))} for _ in range(2)]
+    data_set("baber/paul_graham_essays", "train", {"default": essays})
+    return folder
+
+
+def rows_of(folder, name, config):
+    (path,) = (folder / name / config).iterdir()
+    return (Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json)(str(path))
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Whoever asks the hub for a data set fails, and says for which; what is read from a folder is not kept."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("nltk.download", lambda *_, **__: False)
+
+
+def needs(*modules):
+    for module in modules:
+        pytest.importorskip(module, reason="of lm-eval's extras longbench and ruler")
+
+
+def test_longbench_from_a_folder(saved, hub, offline, tmp_path, capsys):
+    """A task, and a group of two."""
+    needs("jieba", "fuzzywuzzy", "rouge")
+    output = tmp_path / "results.json"
+    arguments = ("--include-path", OWN / "longbench", "--data-dir", hub, "--recent-window", 0, "--output", output)
+    command("--model", saved, "--tasks", "longbench_2wikimqa_e", "longbench_code_e", "--policy", "exact",
+            "sink_protect:0.3", *arguments)  # fmt: skip
+    cells = json.loads(output.read_text())["cells"]
+    code = {"longbench_lcc_e": 2, "longbench_repobench-p_e": 1}
+    samples = {"longbench_2wikimqa_e": {"longbench_2wikimqa_e": 3}, "longbench_code_e": code}
+    for task, count in samples.items():
+        for spec in ("exact", "sink_protect:0.3"):
+            cell = cells[f"{task} {spec}"]
+            assert cell["samples"] == count and {*cell["metrics"]} == {task, *count}
+            assert all(0 <= metrics["score,none"] <= 1 for metrics in cell["metrics"].values())
+            assert (cell["cache"]["nominal_ratio"] < 0.7) == (spec != "exact")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_longbench_prompts_hold_the_folders_rows(hub, offline):
+    needs("jieba", "fuzzywuzzy", "rouge")
+    tasks = task_manager(["longbench_2wikimqa_e"], OWN / "longbench", None)
+    (task,) = load_task(tasks, "longbench_2wikimqa_e", hub)
+    for doc, row in zip(task.test_docs(), rows_of(hub, "Xnhyacinth/LongBench", "2wikimqa_e"), strict=True):
+        assert row["context"] in task.doc_to_text(doc) and row["question"] in task.doc_to_text(doc)
+        assert task.process_results(doc, [" w7 w8"])["score"] == 1 > task.process_results(doc, ["w9"])["score"]
+
+
+def test_data_sets_come_from_the_hub_by_name(saved, tmp_path, monkeypatch, capsys):
+    """Also where there is a folder, which lacks them."""
+    needs("jieba", "fuzzywuzzy", "rouge")
+    asked = []
+
+    def load_dataset(path, name=None, **_):
+        asked.append((path, name))
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for more in ((), ("--data-dir", tmp_path)):
+        error = refused(capsys, "--model", saved, "--tasks", "longbench_2wikimqa_e", "--include-path",
+                        OWN / "longbench", *more)  # fmt: skip
+        assert "Couldn't reach 'Xnhyacinth/LongBench' on the Hub" in error
+    assert asked == [("Xnhyacinth/LongBench", "2wikimqa_e")] * 2
+
+
+NO_DOWNLOAD = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+ESSAYS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+
+
+@pytest.mark.parametrize("name", NO_DOWNLOAD)
+def test_ruler_without_a_download(name, saved, offline, tmp_path, capsys, monkeypatch):
+    """Documents are made up to length by the model's own tokenizer, once for all methods."""
+    needs("wonderwords")
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **_: pytest.fail(f"asked for {a}"))
+    monkeypatch.setattr("requests.get", lambda *a, **_: pytest.fail(f"asked for {a}"))
+    load, made = lm_eval_command.load_task, []
+    monkeypatch.setattr(lm_eval_command, "load_task", lambda *a: made.append(load(*a)) or made[-1])
+    output = tmp_path / "results.json"
+    command("--model", saved, "--tasks", name, "--include-path", OWN / "ruler", "--metadata",
+            '{"max_seq_lengths": [950]}', "--limit", 2, "--policy", "exact", "uniform_int4", "--recent-window", 0,
+            "--output", output)  # fmt: skip
+    ((task,),) = made
+    docs = task.test_docs()
+    assert len(docs) == 500 and {*docs["max_length"]} == {950} and 600 < max(docs["length"]) <= 950 + 50
+    for spec in ("exact", "uniform_int4"):
+        cell = json.loads(output.read_text())["cells"][f"{name} {spec}"]
+        assert cell["samples"] == {name: 2} and 0 <= cell["metrics"][name]["950,none"] <= 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    assert [row[1:3] for row in rows] == [["950", "exact"], ["950", "uniform_int4"]]  # no row of -1 for 4096 tokens
+
+
+@pytest.mark.parametrize("hub", ["jsonl"], indirect=True)
+@pytest.mark.parametrize("name", ESSAYS)
+def test_ruler_over_essays_in_a_folder(name, hub, saved, offline, monkeypatch):
+    needs("wonderwords")
+    from lm_eval.tasks.ruler import prepare_niah
+
+    monkeypatch.setattr(prepare_niah, "sent_tokenize", lambda text: re.split(r"(?<=\.) ", text))  # nltk's needs a file
+    prepare_niah.get_haystack.cache_clear()
+    tasks = task_manager([name], OWN / "ruler", {"tokenizer": str(saved), "max_seq_lengths": [950]})
+    try:
+        (task,) = load_task(tasks, name, hub)
+    finally:
+        prepare_niah.get_haystack.cache_clear()
+    doc = task.test_docs()[0]
+    essay = rows_of(hub, "baber/paul_graham_essays", "default")[0]["text"]
+    assert essay.split(".")[0] in doc["input"] and all(answer in doc["input"] for answer in doc["outputs"])
+
+
+def test_longer_answers(saved, folder, tmp_path, monkeypatch):
+    lengths = []
+    generate = SpectrumLM._model_generate
+
+    def watched(self, context, *args, **kwargs):
+        ids = generate(self, context, *args, **kwargs)
+        lengths.append(ids.shape[1] - context.shape[1])
+        return ids
+
+    monkeypatch.setattr(SpectrumLM, "_model_generate", watched)
+    arguments = ("--model", saved, "--tasks", "generation", "--include-path", folder, "--policy", "exact",
+                 "uniform_int4", "--output", tmp_path / "results.json")  # fmt: skip
+    command(*arguments, "--max-gen-toks", 7)
+    assert max(lengths) == 7 and len(lengths) == 6
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["max_gen_toks"] == 7
+    with pytest.raises(SystemExit):
+        command(*arguments)  # results of other lengths are not mixed
