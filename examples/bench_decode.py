@@ -207,6 +207,7 @@ def parse_args() -> argparse.Namespace:
         metavar="CHUNK",
         help="time prefills, with all that compressing takes, in the place of steps; in chunks of so many tokens",
     )
+    parser.add_argument("--fixed", action="store_true", help="caches of fixed capacity for --prefill, too")
     parser.add_argument(
         "--no-cudnn",
         action="store_true",
@@ -223,7 +224,7 @@ def main() -> None:
         check_folders(args.json)
         model, tokenizer = load_from(args)
         names = [BASELINE, *(name for name in args.caches if name != BASELINE)]
-        fixed = args.compile or args.prefill
+        fixed = args.compile or args.fixed
         capacity = args.context + WARM + args.steps + 1 if fixed else None
         makers = {name: cache_maker(name, model, capacity, tokenizer) for name in names}
         caches = {name: make() for name, make in makers.items()}
