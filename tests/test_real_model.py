@@ -32,6 +32,7 @@ def smollm2():
 
 def test_generate_example(smollm2, tmp_path):
     arguments = ["--max-new-tokens", "4", "--repeats", "1", "--context", "200", "--continuation", "16"]
+    arguments += ["--prompt", passage()[:3000]]  # the whole takes minutes
     plot, report = tmp_path / "tiers.png", tmp_path / "report.json"
     command = [sys.executable, ROOT / "examples/generate.py", *arguments, "--plot", plot, "--json", report]
     result = subprocess.run(command, capture_output=True, text=True)

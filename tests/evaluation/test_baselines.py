@@ -59,6 +59,10 @@ SPECS = [
     "snapkv:0.5",
     "expected_attention:0.5",
 ]
+EVERY_SPEC = pytest.mark.parametrize(
+    "spec", [pytest.param(spec, marks=[pytest.mark.slow] if "quanto" in spec else []) for spec in SPECS]
+)
+"""quanto builds an extension at first use, which takes a minute."""
 CONTEXT = 168
 
 
@@ -108,7 +112,7 @@ def prefilled(method: Method, model, ids: torch.Tensor):
     return cache
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@EVERY_SPEC
 def test_memory_is_all_that_came_to_life(spec):
     method, model, ids = method_of(spec), llama(), families.prompt(CONTEXT, 2)
     warm = prefilled(method, model, ids)  # what packages keep for themselves is there now
@@ -121,7 +125,7 @@ def test_memory_is_all_that_came_to_life(spec):
     assert memory.fp16 == 2 * full
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@EVERY_SPEC
 def test_continuation_quality(spec):
     ids = families.prompt(CONTEXT + 40)
     quality = continuation_quality(llama(), ids, CONTEXT, method_of(spec))

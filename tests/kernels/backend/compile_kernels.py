@@ -1,4 +1,9 @@
-"""Compiles the Triton kernels for an H100, which needs no GPU. Run by test_compiles.py in a process of its own."""
+"""Compiles the Triton kernels for an H100, which needs no GPU. Run by test_compiles.py in a process of its own.
+
+With `all` in every way that is known to differ; without, each kernel once or twice.
+"""
+
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -52,13 +57,14 @@ attention_triton._overlaps = lambda device: True
 
 TIERS = (16, 5), (8, 67), (4, 71), (16, 33)
 SMALL = (16, 5), (3, 67), (2, 71), (16, 33)
+EVERY = slice(None) if "all" in sys.argv else slice(2)
 for head_dim, codec, tiers, fillers, widths, options in (
+    (128, "spectrum2", TIERS, False, (8, 3), {}),
+    (80, "absmax", TIERS, True, (), {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
     (128, "spectrum", TIERS, False, (8, 4), {}),
     (256, "spectrum", TIERS, False, (4,), {"softcap": 30.0, "window": 20}),
-    (80, "absmax", TIERS, True, (), {"mask": torch.ones(1, 1, 1, 176, dtype=torch.bool), "sinks": randn(4)}),
-    (128, "spectrum2", TIERS, False, (8, 3), {}),
     (64, "spectrum2", SMALL, False, (), {"mask": randn(1, 4, 1, 176).bfloat16(), "softcap": 30.0, "window": 20}),
-):
+)[EVERY]:
     case = build(tiers, head_dim=head_dim, codec=codec, fillers=fillers, dtype=torch.bfloat16)
     if codec == "spectrum2":
         case = packed(case)
@@ -83,21 +89,21 @@ for head_dim, codec, tiers, fillers, widths, options in (
     codec_triton.dense(segments, 0, 40, torch.bfloat16, *fields.values())
     many = randn(1, 4, 90, head_dim).bfloat16()
     scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
-# Most query rows of a KV head: 48 heads and 32 queries.
-case = build(((16, 5), (4, 71)), head_dim=128, kv_heads=1, dtype=torch.bfloat16)
-fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
-attention_triton.tiered_attention(
-    randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
-)
+if "all" in sys.argv:  # most query rows of a KV head: 48 heads and 32 queries
+    case = build(((16, 5), (4, 71)), head_dim=128, kv_heads=1, dtype=torch.bfloat16)
+    fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}
+    attention_triton.tiered_attention(
+        randn(1, 48, 32, 128).bfloat16(), case.segments, length=case.length, scale=0.1, **fields
+    )
 # Layers of fixed capacity.
 state = torch.zeros(STATE, dtype=torch.int32)
 tiers = (Room(16, 20), Room(8, 100), Room(4, 200))
 for codec, head_dim, dtype, rooms in (
-    ("spectrum", 128, torch.bfloat16, tiers),
-    ("absmax", 80, torch.bfloat16, tiers),
     ("spectrum2", 64, torch.bfloat16, (Room(16, 20), Room(3, 100))),
     ("spectrum", 128, torch.bfloat16, ()),
-):
+    ("spectrum", 128, torch.bfloat16, tiers),
+    ("absmax", 80, torch.bfloat16, tiers),
+)[EVERY]:
     keys = randn(1, 2, 1, head_dim).to(dtype)
     rotary = build(((16, 5),), head_dim=head_dim).rotary
     layout = Layout(
@@ -107,9 +113,9 @@ for codec, head_dim, dtype, rooms in (
 checksum_triton.digest_sums(torch.zeros(3000, dtype=torch.int64))
 # Layers of fixed capacity, the counts of which are on the device.
 for head_dim, rooms, options in (
-    (128, (Room(16, 8), Room(8, 80), Room(4, 320)), {"sinks": randn(8)}),
     (256, (Room(8, 80), Room(4, 320)), {"softcap": 30.0}),
-):
+    (128, (Room(16, 8), Room(8, 80), Room(4, 320)), {"sinks": randn(8)}),
+)[slice(None) if "all" in sys.argv else slice(1)]:
     layout = Layout(
         1, 2, head_dim, head_dim, torch.bfloat16, 400, 80, rooms, 8, 4, False, False, "kv_norm", 0.0,
         CODECS["spectrum"], Rotary(frequencies(head_dim // 2)),

@@ -13,7 +13,8 @@ KERNELS = """
 """
 
 
-def test_kernels_compile_for_an_h100(tmp_path):
+@pytest.mark.parametrize("ways", [(), pytest.param(("all",), marks=pytest.mark.slow)])
+def test_kernels_compile_for_an_h100(ways, tmp_path):
     """What the interpreter runs is not always Triton: the compiler takes less of Python."""
     pytest.importorskip("triton")
     here = Path(__file__).parent
@@ -24,6 +25,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "PYTHONPATH": path,
         "TRITON_CACHE_DIR": str(tmp_path),  # so that it compiles
     }
-    done = subprocess.run([sys.executable, here / "compile_kernels.py"], env=env, capture_output=True, text=True)
+    command = [sys.executable, here / "compile_kernels.py", *ways]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert set(KERNELS.split()) <= set(done.stdout.split())
