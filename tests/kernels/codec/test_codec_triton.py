@@ -286,7 +286,8 @@ def test_constant_tiny_and_huge_vectors(factor, codec_name, device):
         torch.testing.assert_close(a.scale, b.scale, rtol=2.0**-10, atol=2.0**-24)
         assert a.zero is None or bool(a.zero.isfinite().all())
     pair = [i.decode(*ours, positions, 8, CODECS[codec_name], None, Rotary()) for i in (codec_triton, codec)]
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5 * factor) for a, b in zip(*pair, strict=True))
+    for a, b in zip(*pair, strict=True):  # what cancels out in the Hadamard sums is not exactly 0 on a GPU
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(b[b.isfinite()].abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton.runtime.interpreter")
