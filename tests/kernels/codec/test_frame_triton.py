@@ -37,7 +37,7 @@ def inputs(key_dim, value_dim, pairs, interleaved, dtype, tokens, weighting, pow
     spread = torch.logspace(-2, 1, key_dim)
     flat = 3 * randn(batch, heads, 1, key_dim) + spread * randn(batch, heads, tokens, key_dim, seed=1)
     keys = rotated(rotary, flat, positions) if pairs else flat
-    values = 5 * randn(1, heads, 1, value_dim, seed=2) + 0.1 * randn(batch, heads, tokens, value_dim, seed=3)
+    values = randn(1, heads, 1, value_dim, seed=2) + 0.5 * randn(batch, heads, tokens, value_dim, seed=3)
     weights = None
     if weighting:
         weights = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(4))
