@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-matrix test-slow test-engines test-vllm fuzz lint bench eval docs dist hub-kernel clean
+.PHONY: demo test test-matrix test-oldest test-slow test-engines test-vllm fuzz lint bench eval docs dist hub-kernel clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,8 @@ MATRIX := 5.17.0+3.6.0 5.23.0+3.9.0
 TESTS ?= $(patsubst %,tests/tiered/test_%.py,architectures cache_argument contract models static_compiled) \
 	tests/probe/test_probe.py tests/kernels/backend/test_compiles.py tests/kernels/backend/test_dispatch.py
 test-matrix: $(MATRIX:%=test-with-%)  ## Tests of the cache and of the Triton kernels on the other supported versions.
+
+test-oldest: test-with-$(firstword $(MATRIX))  ## The same on the oldest of them.
 
 test-with-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-$*
