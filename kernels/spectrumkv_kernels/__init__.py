@@ -9,13 +9,11 @@ from .codec.frame import split_frame
 from .codec.quantize import (
     FLOAT16_MAX,
     Quantized,
-    any_saturated,
     dequantize,
     divisor,
     pack,
     quantize,
     saturated,
-    sound,
     unpack,
 )
 from .codec.reference import CODECS, Codec, take
@@ -41,9 +39,9 @@ from .segment import Segment
 from .wire.tier_map import map_bits, map_width, pack_map
 
 __all__ = [
-    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws", "any_saturated",
+    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws",
     "attention_scores", "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode",
     "fit_frame", "fitting_weights", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map", "partition",
-    "quantize", "real_tokens", "saturated", "sound", "split_frame", "take", "tier_positions", "tiered_attention",
+    "quantize", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention",
     "unpack", "write_sums",
 ]  # fmt: skip

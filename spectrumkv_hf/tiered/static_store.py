@@ -198,7 +198,7 @@ class StaticStore(TieredStore):
         had = {tier: len(now.arenas.get(tier, ())) for tier, _ in self.plan.rooms}
         grown = {tier: tokens + counts.get(tier, 0) for tier, tokens in had.items()}
         # Room for what decoding will bring, too, so that these tokens need not move when they are published.
-        self._lay_out(self._tables_of(grown, now.tail_start + sum(counts.values()), now.pads).most)
+        self._lay_out(self._tables_of(grown, now.tail_start + sum(counts.values()), self._padding()).most)
         for tier, tokens in had.items():
             if grown[tier] > tokens:
                 whole = self._whole(tier)
@@ -206,12 +206,15 @@ class StaticStore(TieredStore):
                 spaces[tier] = _narrowed(whole, grown[tier], tokens)
         return spaces
 
-    def _tables_of(self, had: Mapping[Tier, int], start: int, pads: torch.Tensor | None) -> "_Tables":
+    def _padding(self) -> tuple[int, ...] | None:
+        """`pads` on the host."""
+        return None if self.pads is None else tuple(self.pads.tolist())
+
+    def _tables_of(self, had: Mapping[Tier, int], start: int, pads: tuple[int, ...] | None) -> "_Tables":
         """What decoding will do from position `start` on, where arenas have so many tokens then."""
         plan = self.plan
         more = max(plan.capacity - start - plan.policy.recent_window, 0) // BLOCK + 1
-        padding = None if pads is None else tuple(pads.tolist())
-        return _decoded(plan.policy, plan.floor, tuple(had.items()), start, padding, more)
+        return _decoded(plan.policy, plan.floor, tuple(had.items()), start, pads, more)
 
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
         whole = self._whole(new.tier)
@@ -242,11 +245,11 @@ class StaticStore(TieredStore):
                 keys=now.keys[:, :, skip:], values=now.values[:, :, skip:], tail_start=now.tail_start + skip,
                 first_kept=now.tail_start + skip,
             )  # fmt: skip
-        pads = None if now.pads is None else tuple(now.pads.tolist())
+        pads = self._padding()
         tables = None
         if not plan.policy.lossless:
             had = {tier: len(now.arenas.get(tier, ())) for tier, _ in plan.rooms}
-            tables = self._tables_of(had, now.tail_start, now.pads)
+            tables = self._tables_of(had, now.tail_start, pads)
         views = self._lay_out({} if tables is None else tables.most)
         assert self.step is not None
         layout, arenas = self.step.layout, {}

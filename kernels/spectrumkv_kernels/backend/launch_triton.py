@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,11 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def strides_of(of: str, strides: Sequence[int]) -> dict[str, int]:
+    """Strides of the first dimensions, by the names of a kernel's parameters."""
+    return {f"{of}_{name}": stride for name, stride in zip(("batch", "head", "token"), strides, strict=False)}
 
 
 def shared(positions: torch.Tensor) -> bool:
@@ -73,13 +78,10 @@ def trait(arg: Any) -> Any:
 
 
 def special(arg: Any) -> Any:
-    """`trait`, for kernels that specialise on values: also whether an integer is 1, and divisible by 16."""
-    kind = type(arg)
-    if kind is int:
-        return arg == 1, arg % 16 == 0, -(1 << 31) <= arg < 1 << 31
-    if kind is tuple:
-        return tuple(map(special, arg))
-    return kind if arg is None or kind is float else (arg.dtype, arg.data_ptr() % 16)
+    """`trait` of an argument, or None, for kernels that specialise on values: by whether it is 1 or divisible by 16."""
+    if type(arg) is int:
+        return arg == 1, arg % 16 == 0, trait(arg)
+    return None if arg is None else trait(arg)
 
 
 class Launcher:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import Launcher, cdiv, launch, next_power_of_2, on_device, shared
+from ..backend.launch_triton import Launcher, cdiv, launch, next_power_of_2, on_device, shared, strides_of
 from ..rotation.rotary import Rotary
 from ..rotation.triton_hadamard import hadamard, join_quarters
 from ..rotation.triton_rotary import rotated_mean, turns
@@ -435,11 +435,6 @@ def _read(
                     "heads": heads,
                 },
             )
-
-
-def strides_of(of: str, strides: Sequence[int]) -> dict[str, int]:
-    """Strides of the first dimensions, by the names of a kernel's parameters."""
-    return {f"{of}_{name}": stride for name, stride in zip(("batch", "head", "token"), strides, strict=False)}
 
 
 def _parts(stored: Quantized) -> tuple[torch.Tensor | None, ...]:

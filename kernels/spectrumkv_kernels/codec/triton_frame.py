@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import cdiv, launch, on_device
+from ..backend.launch_triton import cdiv, launch, on_device, strides_of
 from ..rotation.rotary import Rotary
 from ..rotation.triton_rotary import partner, turns
 from ..segment import contiguous_rows
 from . import frame as twin
-from .triton_codec import DTYPES, load_residual, strides_of, widths_of
+from .triton_codec import DTYPES, load_residual, widths_of
 
 SPLIT = 256
 """Tokens that one program sums up."""
@@ -56,15 +56,36 @@ def usual(logarithm, weight):
 
 
 @triton.jit
-def _tokens(positions, weights, batch, token, tokens, all_tokens, every):
-    """Of tokens to fit by: their places among all, their positions and weights, and whether these are not 0."""
+def _vectors(
+    keys, values, positions, weights, mean, table, row, heads, first, tokens, all_tokens, every,
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Tokens to fit by, from the `first` on, of a row and KV head.
+
+    Returns:
+        The keys' residuals and the values, float32 `[tokens, channels]`, 0 where there are none; which values there
+        are; and the tokens' weights.
+    """
+    batch, head = row // heads, row % heads
+    token = first + tl.arange(0, TOKENS)
     inside = token < tokens
     source = token * every
     at = tl.load(positions + source, mask=inside, other=0)
     weight = inside.to(tl.float32)
     if weights is not None:
         weight = tl.load(weights + batch * all_tokens + source, mask=inside, other=0.0)
-    return source.to(tl.int64), at, weight, weight != 0
+    counted = weight != 0
+    source = source.to(tl.int64)
+    channels, value_channels = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+    x = keys + batch * key_batch + head * key_head + (source * key_token)[:, None]
+    mean += row * KEY_DIM
+    y = load_residual(x, counted, at, mean, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True)
+    there = counted[:, None] & (value_channels < VALUE_DIM)[None, :]
+    v = values + batch * value_batch + head * value_head + (source * value_token)[:, None] + value_channels[None, :]
+    value = tl.load(v, mask=there, other=0.0).to(tl.float32)
+    return tl.where(counted[:, None], y, 0.0), value, there, weight
 
 
 @triton.jit
@@ -110,26 +131,20 @@ def power_kernel(
     """
     splits = tl.cdiv(tokens, SPLIT)
     split, row = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
-    batch, head = row // heads, row % heads
-    keys += batch * key_batch + head * key_head
-    values += batch * value_batch + head * value_head
     channels, value_channels = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
     power = tl.zeros([TOKENS, KEY_WIDTH], tl.float32)
     value = tl.zeros([TOKENS, VALUE_WIDTH], tl.float32)
     total = tl.zeros([TOKENS], tl.float32)
     for i in range(SPLIT // TOKENS):
-        token = split * SPLIT + i * TOKENS + tl.arange(0, TOKENS)
-        source, at, weight, counted = _tokens(positions, weights, batch, token, tokens, all_tokens, every)
-        x = keys + (source * key_token)[:, None]
-        y = load_residual(
-            x, counted, at, mean + row * KEY_DIM, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True
-        )
-        y = tl.where(counted[:, None], y * y, 0.0)
+        y, v, there, weight = _vectors(
+            keys, values, positions, weights, mean, table, row, heads, split * SPLIT + i * TOKENS, tokens, all_tokens,
+            every, key_batch, key_head, key_token, value_batch, value_head, value_token,
+            KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, PAIRS, INTERLEAVED,
+        )  # fmt: skip
+        y *= y
         size = tl.sum(y, 1) * (1 / KEY_DIM)
         power += y * (weight / tl.where(size > 0, size, 1.0))[:, None]
-        v = values + (source * value_token)[:, None] + value_channels[None, :]
-        there = counted[:, None] & (value_channels < VALUE_DIM)[None, :]
-        value += tl.load(v, mask=there, other=0.0).to(tl.float32) * weight[:, None]
+        value += v * weight[:, None]
         total += weight
     sums += (row * splits + split) * (KEY_WIDTH + VALUE_WIDTH + 1)
     tl.store(sums + channels, tl.sum(power, 0))
@@ -148,10 +163,6 @@ def size_kernel(
     `[batch * heads, splits, 4]`. Grid: splits x batch x heads."""
     splits = tl.cdiv(tokens, SPLIT)
     split, row = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
-    batch, head = row // heads, row % heads
-    keys += batch * key_batch + head * key_head
-    values += batch * value_batch + head * value_head
-    channels, value_channels = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
     balance, value_mean = _found(
         sums, query_power, row, splits, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, PAIRS, INTERLEAVED
     )
@@ -160,20 +171,17 @@ def size_kernel(
     value_sum = tl.zeros([TOKENS], tl.float32)
     value_weight = tl.zeros([TOKENS], tl.float32)
     for i in range(SPLIT // TOKENS):
-        token = split * SPLIT + i * TOKENS + tl.arange(0, TOKENS)
-        source, at, weight, counted = _tokens(positions, weights, batch, token, tokens, all_tokens, every)
-        x = keys + (source * key_token)[:, None]
-        y = load_residual(
-            x, counted, at, mean + row * KEY_DIM, None, table, channels, KEY_DIM, PAIRS, INTERLEAVED, True
-        )
-        y = tl.where(counted[:, None], y * balance[None, :], 0.0)
+        y, v, there, weight = _vectors(
+            keys, values, positions, weights, mean, table, row, heads, split * SPLIT + i * TOKENS, tokens, all_tokens,
+            every, key_batch, key_head, key_token, value_batch, value_head, value_token,
+            KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, PAIRS, INTERLEAVED,
+        )  # fmt: skip
+        y *= balance[None, :]
         found, number = logarithms(tl.sum(y * y, 1) * (1 / KEY_DIM), weight)
         key_sum += found
         key_weight += number
-        v = values + (source * value_token)[:, None] + value_channels[None, :]
-        there = counted[:, None] & (value_channels < VALUE_DIM)[None, :]
-        y = tl.where(there, tl.load(v, mask=there, other=0.0).to(tl.float32) - value_mean[None, :], 0.0)
-        found, number = logarithms(tl.sum(y * y, 1) * (1 / VALUE_DIM), weight)
+        v = tl.where(there, v - value_mean[None, :], 0.0)
+        found, number = logarithms(tl.sum(v * v, 1) * (1 / VALUE_DIM), weight)
         value_sum += found
         value_weight += number
     sizes += (row * splits + split) * 4

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import cdiv, launch, on_device
+from ..backend.launch_triton import cdiv, launch, on_device, strides_of
 from ..segment import contiguous_rows
 from . import partition as twin
-from .triton_codec import DTYPES, strides_of, widths_of
-from .triton_quantize import FLOAT16_MAX
+from .triton_codec import DTYPES, widths_of
+from .triton_quantize import sound
 
 BLOCK = 1024
 """Tokens that a program looks at at a time."""
@@ -47,15 +47,6 @@ def place_kernel(tiers, positions, tokens, count, start, tier, BLOCK: tl.constex
         found += tl.sum(mine, 0)
 
 
-@triton.jit
-def _sound(x, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of the vectors that begin at `x` float16 holds, bool `[tokens]`."""
-    channels = tl.arange(0, WIDTH)
-    there = inside[:, None] & (channels < DIM)[None, :]
-    y = tl.load(x[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
-    return tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH  # not so of NaN
-
-
 @triton.jit(do_not_specialize=["tokens", "start", "least"])
 def weights_kernel(
     keys, values, pads, weights, tokens, start, least, heads,
@@ -76,9 +67,9 @@ def weights_kernel(
     values += batch * value_batch
     at = token.to(tl.int64)
     for head in range(heads):
-        counted = counted & _sound(keys + head * key_head + at * key_token, inside, KEY_DIM, KEY_WIDTH)
+        counted = sound(keys + head * key_head + at * key_token, counted, KEY_DIM, KEY_WIDTH)
         if VALUE_DIM:
-            counted = counted & _sound(values + head * value_head + at * value_token, inside, VALUE_DIM, VALUE_WIDTH)
+            counted = sound(values + head * value_head + at * value_token, counted, VALUE_DIM, VALUE_WIDTH)
     tl.store(weights + batch * tokens + token, counted.to(tl.float32), mask=inside)
 
 

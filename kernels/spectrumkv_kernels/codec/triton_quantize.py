@@ -29,6 +29,15 @@ def _smallest(bits):
 
 
 @triton.jit
+def sound(x, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Which of the wanted vectors, that begin at `x`, float16 holds: bool `[tokens]`; for `quantize.sound`."""
+    channels = tl.arange(0, WIDTH)
+    there = wanted[:, None] & (channels < DIM)[None, :]
+    y = tl.load(x[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
+    return wanted & (tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH)  # not so of NaN
+
+
+@triton.jit
 def store_codes(
     y, codes, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..attention.triton_dot import LOG2E
-from ..backend.launch_triton import cdiv, launch, next_power_of_2, on_device
+from ..backend.launch_triton import cdiv, launch, next_power_of_2, on_device, strides_of
 from ..segment import contiguous_rows
 from . import reference as twin
 from .reference import probe_rows, real_tokens
@@ -272,8 +272,7 @@ def attention_scores(
     parts = torch.empty(splits, total, device=query.device)
     lse = torch.empty(total, device=query.device)
     out = torch.empty(batch, kv_heads, tokens, device=query.device)
-    strides = {f"query_{name}": n for name, n in zip(("batch", "head", "token"), query.stride(), strict=False)}
-    strides |= {f"key_{name}": n for name, n in zip(("batch", "head", "token"), keys.stride(), strict=False)}
+    strides = {**strides_of("query", query.stride()[:3]), **strides_of("key", keys.stride()[:3])}
     strides |= {f"mask_{n}": k for n, k in zip(("batch", "head", "row", "column"), mask_strides, strict=True)}
     numbers = {
         "scale": scale,

@@ -121,7 +121,7 @@ def _tier(views: Views, layout: Layout, block: int, base: int, length: int) -> N
     keys, values = views.keys[:, :, place], views.values[:, :, place]
     index = positions - views.pads[:, None]  # of each token in its row; below 0 for padding
     if layout.codec.center:
-        _settle_frame(views, layout, keys, values, positions, index, start)
+        _settle_frame(views, layout, keys, values, positions, start)
     keys, values, positions, index = (t[..., :BLOCK] for t in (keys.mT, values.mT, positions, index))
     keys, values = keys.mT, values.mT
 
@@ -160,7 +160,6 @@ def _settle_frame(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
-    index: torch.Tensor,
     start: int,
 ) -> None:
     """Fix the frame of rows of which nothing was tiered yet, from their tokens in the tail but the sinks and padding.

@@ -17,7 +17,7 @@ from ..backend.tensor_cache import keep
 from ..codec.quantize import WIDTHS, divisor
 from ..codec.triton_codec import DTYPES, ELEMENTS, encode_rows, load_residual
 from ..codec.triton_frame import balance_of, logarithms, usual
-from ..codec.triton_quantize import FLOAT16_MAX
+from ..codec.triton_quantize import sound
 from ..rotation.triton_rotary import partner, turn, turns
 from ..segment import contiguous_rows
 from . import layout as static
@@ -59,15 +59,6 @@ def _norms(x, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _sound(x, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of the wanted tokens, that begin at `x`, float16 holds: bool `[tokens]`."""
-    channels = tl.arange(0, WIDTH)
-    there = wanted[:, None] & (channels < DIM)[None, :]
-    y = tl.load(x[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
-    return wanted & (tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH)  # not so of NaN
-
-
-@triton.jit
 def _tokens(
     ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -81,9 +72,9 @@ def _tokens(
     counted = (at < length) & (at - pad >= least)
     for head in range(heads):
         source = (top + head) * ring + place
-        counted = _sound(ring_keys + source * KEY_DIM, counted, KEY_DIM, KEY_WIDTH)
+        counted = sound(ring_keys + source * KEY_DIM, counted, KEY_DIM, KEY_WIDTH)
         if FITTED:
-            counted = _sound(ring_values + source * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
+            counted = sound(ring_values + source * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
     return at, row * ring + place, counted
 
 

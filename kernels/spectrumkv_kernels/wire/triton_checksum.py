@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import Launcher, on_device, trait
+from ..backend.launch_triton import cdiv, launch, on_device
 from .checksum import ROW, row_weights, write
 
 ROWS, COLUMNS = 8, 256
@@ -27,9 +27,6 @@ def digest_kernel(words, weights, sums, count, rows, ROW: tl.constexpr, ROWS: tl
     tl.store(sums + row, total, mask=row < rows)
 
 
-_digest = Launcher(digest_kernel, {"ROW": ROW, "ROWS": ROWS, "COLUMNS": COLUMNS})
-
-
 def digest_sums(words: torch.Tensor) -> torch.Tensor:
     """As `checksum.digest_sums`."""
     rows = -(-words.numel() // ROW)
@@ -38,8 +35,8 @@ def digest_sums(words: torch.Tensor) -> torch.Tensor:
         with on_device(words):
             tensors = {"words": words, "weights": row_weights(words.device), "sums": sums}
             numbers = {"count": words.numel(), "rows": rows}
-            known = trait((*tensors.values(), *numbers.values()))
-            _digest((triton.cdiv(rows, ROWS), 1, 1), tensors, numbers, known)
+            constants = {"ROW": ROW, "ROWS": ROWS, "COLUMNS": COLUMNS}
+            launch(digest_kernel, (cdiv(rows, ROWS),), tensors, numbers, constants)
     return sums
 
 

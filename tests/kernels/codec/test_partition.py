@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spectrumkv_kernels import sound
 from spectrumkv_kernels.codec import partition as reference
+from spectrumkv_kernels.codec.quantize import sound
 
 triton_partition = pytest.importorskip("spectrumkv_kernels.codec.triton_partition")
 
