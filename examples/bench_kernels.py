@@ -37,7 +37,7 @@ from spectrumkv_kernels import (
     split_frame,
     tiered_attention,
 )
-from spectrumkv_kernels.segment import pack_positions
+from spectrumkv_kernels.segment import can_pack, pack_positions
 
 SHAPES = {  # heads, KV heads, head_dim
     "Qwen2.5-7B": (28, 4, 128),
@@ -132,8 +132,9 @@ def tiered(batch: int, heads: int, tokens: int, dim: int, case: Case) -> list[Se
             return Quantized(codes, torch.stack((scale, -scale * 2 ** (bits - 1)), dim=-1).half())
 
         places = positions.sort(-1).values
-        packed = pack_positions(places) if balanced else None
-        segments.append(Segment(bits, side(), side(), places if packed is None else packed))
+        if balanced and can_pack(places):
+            places = pack_positions(places)
+        segments.append(Segment(bits, side(), side(), places))
     last = torch.arange(tokens - TAIL, tokens, device="cuda").int()
     segments.append(Segment(16, *exact(batch, heads, TAIL, dim), last))
     shared = [s._replace(positions=s.positions.expand(batch, heads, -1)) for s in (segments[0], segments[-1])]

@@ -24,6 +24,7 @@ from .operations import (
     dense,
     digest_sums,
     encode,
+    encode_tiers,
     fit_frame,
     fitting_weights,
     key_mean,
@@ -41,7 +42,7 @@ from .wire.tier_map import map_bits, map_width, pack_map
 __all__ = [
     "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws",
     "attention_scores", "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode",
-    "fit_frame", "fitting_weights", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map", "partition",
-    "quantize", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention",
+    "encode_tiers", "fit_frame", "fitting_weights", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map",
+    "partition", "quantize", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention",
     "unpack", "write_sums",
 ]  # fmt: skip

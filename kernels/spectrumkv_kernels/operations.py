@@ -37,9 +37,15 @@ def _triton_fitting_weights() -> Callable[..., Any]:
 
 
 def _triton_encode() -> Callable[..., Any]:
-    from .codec import triton_codec
+    from .codec import triton_encode
 
-    return triton_codec.encode
+    return triton_encode.encode
+
+
+def _triton_encode_tiers() -> Callable[..., Any]:
+    from .codec import triton_encode
+
+    return triton_encode.encode_tiers
 
 
 def _triton_decode() -> Callable[..., Any]:
@@ -118,6 +124,7 @@ fit_frame = Operation(frame.fit_frame, triton=_triton_fit_frame)
 partition = Operation(tiers.partition, triton=_triton_partition)
 fitting_weights = Operation(tiers.fitting_weights, triton=_triton_fitting_weights)
 encode = Operation(codec.encode, triton=_triton_encode)
+encode_tiers = Operation(codec.encode_tiers, triton=_triton_encode_tiers)
 decode = Operation(codec.decode, triton=_triton_decode)
 dense = Operation(codec.dense, triton=_triton_dense)
 tiered_attention = Operation(attention.tiered_attention, triton=_triton_attention, cpp=_cpp_attention)

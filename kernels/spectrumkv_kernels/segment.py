@@ -18,38 +18,33 @@ START = 4
 
 
 def can_pack(positions: torch.Tensor) -> torch.Tensor:
-    """Whether `pack_positions` can, bool `[]`, as it takes to know without waiting for the device."""
-    if not _gains(positions):
+    """Whether every step fits a byte and every place has a token, bool `[]`, without waiting for the device."""
+    if not positions.numel():
         return torch.zeros((), dtype=torch.bool, device=positions.device)
     starts, steps = _tiles(positions)
     least, most = steps.aminmax()
     return (least >= 0) & (most <= 255) & (starts.amin() >= 0)
 
 
-def pack_positions(positions: torch.Tensor, possible: bool | None = None) -> torch.Tensor | None:
-    """Ascending positions, int32 `[batch, kv_heads, tokens]`, in about a quarter of the bytes, or None.
+def pack_positions(positions: torch.Tensor) -> torch.Tensor:
+    """Ascending positions, int32 `[batch, kv_heads, tokens]`, in about a quarter of the bytes.
 
     A tile is the position of its first token, an int32, and a step for each of its tokens: 0 for the first, then how
     far the position is ahead of the one before.
 
     Args:
         positions: Ascending.
-        possible: What `can_pack` says of them, where it is known.
 
     Returns:
-        uint8 `[batch, kv_heads, ceil(tokens / TILE), START + TILE]`; None where a step does not fit a byte, a place has
-        no token, or nothing would be gained.
+        uint8 `[batch, kv_heads, ceil(tokens / TILE), START + TILE]`. It says nothing unless `can_pack`.
     """
-    if not (bool(can_pack(positions)) if possible is None else possible):
-        return None
     starts, steps = _tiles(positions)
     return torch.cat((starts.view(torch.uint8), steps.to(torch.uint8)), dim=-1)
 
 
-def _gains(positions: torch.Tensor) -> bool:
-    """Whether packed positions take fewer bytes."""
-    tokens = positions.shape[-1]
-    return -(-tokens // TILE) * (START + TILE) < 4 * tokens and bool(positions.numel())
+def packing_gains(tokens: int) -> bool:
+    """Whether so many positions take fewer bytes when they are packed."""
+    return -(-tokens // TILE) * (START + TILE) < 4 * tokens
 
 
 def _tiles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,6 +89,11 @@ class Segment(_Fields):
     def packed(self) -> bool:
         """Whether its positions are."""
         return self.positions.dtype == torch.uint8
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All its tensors: of keys, of values, positions."""
+        sides = ([side] if isinstance(side, torch.Tensor) else [*side] for side in (self.keys, self.values))
+        return [*(tensor for side in sides for tensor in side), self.positions]
 
     def unpacked(self) -> "Segment":
         """The same with plain positions."""

@@ -647,7 +647,7 @@ class SpectrumLayer(CacheLayerMixin):
     def compress(self, tokens: int, score: torch.Tensor) -> None:
         """Tier the oldest `tokens` of the tail by rank of `score`, `[batch, kv_heads, tokens]`; to be confirmed."""
         floor, power = self.policy.floor(self.layer_idx), self._open.query_power
-        self._tiering = self.store.tier(tokens, self.policy, score, floor, power)
+        self._tiering = self.store.tier(tokens, self.policy, score, floor, power, self._tiers_beside)
 
     def lift(self, tokens: torch.Tensor, arena: Arena) -> None:
         """Move tokens to the tier in which an arena holds them; see `TieredStore.lift`."""

@@ -1,7 +1,5 @@
 """Numbers on their way between a device and the host, for which nobody waits."""
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -9,17 +7,15 @@ class Readback:
     """Booleans on their way from a device to the host.
 
     Args:
-        flags: Bool `[any]` each, one at least, all on one device.
+        flags: Bool `[any]`.
     """
 
-    def __init__(self, flags: Sequence[torch.Tensor]) -> None:
+    def __init__(self, flags: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._flags = torch.cat(list(flags)) if len(flags) > 1 else flags[0]
-        if self._flags.is_cuda:
-            device = self._flags.device
-            pinned = torch.empty(len(self._flags), dtype=torch.bool, pin_memory=True)
-            self._flags = pinned.copy_(self._flags, non_blocking=True)
-            self._event = torch.cuda.current_stream(device).record_event()
+        self._flags = flags
+        if flags.is_cuda:
+            self._flags = torch.empty(len(flags), dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
+            self._event = torch.cuda.current_stream(flags.device).record_event()
 
     def read(self) -> list[bool]:
         """The booleans, once the device has come so far."""

@@ -16,6 +16,7 @@ from spectrumkv_kernels import (
     Segment,
     dense,
     encode,
+    encode_tiers,
     fit_frame,
     fitting_weights,
     key_mean,
@@ -24,7 +25,7 @@ from spectrumkv_kernels import (
     take,
 )
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
-from spectrumkv_kernels.segment import can_pack, pack_positions
+from spectrumkv_kernels.segment import can_pack, pack_positions, packing_gains
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens at most, and decoding tiers this many at a time."""
@@ -56,15 +57,16 @@ class Arena:
         return self.segment.unpacked().positions
 
     def packed(self, possible: bool | None = None) -> "Arena":
-        """With packed positions, where that takes fewer bytes; only what is coded is worth it.
+        """With packed positions, where that is possible and takes fewer bytes; only what is coded is worth it.
 
         Args:
-            possible: As in `pack_positions`.
+            possible: What `can_pack` says of them, where it is known.
         """
-        if self.tier == FP16 or self.segment.packed:
+        if self.tier == FP16 or self.segment.packed or not packing_gains(len(self)):
             return self
-        places = pack_positions(self.places, possible)
-        return self if places is None else replace(self, places=places)
+        if not (bool(can_pack(self.places)) if possible is None else possible):
+            return self
+        return replace(self, places=pack_positions(self.places))
 
     def unpacked(self) -> "Arena":
         """With plain positions, as is needed wherever tokens move: a tile has no meaning for some of its tokens."""
@@ -155,21 +157,34 @@ class Contents(NamedTuple):
     borrowed: bool = False
 
 
+class Packing(NamedTuple):
+    """Positions of a tier, before it is known whether they can be packed.
+
+    Attributes:
+        flag: Which one of a tiering's tells that they can't.
+        tier: Theirs.
+        plain: As they are, where they have been packed on the chance; None: they are to be packed.
+    """
+
+    flag: int
+    tier: Tier
+    plain: torch.Tensor | None
+
+
 class Tiering(NamedTuple):
     """Tokens that have been given their tiers, before it is known whether codes stand for all of them.
 
     Attributes:
         before, made: What the store held and holds.
-        flags: What the device will tell: whether some vector in codes is not represented, and then whether positions
-            can be packed.
-        packing: The tiers of the latter.
+        flags: What the device will tell: as those of `encode_tiers`.
+        packing: Positions that are or may be packed.
         exactly: Tiers once more, and leaves exact what no code stands for.
     """
 
     before: Contents
     made: Contents
     flags: Readback
-    packing: tuple[Tier, ...]
+    packing: Sequence[Packing]
     exactly: Callable[[], Contents]
 
 
@@ -380,7 +395,8 @@ class TieredStore:
         score: torch.Tensor,
         floor: Tier | None = None,
         query_power: torch.Tensor | None = None,
-    ) -> "Tiering":
+        beside: Iterable[Tier] = (),
+    ) -> Tiering:
         """Give the oldest `tokens` of the tail their tiers, by rank of `score`, without waiting for the device.
 
         Nothing may be done with the store until `confirm` has been called.
@@ -392,24 +408,32 @@ class TieredStore:
                 the arenas of rows that have fewer real tokens than others.
             floor: The policy's for this layer.
             query_power: As in `fit_frame`, for rows whose frame is fixed now.
+            beside: Tiers that other layers have: all then run the same code, which is compiled once.
         """
         before, frame = self._now, self._settled_frame(policy.sinks, query_power)
         score = score.nan_to_num(nan=0.0)
-        lost = torch.zeros(1, dtype=torch.bool, device=self.device)
-        made, tiers = self._tiered(tokens, policy, score, floor, frame, None, lost)
-        packing = [arena for arena in made.arenas.values() if arena.tier != FP16] if self._packs else []
-        flags = Readback([lost, *(can_pack(arena.places).unsqueeze(0) for arena in packing)])
+        made, chosen, flags = self._tiered(tokens, policy, score, floor, frame, beside)
+        packing = []
+        for flag, (tier, part) in enumerate(chosen.items(), start=1):
+            arena = made.arenas.get(tier)
+            if arena is None or tier == FP16 or not self._packs:
+                continue
+            if arena.segment.packed:
+                packing.append(Packing(flag, tier, part))
+            elif packing_gains(len(arena)):
+                flags[flag] = ~can_pack(arena.places)
+                packing.append(Packing(flag, tier, None))
         self._now = made
 
         def exactly() -> Contents:
-            widths = [tier.bits for tier in tiers if tier != FP16]
+            widths = [tier.bits for tier, part in chosen.items() if tier != FP16 and part.shape[-1]]
             exact = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
-            again, _ = self._tiered(tokens, policy, score, floor, frame, exact)
-            return again._replace(arenas=self._stored(again.arenas.values()))
+            again, _, _ = self._tiered(tokens, policy, score, floor, frame, beside, exact)
+            return again._replace(arenas=self._stored(arena.unpacked() for arena in again.arenas.values()))
 
-        return Tiering(before, made, flags, tuple(arena.tier for arena in packing), exactly)
+        return Tiering(before, made, Readback(flags), packing, exactly)
 
-    def confirm(self, tiering: "Tiering") -> None:
+    def confirm(self, tiering: Tiering) -> None:
         """Wait for the device, and see to it that what `tier` has made holds every token.
 
         Tokens that no code stands for, because something in them is not finite or beyond the scales of float16, stay
@@ -417,13 +441,17 @@ class TieredStore:
         """
         if self._now is not tiering.made:  # an interrupt came behind it
             return
-        lost, *fits = tiering.flags.read()
+        lost, *_ = flags = tiering.flags.read()
         if lost:
             self._now = tiering.before
             self._now = tiering.exactly()
         elif tiering.packing:
-            possible = dict(zip(tiering.packing, fits, strict=True))
-            arenas = {t: arena.packed(possible.get(t, False)) for t, arena in tiering.made.arenas.items()}
+            arenas = dict(tiering.made.arenas)
+            for flag, tier, plain in tiering.packing:
+                if plain is None:
+                    arenas[tier] = arenas[tier].packed(not flags[flag])
+                elif flags[flag]:
+                    arenas[tier] = replace(arenas[tier], places=owned(plain))
             self._now = tiering.made._replace(arenas=arenas)
 
     def _tiered(
@@ -433,26 +461,56 @@ class TieredStore:
         score: torch.Tensor,
         floor: Tier | None,
         frame: torch.Tensor | None,
-        exact: torch.Tensor | None,
-        lost: torch.Tensor | None = None,
-    ) -> tuple[Contents, list[Tier]]:
-        """The contents once the tail's first `tokens` have their tiers, and which tiers these are; for `_assign`.
+        beside: Iterable[Tier],
+        exact: torch.Tensor | None = None,
+    ) -> tuple[Contents, dict[Tier, torch.Tensor], torch.Tensor]:
+        """Store the tail's first `tokens` in their tiers.
 
         Args:
-            lost: As in `encode`.
+            tokens, policy, score, floor, beside: As in `tier`.
+            exact: As in `_assign`.
+
+        Returns:
+            The contents then; the positions of the tokens that each tier has taken, for all tiers; and flags, as in
+            `encode_tiers`: the first, and one for each of these tiers.
         """
         assign = self._assign if self.pads is None else self._assign_padded
-        chosen = assign(tokens, policy, score, floor, exact)
+        order, counts = assign(tokens, policy, score, floor, exact)
+        spaces = self._spaces(counts)
+        used = {FP16, *policy.tiers, *beside, *(tier for tier, count in counts.items() if count)}
+        tiers = [tier for tier in TIERS if tier in used and tier != DROPPED]
+        sizes = [counts.get(tier, 0) for tier in tiers]
+        keys, values = (t[:, :, :tokens] for t in self.tail)
+        flags = torch.zeros(1 + len(tiers), dtype=torch.bool, device=self.device)
+        segments = encode_tiers(
+            keys,
+            values,
+            order,
+            sizes,
+            [tier.bits for tier in tiers],
+            self.codec,
+            frame,
+            self.rotary,
+            self.tail_start,
+            flags,
+            [spaces[tier].segment if tier in spaces else None for tier in tiers],
+            [
+                self._packs and tier != FP16 and tier not in self.arenas and packing_gains(counts.get(tier, 0))
+                for tier in tiers
+            ],
+        )
         grown = dict(self.arenas)
-        for arena in self._encoded(tokens, chosen, frame, lost):
-            grown[arena.tier] = self._joined(grown.get(arena.tier), arena)
+        for tier, segment in zip(tiers, segments, strict=True):
+            if segment.tokens:
+                arena = Arena(tier, segment.keys, segment.values, segment.positions)
+                grown[tier] = self._joined(grown.get(tier), arena)
         now = self._shortened(tokens)._replace(
             arenas=by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
             frame=frame,
-            drops=self.drops or DROPPED in chosen,
+            drops=self.drops or counts.get(DROPPED, 0) > 0,
         )
-        return now, [tier for tier in chosen if tier != DROPPED]
+        return now, dict(zip(tiers, order.split([*sizes, tokens - sum(sizes)], dim=-1), strict=False)), flags
 
     @property
     def _packs(self) -> bool:
@@ -475,37 +533,6 @@ class TieredStore:
         """Where so many tokens more can be written behind those of each tier, if there is a place for them."""
         return {}
 
-    def _encoded(
-        self,
-        tokens: int,
-        chosen: Mapping[Tier, torch.Tensor],
-        frame: torch.Tensor | None,
-        lost: torch.Tensor | None,
-    ) -> list[Arena]:
-        """Arenas of the tokens among the tail's first `tokens` whose positions are `chosen` for each tier."""
-        keys, values = (t[:, :, :tokens] for t in self.tail)
-        spaces = self._spaces({tier: positions.shape[-1] for tier, positions in chosen.items()})
-        arenas = []
-        for tier, positions in chosen.items():
-            if tier == DROPPED:
-                continue
-            k: torch.Tensor | Quantized
-            v: torch.Tensor | Quantized
-            space = spaces.get(tier)
-            there: Any = (None, None) if space is None else (space.keys, space.values)
-            if tier == FP16:
-                index = positions.long() - self.tail_start
-                k, v = (take(side, index, out) for side, out in zip((keys, values), there, strict=True))
-            else:
-                out = None if space is None else there
-                k, v = encode(
-                    keys, values, positions, tier.bits, self.codec, frame, self.rotary, self.tail_start, out, lost
-                )
-            if space is not None:
-                positions = space.places.copy_(positions)
-            arenas.append(Arena(tier, k, v, positions))
-        return arenas
-
     def _inexpressible(self, tokens: int, bits: int, frame: torch.Tensor | None) -> torch.Tensor:
         """Which of the tail's first `tokens` no code of `bits` stands for, bool `[batch, kv_heads, tokens]`."""
         keys, values = (t[:, :, :tokens] for t in self.tail)
@@ -517,24 +544,26 @@ class TieredStore:
 
     def _assign(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
-    ) -> dict[Tier, torch.Tensor]:
-        """Positions of the tokens that go to each tier which takes some: ascending, int32 `[batch, kv_heads, any]`.
+    ) -> tuple[torch.Tensor, Counts]:
+        """Which tokens go to which tier.
 
         Args:
             tokens, policy, score, floor: As in `tier`.
             exact: Tokens that have to stay exact, bool `[batch, kv_heads, tokens]`, or None.
+
+        Returns:
+            Positions, grouped by tier and ascending in each, int32 `[batch, kv_heads, tokens]`; and each tier's number.
         """
         row = exempt(lifted(increments(policy, self.tail_start, tokens), floor), _most(exact))
         if self.tail_start < policy.sinks:
             score[..., : policy.sinks - self.tail_start] = torch.finfo(score.dtype).max
         if exact is not None:
             score = score.masked_fill(exact, torch.inf)
-        parts = partition(score, [row.get(tier, 0) for tier in TIERS], self.tail_start)
-        return {tier: part for tier, part in zip(TIERS, parts, strict=True) if part is not None}
+        return partition(score, [row.get(tier, 0) for tier in TIERS], self.tail_start), row
 
     def _assign_padded(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
-    ) -> dict[Tier, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Counts]:
         """`_assign` for rows that begin at different places.
 
         The real tokens of each row take the documented counts for their number. The longest row sizes the arenas, and
@@ -550,7 +579,8 @@ class TieredStore:
 
         rows = [counts(had, new) for had, new in zip(before, now, strict=True)]
         own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
-        sizes = torch.tensor(list(sizes_of(rows, tokens).values()))
+        most = sizes_of(rows, tokens)
+        sizes = torch.tensor(list(most.values()))
 
         def tier_by(rank: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             edges = counts.cumsum(-1)[:, None].expand(batch, heads, -1).contiguous().to(rank.device)
@@ -570,8 +600,7 @@ class TieredStore:
         order = torch.argsort(tier_of, dim=-1, stable=True)
         tier_of = tier_of.scatter(-1, order, tier_by(places, sizes.expand(batch, -1)))
         order = torch.argsort(tier_of, dim=-1, stable=True)  # grouped by tier, positions ascending in each
-        parts = (order + self.tail_start).to(torch.int32).split(sizes.tolist(), dim=-1)
-        return {tier: owned(part) for tier, part in zip(TIERS, parts, strict=True) if part.shape[-1]}
+        return (order + self.tail_start).to(torch.int32), most
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectrumkv_kernels.segment import START, TILE, pack_positions, unpack_positions
+from spectrumkv_kernels.segment import START, TILE, can_pack, pack_positions, packing_gains, unpack_positions
 
 
 def ascending(tokens, most, seed=0, start=0):
@@ -16,6 +16,7 @@ def ascending(tokens, most, seed=0, start=0):
 @pytest.mark.parametrize("most", [1, 2, 255])
 def test_round_trip(tokens, most):
     positions = ascending(tokens, most, start=200_000)
+    assert can_pack(positions) and packing_gains(tokens)
     packed = pack_positions(positions)
     assert (packed.dtype, packed.shape) == (torch.uint8, (2, 3, -(-tokens // TILE), START + TILE))
     assert packed.numel() < 4 * positions.numel()
@@ -31,22 +32,22 @@ def test_layout():
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_nothing_to_pack(batch):
-    assert pack_positions(torch.zeros(batch, 2, 0, dtype=torch.int32)) is None
-    assert (
-        pack_positions(torch.arange(17, dtype=torch.int32).expand(max(batch, 1), 2, -1)) is None
-    )  # 68 bytes either way
+    assert not can_pack(torch.zeros(batch, 2, 0, dtype=torch.int32))
+    assert not packing_gains(0) and not packing_gains(17)  # 68 bytes either way
+    assert packing_gains(18) and packing_gains(65)
 
 
 def test_what_does_not_fit_a_byte_stays_plain():
     positions = ascending(200, 3)
     positions[1, 2, 70:] += 256
-    assert pack_positions(positions) is None
+    assert not can_pack(positions)
     positions[1, 2, 70:] -= 256
     positions[1, 2, 64:] += 10_000  # at the beginning of a tile a step may be of any size
+    assert can_pack(positions)
     assert torch.equal(unpack_positions(pack_positions(positions), 200), positions)
 
 
 def test_places_without_a_token_stay_plain():
     positions = ascending(200, 3)
     positions[0, 1, 0] = -1
-    assert pack_positions(positions) is None
+    assert not can_pack(positions)

@@ -74,6 +74,8 @@ def trait(arg: Any) -> Any:
         return -(1 << 31) <= arg < 1 << 31
     if kind is tuple:
         return tuple(map(trait, arg))
+    if kind is Held:
+        return trait(arg.made())
     return kind if kind is float else (arg.dtype, arg.data_ptr() % 16)
 
 
@@ -153,7 +155,7 @@ _launchers: dict[Any, Launcher] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Mapping[str, torch.Tensor | None],
+    tensors: Mapping[str, "torch.Tensor | Held | None"],
     numbers: Mapping[str, int | float | None],
     constants: Mapping[str, Any],
     **options: int,

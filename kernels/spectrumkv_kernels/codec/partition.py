@@ -7,8 +7,9 @@ import torch
 from .quantize import sound
 
 
-def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> list[torch.Tensor | None]:
-    """Positions of the tokens that each tier takes: the first those of the highest score, of equal ones the earlier.
+def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> torch.Tensor:
+    """Positions of the tokens, grouped by tier: the first tier takes those of the highest score, of equal ones the
+    earlier.
 
     Args:
         score: `[batch, kv_heads, tokens]`, without NaN.
@@ -16,11 +17,11 @@ def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> lis
         start: Position of the first token.
 
     Returns:
-        The positions of each tier, ascending: int32 `[batch, kv_heads, count]`, or None where it takes none.
+        int32 `[batch, kv_heads, tokens]`, ascending in each tier.
     """
     ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
-    parts = ranked.split(list(counts), dim=-1)
-    return [(part.sort(-1).values + start).to(torch.int32) if part.shape[-1] else None for part in parts]
+    parts = [part.sort(-1).values for part in ranked.split(list(counts), dim=-1)]
+    return (torch.cat(parts, dim=-1) + start).to(torch.int32)
 
 
 def fitting_weights(

@@ -7,7 +7,7 @@ import torch
 
 from ..rotation.hadamard import hadamard
 from ..rotation.rotary import Rotary
-from ..segment import Segment
+from ..segment import Segment, can_pack, pack_positions
 from .frame import Frame, frame_size, split_frame
 from .quantize import Quantized, any_saturated, dequantize, quantize, quantize_unbiased
 
@@ -61,11 +61,11 @@ CODECS = {
 }
 
 
-def take(tensor: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Tokens `index`, `[batch, kv_heads, n]`, of `[batch, kv_heads, tokens]` or `[batch, kv_heads, tokens, dim]`."""
     if tensor.dim() == 4:
         index = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
-    return torch.gather(tensor, 2, index, out=out)
+    return torch.gather(tensor, 2, index)
 
 
 def key_mean(
@@ -97,8 +97,6 @@ def encode(
     frame: torch.Tensor | None,
     rotary: Rotary,
     start: int | None = None,
-    out: tuple[Quantized, Quantized] | None = None,
-    lost: torch.Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """Quantise keys and values of the tokens of one tier.
 
@@ -112,8 +110,6 @@ def encode(
             `fit_frame`; None where it does not centre.
         rotary: The rotation that the frame was taken with.
         start: Position of the first of keys and values, of which those at `positions` are taken; None: all, in order.
-        out: Where to write them, tensors like those that are returned; None: new ones.
-        lost: bool `[1]`, which becomes True where no code stands for some token; see `any_saturated`.
     """
     if start is not None:
         index = positions.long() - start
@@ -128,18 +124,68 @@ def encode(
     if codec.hadamard:
         k, v = hadamard(k), hadamard(v)
     coded = [quantize_unbiased(x, bits) if codec.balanced else quantize(x, bits, codec.symmetric) for x in (k, v)]
-    if lost is not None and positions.numel():
-        for side in coded:
-            lost |= any_saturated(side)
-    return (coded[0], coded[1]) if out is None else write_codes(out, coded)
+    return coded[0], coded[1]
 
 
-def write_codes(out: tuple[Quantized, Quantized], coded: Sequence[Quantized]) -> tuple[Quantized, Quantized]:
-    """Copy codes to where they belong, and return them there."""
-    for there, side in zip(out, coded, strict=True):
-        for own, new in zip(there, side, strict=True):
-            own.copy_(new)
-    return out
+def encode_tiers(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    order: torch.Tensor,
+    counts: Sequence[int],
+    bits: Sequence[int],
+    codec: Codec,
+    frame: torch.Tensor | None,
+    rotary: Rotary,
+    start: int,
+    flags: torch.Tensor,
+    out: Sequence[Segment | None],
+    packs: Sequence[bool],
+) -> list[Segment]:
+    """Store tokens in their tiers.
+
+    Args:
+        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
+        values: `[batch, kv_heads, tokens, value_dim]`.
+        order: Positions of the tokens, grouped by tier and ascending in each: int32 `[batch, kv_heads, tokens]`.
+        counts: Tokens of each tier, in the order in which they lie in `order`; what lies behind them is dropped.
+        bits: Of each tier: 16 for tokens that stay exact, else the width of a code. A tier may take no tokens.
+        codec, frame, rotary: As in `encode`.
+        start: Position of the first of keys and values.
+        flags: bool `[1 + tiers]`. The first becomes True where no code stands for some token, see `any_saturated`; the
+            others where positions of a tier are to be packed and can't be: what is returned for them says nothing then.
+        out: Where to write each tier: a segment of as many tokens, with plain positions; None: to new tensors.
+        packs: Of which tiers the positions are packed, see `pack_positions`; only of those without `out`.
+
+    Returns:
+        A segment for each tier.
+    """
+    segments, first = [], 0
+    for tier, (width, count, there, packed) in enumerate(zip(bits, counts, out, packs, strict=True), start=1):
+        positions = order[..., first : first + count]
+        first += count
+        k: torch.Tensor | Quantized
+        v: torch.Tensor | Quantized
+        if width == 16:
+            index = positions.long() - start
+            k, v = take(keys, index), take(values, index)
+        else:
+            k, v = encode(keys, values, positions, width, codec, frame, rotary, start)
+            if count:
+                flags[0] |= any_saturated(k) | any_saturated(v)
+        places = positions.clone(memory_format=torch.contiguous_format)
+        if packed:
+            flags[tier] |= ~can_pack(positions)
+            places = pack_positions(positions)
+        segment = Segment(width, k, v, places)
+        segments.append(segment if there is None else _write(there, segment))
+    return segments
+
+
+def _write(there: Segment, segment: Segment) -> Segment:
+    """Copy a segment to where it belongs, and return it there."""
+    for own, new in zip(there.tensors(), segment.tensors(), strict=True):
+        own.copy_(new)
+    return there
 
 
 def decode(

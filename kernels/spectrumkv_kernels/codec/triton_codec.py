@@ -1,4 +1,4 @@
-"""Triton twins of `codec.reference`."""
+"""Triton twins of `codec.reference`: what reads codes, and the mean of keys."""
 
 from collections.abc import Sequence
 
@@ -13,133 +13,26 @@ from ..rotation.triton_rotary import rotated_mean, turns
 from ..segment import Segment, contiguous_rows
 from . import reference as twin
 from .quantize import WIDTHS, Quantized, divisor
-from .reference import Codec, write_codes
+from .reference import Codec
 from .triton_mean import mean_kernel, sums_kernel
-from .triton_quantize import load_affine, load_codes, store_codes
+from .triton_quantize import load_affine, load_codes
 
 ELEMENTS = 4096
 """Of a block of tokens and channels, for 4 warps."""
 SPLIT = 512
 """Tokens that one program of `key_mean` sums up."""
 SEGMENTS = 4
-"""Most segments of one launch."""
+"""Most segments that one launch reads."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def load_residual(
-    x, inside, positions, mean, scale, table, channels,
-    DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
-    """These channels of tokens that begin at `x`, less those of `R(t) mean` and divided by the scale.
-
-    float32 `[tokens, channels]`; mean and scale may be None.
-    """
-    y = tl.load(x + channels[None, :], mask=inside[:, None] & (channels < DIM)[None, :], other=0.0).to(tl.float32)
-    if mean is not None:
-        y -= rotated_mean(mean, table, positions, channels, DIM, PAIRS, INTERLEAVED)
-    if scale is not None:
-        y /= _load_scale(scale, channels, DIM, EACH)
-    return y
-
-
-@triton.jit
-def _load_scale(scale, channels, DIM: tl.constexpr, EACH: tl.constexpr):
+def load_scale(scale, channels, DIM: tl.constexpr, EACH: tl.constexpr):
     """Of the frame, for these channels: `[1, channels]`, or where they share one its number."""
     if EACH:
         return tl.load(scale + channels, mask=channels < DIM, other=1.0)[None, :]
     else:
         return tl.load(scale)
-
-
-@triton.jit
-def encode_rows(
-    x, inside, positions, mean, scale, table, codes, scales, zeros, places,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
-    """Quantise the keys or values that begin at `x`, `[tokens, 1]`, and store them in `places`, where `inside`.
-
-    Args:
-        mean, scale: Of the frame, or None. `EACH` channel has a scale, or all of them share one.
-
-    Returns:
-        Which tokens no code stands for, bool `[tokens]`.
-    """
-    if WIDTH == DIM and WIDTH >= 32:
-        part = tl.arange(0, WIDTH // 4)
-        y0 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
-        part += WIDTH // 4
-        y1 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
-        part += WIDTH // 4
-        y2 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
-        part += WIDTH // 4
-        y3 = load_residual(x, inside, positions, mean, scale, table, part, DIM, PAIRS, INTERLEAVED, EACH)
-        y = join_quarters(y0, y1, y2, y3)
-    else:
-        channels = tl.arange(0, WIDTH)
-        y = load_residual(x, inside, positions, mean, scale, table, channels, DIM, PAIRS, INTERLEAVED, EACH)
-    BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
-    return store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
-
-
-@triton.jit
-def _encode_tokens(
-    x, stride, start, positions, mean, scale, table, codes, scales, zeros, lost, first, block, n,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Quantise `TOKENS` keys or values of one row, whose tokens begin at `x` and are stored from place `first` on.
-
-    What `lost` points to becomes 1 where no code stands for one of them.
-    """
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    inside = token < n
-    at = token
-    if (table is not None) | (start is not None):
-        at = tl.load(positions + token, mask=inside, other=0 if start is None else start)
-    source = token if start is None else at - start
-    gone = encode_rows(
-        x + source.to(tl.int64)[:, None] * stride, inside, at, mean, scale, table, codes, scales, zeros, first + token,
-        DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, EACH,
-    )  # fmt: skip
-    if lost is not None:
-        tl.store(lost, 1, mask=tl.max((gone & inside).to(tl.int32), 0) > 0)
-
-
-@triton.jit(do_not_specialize=["n", "start", "room", "position_row"])
-def _encode_kernel(
-    keys, values, positions, frame, table,
-    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lost, n, start, heads,
-    room, position_row,  # from row to row: tokens that codes have room for, positions
-    key_batch, key_head, key_token, value_batch, value_head, value_token,
-    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, FRAME: tl.constexpr, PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """Grid: blocks of tokens x batch x heads, keys and values."""
-    blocks = tl.cdiv(n, TOKENS)
-    block = tl.program_id(0) % blocks
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, head = row // heads, row % heads
-    first = row * room
-    positions += row * position_row
-    if frame is not None:
-        frame += row * FRAME
-    FITTED: tl.constexpr = FRAME > KEY_DIM
-    if tl.program_id(1) == 0:
-        keys += batch * key_batch + head * key_head
-        _encode_tokens(
-            keys, key_token, start, positions, frame, frame + KEY_DIM if FITTED else None, table, key_codes, key_scale,
-            key_zero, lost, first, block, n, KEY_DIM, KEY_WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, True, TOKENS,
-        )  # fmt: skip
-    else:
-        values += batch * value_batch + head * value_head
-        _encode_tokens(
-            values, value_token, start, positions, frame + 2 * KEY_DIM if FITTED else None,
-            frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, None, value_codes, value_scale,
-            value_zero, lost, first, block, n, VALUE_DIM, VALUE_WIDTH, BITS, HADAMARD, 0, False, False, TOKENS,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -172,7 +65,7 @@ def _decode_tokens(
         BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
         y = hadamard(y, BLOCK) * BLOCK**-0.5
         if spread is not None:
-            y *= _load_scale(spread, channels, DIM, EACH)
+            y *= load_scale(spread, channels, DIM, EACH)
         if mean is not None:
             y += rotated_mean(mean, table, at, channels, DIM, PAIRS, INTERLEAVED)
     slot = at - start if SCATTER else token
@@ -241,18 +134,18 @@ def widths_of(key_dim: int, value_dim: int, elements: int = ELEMENTS) -> dict[st
     }
 
 
-def _rotation(rotary: Rotary, centred: bool, device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:
+def rotation_of(rotary: Rotary, centred: bool, device: torch.device) -> tuple[torch.Tensor | None, dict[str, int]]:
     """The table of the rotation, and how the kernels are told about it."""
     pairs = len(rotary.inv_freq) if centred else 0
     return turns(rotary, device) if pairs else None, {"PAIRS": pairs, "INTERLEAVED": rotary.interleaved}
 
 
-def _size(frame: torch.Tensor | None) -> int:
+def frame_numbers(frame: torch.Tensor | None) -> int:
     """Numbers of the frame of a row and KV head. The kernels know by them whether it is more than the mean of keys."""
     return 0 if frame is None else frame.shape[-1]
 
 
-def _fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
+def fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
     """Whether the kernels can do it; what they can't is the twin's, errors included."""
     whole = bits in WIDTHS and all(t.shape[-1] % divisor(bits) == 0 for t in tensors)
     return whole and all(t.dtype in DTYPES for t in tensors) and 2 * len(rotary.inv_freq) <= tensors[0].shape[-1]
@@ -263,10 +156,10 @@ def key_mean(
 ) -> torch.Tensor:
     """As `codec.key_mean`. Reads the keys once; splits of the tokens are summed in a fixed order."""
     batch, heads, tokens, dim = keys.shape
-    if not _fits(rotary, 8, keys) or not keys.numel():
+    if not fits(rotary, 8, keys) or not keys.numel():
         return twin.key_mean(keys, positions, rotary, weights)
     keys, positions = contiguous_rows(keys), positions.contiguous()
-    table, rotation = _rotation(rotary, True, keys.device)
+    table, rotation = rotation_of(rotary, True, keys.device)
     width, splits = next_power_of_2(dim), cdiv(tokens, SPLIT)
     if weights is None:
         total = torch.full((batch,), float(tokens), device=keys.device)
@@ -292,70 +185,6 @@ def key_mean(
             {**sizes, "SPLITS": block},
         )
     return mean
-
-
-def encode(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    bits: int,
-    codec: Codec,
-    frame: torch.Tensor | None,
-    rotary: Rotary,
-    start: int | None = None,
-    out: tuple[Quantized, Quantized] | None = None,
-    lost: torch.Tensor | None = None,
-) -> tuple[Quantized, Quantized]:
-    """As `codec.encode`. Reads the tokens once."""
-    if not _fits(rotary, bits, keys, values):
-        return twin.encode(keys, values, positions, bits, codec, frame, rotary, start, out, lost)
-    batch, heads, n = positions.shape
-    keys, values = contiguous_rows(keys), contiguous_rows(values)
-    table, rotation = _rotation(rotary, frame is not None, keys.device)
-
-    def allocate(dim: int) -> Quantized:
-        codes = torch.empty(batch, heads, n, dim * bits // 8, dtype=torch.uint8, device=keys.device)
-        numbers, dtype = codec.affine
-        return Quantized(codes, torch.empty(batch, heads, n, numbers, dtype=dtype, device=keys.device))
-
-    sizes = widths_of(keys.shape[-1], values.shape[-1])
-    room = None if out is None else rows_apart((*out[0], *out[1]))
-    k, v = (allocate(keys.shape[-1]), allocate(values.shape[-1])) if out is None or room is None else out
-    positions = positions if rows_apart((positions.unsqueeze(-1),)) is not None else positions.contiguous()
-    with on_device(keys):
-        tensors = {
-            "keys": keys,
-            "values": values,
-            "positions": positions,
-            "frame": None if frame is None else frame.contiguous(),
-            "table": table,
-            "key_codes": k.codes,
-            "key_scale": k.scale,
-            "key_zero": k.zero,
-            "value_codes": v.codes,
-            "value_scale": v.scale,
-            "value_zero": v.zero,
-            "lost": None if lost is None else lost.view(torch.uint8),
-        }
-        numbers = {"n": n, "start": start, "heads": heads, "room": n if room is None else room}
-        numbers["position_row"] = positions.stride(1)
-        strides = {**strides_of("key", keys.stride()[:3]), **strides_of("value", values.stride()[:3])}
-        modes = {"BITS": bits, "HADAMARD": codec.hadamard, "FRAME": _size(frame)}
-        grid = cdiv(n, sizes["TOKENS"]) * batch * heads, 2
-        launch(_encode_kernel, grid, tensors, {**numbers, **strides}, {**sizes, **modes, **rotation})
-    return (k, v) if out is None or room is not None else write_codes(out, (k, v))
-
-
-def rows_apart(tensors: Sequence[torch.Tensor]) -> int | None:
-    """How many tokens rows of `[batch, kv_heads, tokens, numbers]` are apart from one another, the same in all of them;
-    None where rows are not in order, or tokens not beside one another."""
-    rooms = set()
-    for tensor in tensors:
-        (_, heads, _, numbers), (batch, head, token, number) = tensor.shape, tensor.stride()
-        room, rest = divmod(head, numbers)
-        beside = (token == numbers or tensor.shape[2] == 1) and (number == 1 or numbers == 1)
-        rooms.add(room if beside and not rest and (batch == heads * head or tensor.shape[0] == 1) else None)
-    return rooms.pop() if len(rooms) == 1 else None
 
 
 def decode(
@@ -408,7 +237,7 @@ def _read(
 ) -> None:
     """Write the tokens of the segments to `out`, at `position - start` if `scatter`, else in their order."""
     batch, heads, size = out[0].shape[:3]
-    table, rotation = _rotation(rotary, frame is not None, out[0].device)
+    table, rotation = rotation_of(rotary, frame is not None, out[0].device)
     sizes = widths_of(out[0].shape[-1], out[1].shape[-1], ELEMENTS // 2)
     for first in range(0, len(segments), SEGMENTS):
         part = [_flat(segment) for segment in segments[first : first + SEGMENTS]]
@@ -417,7 +246,7 @@ def _read(
         tensors, strides, bits, once = zip(*part, strict=True)
         with on_device(out[0]):
             modes = {"BITS": bits, "SHARED": once, "HADAMARD": codec.hadamard, "SCATTER": scatter}
-            modes["FRAME"] = _size(frame)
+            modes["FRAME"] = frame_numbers(frame)
             Launcher(_dense_kernel, {**sizes, **modes, **rotation})(
                 (blocks * batch * heads, 2),
                 {

@@ -16,7 +16,8 @@ from ..rotation.rotary import Rotary
 from ..rotation.triton_rotary import partner, turns
 from ..segment import contiguous_rows
 from . import frame as twin
-from .triton_codec import DTYPES, load_residual, widths_of
+from .triton_codec import DTYPES, widths_of
+from .triton_encode import load_residual
 
 SPLIT = 256
 """Tokens that one program sums up."""

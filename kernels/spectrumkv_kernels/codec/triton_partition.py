@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,18 +34,22 @@ def rank_kernel(ranked, tiers, tokens, total, end0, end1, end2, end3, end4, BLOC
     tl.store(tiers + row + token, tier, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "count", "start", "tier"])
-def place_kernel(tiers, positions, tokens, count, start, tier, BLOCK: tl.constexpr):
-    """Positions of a tier's tokens, `[rows, count]`. Grid: rows."""
+@triton.jit(do_not_specialize=["tokens", "start", "end0", "end1", "end2", "end3", "end4"])
+def order_kernel(tiers, order, tokens, start, end0, end1, end2, end3, end4, BLOCK: tl.constexpr):
+    """Positions of each tier's tokens behind those of the tiers before it, `[rows, tokens]`. Grid: rows, tiers."""
     row = tl.program_id(0).to(tl.int64)
     tiers += row * tokens
-    positions += row * count
+    order += row * tokens
+    mine = tl.program_id(1)
+    ends = (end0, end1, end2, end3, end4)
     found = 0
+    for tier in tl.static_range(len(ends)):
+        found = tl.where(mine == tier + 1, ends[tier], found)
     for first in range(0, tokens, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        mine = (tl.load(tiers + token, mask=token < tokens, other=255) == tier).to(tl.int32)
-        tl.store(positions + found + tl.cumsum(mine, 0) - 1, start + token, mask=mine != 0)
-        found += tl.sum(mine, 0)
+        ours = (tl.load(tiers + token, mask=token < tokens, other=255) == mine).to(tl.int32)
+        tl.store(order + found + tl.cumsum(ours, 0) - 1, start + token, mask=ours != 0)
+        found += tl.sum(ours, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "start", "least"])
@@ -73,30 +78,32 @@ def weights_kernel(
     tl.store(weights + batch * tokens + token, counted.to(tl.float32), mask=inside)
 
 
-def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> list[torch.Tensor | None]:
+def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> torch.Tensor:
     """As `codec.partition.partition`."""
     batch, heads, tokens = score.shape
     if len(counts) > TIERS or not score.numel():
         return twin.partition(score, counts, start)
     ranked = torch.argsort(score, dim=-1, descending=True, stable=True)
     tiers = torch.empty(batch, heads, tokens, dtype=torch.uint8, device=score.device)
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    ends += [tokens] * (TIERS - len(ends))
-    found: list[torch.Tensor | None] = []
+    order = torch.empty(batch, heads, tokens, dtype=torch.int32, device=score.device)
+    ends = [*itertools.accumulate(counts), *[tokens] * (TIERS - len(counts))]
+    numbers = {f"end{i}": ends[i] for i in range(TIERS - 1)}
     with on_device(score):
-        numbers = {"tokens": tokens, "total": score.numel(), **{f"end{i}": ends[i] for i in range(TIERS - 1)}}
-        grid = (cdiv(score.numel(), BLOCK),)
-        launch(rank_kernel, grid, {"ranked": ranked, "tiers": tiers}, numbers, {"BLOCK": BLOCK})
-        for tier, count in enumerate(counts):
-            if not count:
-                found.append(None)
-                continue
-            positions = torch.empty(batch, heads, count, dtype=torch.int32, device=score.device)
-            tensors, numbers = {"tiers": tiers, "positions": positions}, {"tokens": tokens, "count": count}
-            numbers |= {"start": start, "tier": tier}
-            launch(place_kernel, (batch * heads,), tensors, numbers, {"BLOCK": BLOCK})
-            found.append(positions)
-    return found
+        launch(
+            rank_kernel,
+            (cdiv(score.numel(), BLOCK),),
+            {"ranked": ranked, "tiers": tiers},
+            {"tokens": tokens, "total": score.numel(), **numbers},
+            {"BLOCK": BLOCK},
+        )
+        launch(
+            order_kernel,
+            (batch * heads, len(counts)),
+            {"tiers": tiers, "order": order},
+            {"tokens": tokens, "start": start, **numbers},
+            {"BLOCK": BLOCK},
+        )
+    return order
 
 
 def fitting_weights(

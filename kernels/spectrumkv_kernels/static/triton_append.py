@@ -15,7 +15,8 @@ import triton.language as tl
 from ..backend.launch_triton import Launcher, on_device, trait
 from ..backend.tensor_cache import keep
 from ..codec.quantize import WIDTHS, divisor
-from ..codec.triton_codec import DTYPES, ELEMENTS, encode_rows, load_residual
+from ..codec.triton_codec import DTYPES, ELEMENTS
+from ..codec.triton_encode import encode_rows, load_residual
 from ..codec.triton_frame import balance_of, logarithms, usual
 from ..codec.triton_quantize import sound
 from ..rotation.triton_rotary import partner, turn, turns

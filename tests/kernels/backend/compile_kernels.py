@@ -42,9 +42,10 @@ import torch  # noqa: E402
 from reference import frequencies  # noqa: E402
 from test_attention import build, packed, randn  # noqa: E402
 
-from spectrumkv_kernels import CODECS, Rotary, Segment  # noqa: E402
+from spectrumkv_kernels import CODECS, Rotary  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_codec as codec_triton  # noqa: E402
+from spectrumkv_kernels.codec import triton_encode as encode_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_frame as frame_triton  # noqa: E402
 from spectrumkv_kernels.codec import triton_partition as partition_triton  # noqa: E402
 from spectrumkv_kernels.scores import triton_scores as scores_triton  # noqa: E402
@@ -82,10 +83,13 @@ for head_dim, codec, tiers, fillers, widths, options in (
         partition_triton.fitting_weights(keys, keys, 0, 4)
         mean, power = randn(1, 2, head_dim), randn(1, 2, head_dim)
         frame_triton.fit_frame(keys, keys, positions, case.rotary, mean, positions[None] > 3, power)
-    each, segments = positions.expand(1, 2, -1).contiguous(), []
-    for bits in widths:
-        stored = codec_triton.encode(keys, keys, each, bits, *fields.values())
-        segments.append(Segment(bits, *stored, each))
+    each, flags = positions.expand(1, 2, -1).contiguous(), torch.zeros(4, dtype=torch.bool)
+    share, tiers = [4, 18, 18], [16, *widths]
+    counts, packs = share[: len(tiers)], [codec == "spectrum2" and bits < 16 for bits in tiers]
+    segments = encode_triton.encode_tiers(
+        keys, keys, each, counts, tiers, *fields.values(), 0, flags, [None] * len(tiers), packs
+    )
+    encode_triton.encode(keys, keys, each, widths[0], *fields.values())
     codec_triton.dense(segments, 0, 40, torch.bfloat16, *fields.values())
     many = randn(1, 4, 90, head_dim).bfloat16()
     scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
