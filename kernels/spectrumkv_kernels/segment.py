@@ -51,7 +51,8 @@ def _tiles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of the tiles' first tokens, and steps: int32 `[batch, kv_heads, tiles, 1 and TILE]`."""
     tokens = positions.shape[-1]
     tiles = -(-tokens // TILE)
-    steps = torch.nn.functional.pad(positions.diff(dim=-1), (1, tiles * TILE - tokens)).unflatten(-1, (tiles, TILE))
+    steps = positions.diff(dim=-1, prepend=positions[..., :1])
+    steps = torch.nn.functional.pad(steps, (0, tiles * TILE - tokens)).unflatten(-1, (tiles, TILE))
     steps[..., 0] = 0
     return positions[..., ::TILE].unsqueeze(-1).contiguous(), steps
 

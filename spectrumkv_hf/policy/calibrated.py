@@ -104,6 +104,10 @@ class Calibrated(Policy):
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """Of all layers together."""
+        return self._tiers
+
+    @functools.cached_property
+    def _tiers(self) -> tuple[Tier, ...]:
         used = {tier for each in self._each.values() for tier in each.tiers}
         return tuple(tier for tier in PLANNED if tier in used)
 

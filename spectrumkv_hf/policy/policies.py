@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar, NamedTuple
 
 
@@ -130,16 +130,16 @@ def _checked_floors(given: Mapping[int, str] | Iterable[tuple[int, str]]) -> tup
     return tuple(sorted(pairs))
 
 
-def lifted(counts: Counts, floor: Tier | None) -> Counts:
+def lifted(counts: Mapping[Tier, int], floor: Tier | None) -> Counts:
     """The counts with the tokens of stored tiers that are less precise than `floor` moved into it."""
     if floor is None:
-        return counts
+        return dict(counts)
     low = [tier for tier in counts if tier != DROPPED and tier.bits < floor.bits]
     kept = {tier: n for tier, n in counts.items() if tier not in low}
     return kept | {floor: kept.get(floor, 0) + sum(counts[tier] for tier in low)}
 
 
-def exempt(counts: Counts, tokens: int) -> Counts:
+def exempt(counts: Mapping[Tier, int], tokens: int) -> Counts:
     """The counts with up to `tokens` more in FP16, taken from the least precise tiers."""
     moved = dict(counts)
     for tier in reversed(TIERS[1:]):
@@ -357,11 +357,12 @@ def get_policy(policy: str | Policy, budget: float | None = None, **options: obj
     return cls(**options)  # type: ignore[arg-type]
 
 
-def increments(policy: Policy, before: int, tokens: int) -> Counts:
+@lru_cache(maxsize=1024)
+def increments(policy: Policy, before: int, tokens: int) -> Mapping[Tier, int]:
     """Counts for `tokens` further tokens of a row in which `before` already have a tier.
 
     Taken as a difference of totals, so that the counts of a row are the documented ones for its length, in however
-    many steps it was tiered.
+    many steps it was tiered. Kept, because most layers ask for the same.
     """
     if not tokens:
         return {}

@@ -95,6 +95,8 @@ class StaticStore(TieredStore):
         self.step: Step | None = None
         self._views: Views | None = None
         self._tables: tuple[Any, ...] = ()
+        self._fitting: tuple[Any, ...] | None = None
+        """For what the buffer was laid out last."""
         super().__init__(keys, values, codec, rotary)
 
     @property
@@ -107,7 +109,7 @@ class StaticStore(TieredStore):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the buffer: a copy holds tensors of its own until it is published."""
-        state = self.__dict__ | {"step": None, "_views": None, "_tables": (), "_published": False}
+        state = self.__dict__ | {"step": None, "_views": None, "_tables": (), "_fitting": None, "_published": False}
         now = self._contents
         tail = (t[:, :, : self.tail_length].clone() for t in (now.keys, now.values))
         arenas = {tier: arena.map(torch.clone) for tier, arena in now.arenas.items()}
@@ -165,6 +167,10 @@ class StaticStore(TieredStore):
 
     def _lay_out(self, least: dict[Tier, int]) -> Views:
         """The tensors in the buffer, which is made, or made anew where they don't fit it."""
+        now = self._contents
+        wanted = least, now.keys.shape[0], now.keys.dtype, now.keys.device, now.pads is None, now.ragged
+        if self._views is not None and wanted == self._fitting:
+            return self._views
         layout = layout_of(number_of(self._wanted(least)))  # the one that all layers like this share
         step, device = self.step, self._contents.keys.device
         if step is None or step.layout != layout or step.buffer.device != device or self._views is None:
@@ -178,6 +184,7 @@ class StaticStore(TieredStore):
             self.step = Step(buffer, state, layout, number_of(layout))
             self._views, self._tables = layout.views(buffer), ()
             prepare(buffer, layout)
+        self._fitting = wanted
         return self._views
 
     @property
@@ -331,7 +338,7 @@ class StaticStore(TieredStore):
     def map(self, function: TensorMap) -> None:
         super().map(function)
         if self.step is not None and self.step.buffer.device != self._contents.keys.device:
-            self.step, self._views = None, None
+            self.step, self._views, self._fitting = None, None, None
 
     def parts(self) -> Iterator[tuple[str, int]]:
         if self.step is None or not self._published:

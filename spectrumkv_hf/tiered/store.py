@@ -202,7 +202,8 @@ class TieredStore:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec, rotary: Rotary) -> None:
         """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
         self.codec, self.rotary = codec, rotary
-        self._now = Contents(keys[:, :, :0].detach().clone(), values[:, :, :0].detach().clone(), {})
+        empty = [side.new_empty(*side.shape[:2], 0, side.shape[3]) for side in (keys, values)]
+        self._now = Contents(empty[0], empty[1], {})
 
     @classmethod
     def assemble(
@@ -412,23 +413,22 @@ class TieredStore:
         """
         before, frame = self._now, self._settled_frame(policy.sinks, query_power)
         score = score.nan_to_num(nan=0.0)
-        made, chosen, flags = self._tiered(tokens, policy, score, floor, frame, beside)
-        packing = []
-        for flag, (tier, part) in enumerate(chosen.items(), start=1):
+        made, order, sizes, flags = self._tiered(tokens, policy, score, floor, frame, beside)
+        packing, first = [], 0
+        for flag, (tier, size) in enumerate(sizes.items() if self._packs else (), start=1):
             arena = made.arenas.get(tier)
-            if arena is None or tier == FP16 or not self._packs:
-                continue
-            if arena.segment.packed:
-                packing.append(Packing(flag, tier, part))
-            elif packing_gains(len(arena)):
+            if arena is not None and arena.segment.packed:
+                packing.append(Packing(flag, tier, order.narrow(-1, first, size)))
+            elif arena is not None and tier != FP16 and packing_gains(len(arena)):
                 flags[flag] = ~can_pack(arena.places)
                 packing.append(Packing(flag, tier, None))
+            first += size
         self._now = made
 
         def exactly() -> Contents:
-            widths = [tier.bits for tier, part in chosen.items() if tier != FP16 and part.shape[-1]]
+            widths = [tier.bits for tier, size in sizes.items() if tier != FP16 and size]
             exact = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
-            again, _, _ = self._tiered(tokens, policy, score, floor, frame, beside, exact)
+            again, *_ = self._tiered(tokens, policy, score, floor, frame, beside, exact)
             return again._replace(arenas=self._stored(arena.unpacked() for arena in again.arenas.values()))
 
         return Tiering(before, made, Readback(flags), packing, exactly)
@@ -463,7 +463,7 @@ class TieredStore:
         frame: torch.Tensor | None,
         beside: Iterable[Tier],
         exact: torch.Tensor | None = None,
-    ) -> tuple[Contents, dict[Tier, torch.Tensor], torch.Tensor]:
+    ) -> tuple[Contents, torch.Tensor, Counts, torch.Tensor]:
         """Store the tail's first `tokens` in their tiers.
 
         Args:
@@ -471,8 +471,8 @@ class TieredStore:
             exact: As in `_assign`.
 
         Returns:
-            The contents then; the positions of the tokens that each tier has taken, for all tiers; and flags, as in
-            `encode_tiers`: the first, and one for each of these tiers.
+            The contents then; positions grouped by tier, as of `_assign`; how many of them each stored tier has taken,
+            also none; and flags, as in `encode_tiers`: the first, and one for each of these tiers.
         """
         assign = self._assign if self.pads is None else self._assign_padded
         order, counts = assign(tokens, policy, score, floor, exact)
@@ -482,6 +482,7 @@ class TieredStore:
         sizes = [counts.get(tier, 0) for tier in tiers]
         keys, values = (t[:, :, :tokens] for t in self.tail)
         flags = torch.zeros(1 + len(tiers), dtype=torch.bool, device=self.device)
+        packs = self._packs and not self.arenas  # of all coded tiers or of none: for each choice code is compiled
         segments = encode_tiers(
             keys,
             values,
@@ -494,23 +495,23 @@ class TieredStore:
             self.tail_start,
             flags,
             [spaces[tier].segment if tier in spaces else None for tier in tiers],
-            [
-                self._packs and tier != FP16 and tier not in self.arenas and packing_gains(counts.get(tier, 0))
-                for tier in tiers
-            ],
+            [packs and tier != FP16 for tier in tiers],
         )
-        grown = dict(self.arenas)
-        for tier, segment in zip(tiers, segments, strict=True):
-            if segment.tokens:
-                arena = Arena(tier, segment.keys, segment.values, segment.positions)
-                grown[tier] = self._joined(grown.get(tier), arena)
+        grown, first = dict(self.arenas), 0
+        for tier, segment, size in zip(tiers, segments, sizes, strict=True):
+            if size:
+                places = segment.positions
+                if segment.packed and not packing_gains(size):
+                    places = owned(order.narrow(-1, first, size))
+                grown[tier] = self._joined(grown.get(tier), Arena(tier, segment.keys, segment.values, places))
+            first += size
         now = self._shortened(tokens)._replace(
             arenas=by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
             frame=frame,
             drops=self.drops or counts.get(DROPPED, 0) > 0,
         )
-        return now, dict(zip(tiers, order.split([*sizes, tokens - sum(sizes)], dim=-1), strict=False)), flags
+        return now, order, dict(zip(tiers, sizes, strict=True)), flags
 
     @property
     def _packs(self) -> bool:
@@ -801,7 +802,7 @@ def _with_capacity(now: Contents, held: int, length: int, skip: int = 0) -> Cont
 
     def resized(old: torch.Tensor) -> torch.Tensor:
         new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-        new[:, :, :copied] = old[:, :, skip : skip + copied]
+        new.narrow(2, 0, copied).copy_(old.narrow(2, skip, copied))
         return new
 
     return now._replace(keys=resized(now.keys), values=resized(now.values), borrowed=False)

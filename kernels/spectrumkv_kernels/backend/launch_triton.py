@@ -82,7 +82,7 @@ def trait(arg: Any) -> Any:
 def special(arg: Any) -> Any:
     """`trait` of an argument, or None, for kernels that specialise on values: by whether it is 1 or divisible by 16."""
     if type(arg) is int:
-        return arg == 1, arg % 16 == 0, trait(arg)
+        return (arg == 1) | (arg % 16 == 0) << 1 | (-(1 << 31) <= arg < 1 << 31) << 2  # one number is quickly compared
     return None if arg is None else trait(arg)
 
 
@@ -149,7 +149,20 @@ class Launcher:
         return kernel[grid](*values, *numbers.values(), *self._values, **self._options)
 
 
-_launchers: dict[Any, Launcher] = {}
+class _Kept(NamedTuple):
+    """A launcher with what is known of the numbers that it was given.
+
+    Attributes:
+        traits: `special` of numbers, by their values and types: layers with as many tokens have the same.
+    """
+
+    launcher: Launcher
+    traits: dict[Any, Any]
+
+
+KEPT_TRAITS = 256
+"""Numbers for which a kernel's `special` is kept; then they are forgotten."""
+_launchers: dict[Any, _Kept] = {}
 
 
 def launch(
@@ -166,8 +179,15 @@ def launch(
         tensors: On one device, the current one; the first of them is not None.
     """
     key = id(kernel), *constants.values(), *options.values()
-    launcher = _launchers.get(key)
-    if launcher is None:
-        launcher = _launchers[key] = Launcher(kernel, constants, **options)
-    known = tuple(map(special, (*tensors.values(), *numbers.values())))
-    launcher((*grid, *(1,) * (3 - len(grid))), tensors, numbers, known)
+    kept = _launchers.get(key)
+    if kept is None:
+        kept = _launchers[key] = _Kept(Launcher(kernel, constants, **options), {})
+    values = tuple(numbers.values())
+    same = *values, *map(type, values)  # 1 and 1.0 are equal, and not the same code
+    traits = kept.traits.get(same)
+    if traits is None:
+        if len(kept.traits) >= KEPT_TRAITS:
+            kept.traits.clear()
+        traits = kept.traits[same] = tuple(map(special, values))
+    known = traits, tuple([None if tensor is None else trait(tensor) for tensor in tensors.values()])
+    kept.launcher((*grid, *(1,) * (3 - len(grid))), tensors, numbers, known)

@@ -174,7 +174,8 @@ def encode_tiers(
                 flags[0] |= any_saturated(k) | any_saturated(v)
         places = positions.clone(memory_format=torch.contiguous_format)
         if packed:
-            flags[tier] |= ~can_pack(positions)
+            if count:
+                flags[tier] |= ~can_pack(positions)
             places = pack_positions(positions)
         segment = Segment(width, k, v, places)
         segments.append(segment if there is None else _write(there, segment))

@@ -45,14 +45,15 @@ def load_residual(
 
 @triton.jit
 def encode_rows(
-    x, inside, positions, mean, scale, table, codes, scales, zeros, places,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr,
+    x, inside, positions, mean, scale, table, codes, scales, zeros, places, bits,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTHS: tl.constexpr, HADAMARD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Quantise the keys or values that begin at `x`, `[tokens, 1]`, and store them in `places`, where `inside`.
 
     Args:
         mean, scale: Of the frame, or None. `EACH` channel has a scale, or all of them share one.
+        bits: Of the codes, one of `WIDTHS`.
 
     Returns:
         Which tokens no code stands for, bool `[tokens]`.
@@ -71,33 +72,15 @@ def encode_rows(
         channels = tl.arange(0, WIDTH)
         y = load_residual(x, inside, positions, mean, scale, table, channels, DIM, PAIRS, INTERLEAVED, EACH)
     BLOCK: tl.constexpr = DIM & -DIM if HADAMARD else 1
-    return store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, BLOCK**-0.5, DIM, BITS)
+    return store_codes(hadamard(y, BLOCK), codes, scales, zeros, places, inside, bits, BLOCK**-0.5, DIM, WIDTHS)
 
 
 @triton.jit
-def _encode_tokens(
-    x, stride, source, positions, mean, scale, table, codes, scales, flags, places, inside,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, HADAMARD: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
-    """Store the keys or values `source` of one row, which begins at `x`, in these places; exact ones are copied.
-
-    The first flag becomes 1 where no code stands for one of them.
-    """
-    x += source.to(tl.int64)[:, None] * stride
-    if BITS == 16:
-        channels = tl.arange(0, WIDTH)
-        there = inside[:, None] & (channels < DIM)[None, :]
-        exact = tl.load(x + channels[None, :], mask=there, other=0.0)
-        tl.store(codes + places[:, None] * DIM + channels[None, :], exact, mask=there)
-    else:
-        zeros = scales + 1 if ZEROS else None
-        gone = encode_rows(
-            x, inside, positions, mean, scale, table, codes, scales, zeros, places,
-            DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, EACH,
-        )  # fmt: skip
-        if flags is not None:
-            tl.store(flags, 1, mask=tl.max((gone & inside).to(tl.int32), 0) > 0)
+def _copy(x, codes, places, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Store exact keys or values that begin at `x`, `[tokens, 1]`, in these places, where `inside`."""
+    channels = tl.arange(0, WIDTH)[None, :]
+    there = inside[:, None] & (channels < DIM)
+    tl.store(codes + places[:, None] * DIM + channels, tl.load(x + channels, mask=there, other=0.0), mask=there)
 
 
 @triton.jit
@@ -118,7 +101,7 @@ def _pack_positions(order, positions, packed, flag, token, inside, n):
 @triton.jit(do_not_specialize=[*COUNTS, *ROOMS, "start", "order_row"])
 def _encode_kernel(
     keys, values, order, frame, table, flags,
-    segments,  # of each tier: keys, their scales, values, their scales, positions
+    segments,  # of each tier, exact ones first: keys, their scales, values, their scales, positions
     count0, count1, count2, count3, count4,
     room0, room1, room2, room3, room4,  # tokens from row to row
     start, heads, order_row,
@@ -128,6 +111,7 @@ def _encode_kernel(
     BITS: tl.constexpr,  # of each tier
     PLACES: tl.constexpr,  # of each tier, how its positions are stored: "plain", "packed" or "none"
     ZEROS: tl.constexpr,  # scales have a zero beside them
+    WIDTHS: tl.constexpr,  # of those that are coded
     HADAMARD: tl.constexpr, FRAME: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens of all tiers x batch x heads, keys and values."""
@@ -136,47 +120,79 @@ def _encode_kernel(
     all_blocks = 0
     for i in tl.static_range(len(BITS)):
         all_blocks += tl.cdiv(tl.cdiv(counts[i], TILE) * TILE, TOKENS)
-    block = tl.program_id(0) % all_blocks
+    left = tl.program_id(0) % all_blocks
     row = (tl.program_id(0) // all_blocks).to(tl.int64)
     batch, head = row // heads, row % heads
-    order += row * order_row
-    if frame is not None:
-        frame += row * FRAME
-    FITTED: tl.constexpr = FRAME > KEY_DIM
+    of_keys = tl.program_id(1) == 0
+
+    # Which tier the program serves, and which of its blocks.
+    tier, block, n, room, bits, before, behind = 0, 0, 0, 0, 0, 0, 0
     for i in tl.static_range(len(BITS)):
-        n = counts[i]
-        blocks = tl.cdiv(tl.cdiv(n, TILE) * TILE, TOKENS)
-        if (block >= 0) & (block < blocks):
-            key_codes, key_scales, value_codes, value_scales, places = segments[i]
-            token = block * TOKENS + tl.arange(0, TOKENS)
-            inside = token < n
-            source = token
-            at = token
-            if (table is not None) | (start is not None) | (PLACES[i] != "none"):
-                at = tl.load(order + token, mask=inside, other=0 if start is None else start)
-            if start is not None:
-                source = at - start
-            there = row * rooms[i] + token
-            if tl.program_id(1) == 0:
-                if PLACES[i] == "plain":
-                    tl.store(places + there, at, mask=inside)
-                elif PLACES[i] == "packed":
-                    packed = places + row * tl.cdiv(n, TILE) * (START + TILE)
-                    _pack_positions(order, at, packed, flags + (1 + i), token, inside, n)
-                _encode_tokens(
-                    keys + batch * key_batch + head * key_head, key_token, source, at, frame,
-                    frame + KEY_DIM if FITTED else None, table, key_codes, key_scales, flags, there, inside,
-                    KEY_DIM, KEY_WIDTH, BITS[i], ZEROS, HADAMARD, PAIRS, INTERLEAVED, True,
+        blocks = tl.cdiv(tl.cdiv(counts[i], TILE) * TILE, TOKENS)
+        here = (left >= 0) & (left < blocks)
+        tier = tl.where(here, i, tier)
+        bits = tl.where(here, BITS[i], bits)
+        block = tl.where(here, left, block)
+        n = tl.where(here, counts[i], n)
+        room = tl.where(here, rooms[i], room)
+        before = tl.where(here, behind, before)
+        left -= blocks
+        behind += counts[i]
+
+    order += row * order_row + before
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    inside = token < n
+    source = token
+    at = token
+    if (table is not None) | (start is not None):
+        at = tl.load(order + token, mask=inside, other=0 if start is None else start)
+    if start is not None:
+        source = at - start
+    there = row * room + token
+    x_keys = keys + batch * key_batch + head * key_head + source.to(tl.int64)[:, None] * key_token
+    x_values = values + batch * value_batch + head * value_head + source.to(tl.int64)[:, None] * value_token
+    for i in tl.static_range(len(BITS)):
+        if (tier == i) & of_keys:
+            if PLACES[i] == "plain":
+                tl.store(segments[i][4] + there, at, mask=inside)
+            elif PLACES[i] == "packed":
+                packed = segments[i][4] + row * tl.cdiv(n, TILE) * (START + TILE)
+                _pack_positions(order, at, packed, flags + (1 + i), token, inside, n)
+        if BITS[i] == 16:  # noqa: SIM102  # one condition is for the compiler, the other for the device
+            if tier == i:
+                if of_keys:
+                    _copy(x_keys, segments[i][0], there, inside, KEY_DIM, KEY_WIDTH)
+                else:
+                    _copy(x_values, segments[i][2], there, inside, VALUE_DIM, VALUE_WIDTH)
+    if len(WIDTHS):
+        # The coded tiers run the same code; only where they store to is theirs.
+        FIRST: tl.constexpr = len(BITS) - len(WIDTHS)
+        _, key_scales, _, value_scales, _ = segments[FIRST]
+        key_codes, value_codes = segments[FIRST][0], segments[FIRST][2]
+        for i in tl.static_range(FIRST + 1, len(BITS)):
+            key_codes = tl.where(tier == i, segments[i][0], key_codes)
+            key_scales = tl.where(tier == i, segments[i][1], key_scales)
+            value_codes = tl.where(tier == i, segments[i][2], value_codes)
+            value_scales = tl.where(tier == i, segments[i][3], value_scales)
+        FITTED: tl.constexpr = FRAME > KEY_DIM
+        if frame is not None:
+            frame += row * FRAME
+        if bits < 16:
+            if of_keys:
+                gone = encode_rows(
+                    x_keys, inside, at, frame, frame + KEY_DIM if FITTED else None, table, key_codes, key_scales,
+                    key_scales + 1 if ZEROS else None, there, bits,
+                    KEY_DIM, KEY_WIDTH, WIDTHS, HADAMARD, PAIRS, INTERLEAVED, True,
                 )  # fmt: skip
             else:
-                _encode_tokens(
-                    values + batch * value_batch + head * value_head, value_token, source, at,
-                    frame + 2 * KEY_DIM if FITTED else None, frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None,
-                    None, value_codes, value_scales, flags, there, inside,
-                    VALUE_DIM, VALUE_WIDTH, BITS[i], ZEROS, HADAMARD, 0, False, False,
+                gone = encode_rows(
+                    x_values, inside, at, frame + 2 * KEY_DIM if FITTED else None,
+                    frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, None, value_codes, value_scales,
+                    value_scales + 1 if ZEROS else None, there, bits,
+                    VALUE_DIM, VALUE_WIDTH, WIDTHS, HADAMARD, 0, False, False,
                 )  # fmt: skip
-        block -= blocks
-        order += n
+            if flags is not None:
+                tl.store(flags, 1, mask=tl.max((gone & inside).to(tl.int32), 0) > 0)
 
 
 def encode(
@@ -195,7 +211,8 @@ def encode(
     k, v = (_codes(positions.shape, side, bits, codec) for side in (keys, values))
     where = Segment(bits, k, v, positions)  # the last is not written to
     positions = positions.contiguous()
-    _store(keys, values, positions, [positions.shape[-1]], [where], ["none"], codec, frame, rotary, start, None)
+    counts = [positions.shape[-1]]
+    _store(keys, values, positions, counts, [where], counts, ["none"], codec, frame, rotary, start, None)
     return k, v
 
 
@@ -214,9 +231,9 @@ def encode_tiers(
     packs: Sequence[bool],
 ) -> list[Segment]:
     """As `codec.encode_tiers`, in one launch."""
-    rooms = [there is None or rows_apart(there) is not None for there in out]
+    rooms = [n if there is None else rows_apart(there) for n, there in zip(counts, out, strict=True)]
     known = keys.dtype == values.dtype and all(fits(rotary, width, keys, values) for width in {8, *bits} - {16})
-    if not known or len(bits) > TIERS or not all(rooms):
+    if not known or len(bits) > TIERS or None in rooms or 16 in bits[1:]:
         return twin.encode_tiers(
             keys, values, order, counts, bits, codec, frame, rotary, start, flags, out, packs
         )  # fmt: skip
@@ -235,7 +252,7 @@ def encode_tiers(
         segments.append(there)
     if sum(counts):
         stored = ["packed" if packed else "plain" for packed in packs]
-        _store(keys, values, order, counts, segments, stored, codec, frame, rotary, start, flags)
+        _store(keys, values, order, counts, segments, rooms, stored, codec, frame, rotary, start, flags)
     return segments
 
 
@@ -252,6 +269,7 @@ def _store(
     order: torch.Tensor,
     counts: Sequence[int],
     segments: Sequence[Segment],
+    rooms: Sequence[int | None],
     places: Sequence[str],
     codec: Codec,
     frame: torch.Tensor | None,
@@ -266,7 +284,6 @@ def _store(
     sizes = widths_of(keys.shape[-1], values.shape[-1])
     tensors = tuple(map(_targets, segments))
     blocks = sum(cdiv(cdiv(n, segment.TILE) * segment.TILE, sizes["TOKENS"]) for n in counts)
-    rooms = [rows_apart(s) if how == "plain" else n for s, n, how in zip(segments, counts, places, strict=True)]
     none = [0] * (TIERS - len(counts))
     numbers = {
         **dict(zip(COUNTS, (*counts, *none), strict=True)),
@@ -281,6 +298,7 @@ def _store(
         "BITS": tuple(s.bits for s in segments),
         "PLACES": tuple(places),
         "ZEROS": codec.affine[0] == 2,
+        "WIDTHS": tuple(s.bits for s in segments if s.bits < 16),
         "HADAMARD": codec.hadamard,
         "FRAME": frame_numbers(frame),
     }
@@ -313,9 +331,10 @@ def rows_apart(segment: Segment) -> int | None:
     are not in order, or tokens not beside one another."""
     rooms = set()
     for tensor in segment.tensors():
-        tensor = tensor.unsqueeze(-1) if tensor.dim() == 3 else tensor
-        (_, heads, _, numbers), (batch, head, token, number) = tensor.shape, tensor.stride()
-        room, rest = divmod(head, numbers)
-        beside = (token == numbers or tensor.shape[2] == 1) and (number == 1 or numbers == 1)
-        rooms.add(room if beside and not rest and (batch == heads * head or tensor.shape[0] == 1) else None)
+        shape, strides = tensor.shape, tensor.stride()
+        numbers = shape[3] if len(shape) == 4 else 1
+        room, rest = divmod(strides[1], numbers)
+        beside = (strides[2] == numbers or shape[2] == 1) and (strides[-1] == 1 or numbers == 1)
+        ordered = strides[0] == shape[1] * strides[1] or shape[0] == 1
+        rooms.add(room if beside and ordered and not rest else None)
     return rooms.pop() if len(rooms) == 1 else None

@@ -12,20 +12,46 @@ ROUND = tl.constexpr(1.5 * 2.0**23)
 FLOAT16_MAX = tl.constexpr(65504.0)
 OCTAVE, SATURATED = tl.constexpr(quantize.OCTAVE), tl.constexpr(quantize.SATURATED)
 TRIES = tl.constexpr(len(quantize.TRIED))
-STEPS = {bits: [step * multiple for multiple in quantize.TRIED] for bits, step in quantize.STEPS.items()}
-"""The steps of unbiased codes that are tried, in units of the root mean square, by bits."""
 SMALLEST = {bits: math.log2(quantize.unit(bits)) - quantize.ONE / quantize.OCTAVE for bits in quantize.WIDTHS}
 """Binary logarithm of the scale that the byte 0 stands for, by bits."""
+CONSTANTS = {
+    "middle": {bits: 2 ** (bits - 1) for bits in quantize.WIDTHS},
+    "top": {bits: 2**bits - 1 for bits in quantize.WIDTHS},
+    "smallest": SMALLEST,
+    "symmetric": {bits: 1 / (2 ** (bits - 1) - 1) for bits in quantize.WIDTHS},  # of the largest channel
+    "asymmetric": {bits: 1 / (2**bits - 1) for bits in quantize.WIDTHS},  # of the distance of the outermost channels
+    "step": quantize.STEPS | {8: 0.0},
+}
+"""What depends on the bits of a code."""
 
 
 @triton.constexpr_function
-def _tried(bits, i):
-    return STEPS[bits][i]
+def _constant(name, bits):
+    return float(CONSTANTS[name][bits])
+
+
+@triton.constexpr_function
+def _tried(i):
+    return quantize.TRIED[i]
 
 
 @triton.constexpr_function
 def _smallest(bits):
     return SMALLEST[bits]
+
+
+@triton.constexpr_function
+def _among(bits, widths):
+    return bits in widths
+
+
+@triton.jit
+def _of(bits, NAME: tl.constexpr, WIDTHS: tl.constexpr):
+    """One of `CONSTANTS` for `bits`, which are one of `WIDTHS`."""
+    value = _constant(NAME, WIDTHS[0])
+    for i in tl.static_range(1, len(WIDTHS)):
+        value = tl.where(bits == WIDTHS[i], _constant(NAME, WIDTHS[i]), value)
+    return value
 
 
 @triton.jit
@@ -39,50 +65,62 @@ def sound(x, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    y, codes, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
+    y, codes, scales, zeros, tokens, inside, bits, NORM: tl.constexpr, DIM: tl.constexpr, WIDTHS: tl.constexpr
 ):  # fmt: skip
     """Quantise `NORM * y`, float32 `[tokens, channels]` of which `DIM` channels are real.
+
+    How many bits codes have is decided on the device: a kernel that serves all tiers has this code once, and takes as
+    long to compile as for one of them.
 
     Args:
         codes, scales, zeros: Where to. Where `scales` are bytes it is done as `quantize_unbiased` does, else as
             `quantize`: `zeros` is None for symmetric codes, else the two lie side by side.
         tokens: Their places there.
         inside: Which of them are stored.
+        bits: One of `WIDTHS`.
 
     Returns:
         Which tokens are not represented, bool `[tokens]`.
     """
     if scales.dtype.element_ty == tl.uint8:
-        code, lost = _unbiased(y * NORM, scales, tokens, inside, DIM, BITS)
+        code, lost = _unbiased(y * NORM, scales, tokens, inside, bits, DIM, WIDTHS)
     else:
-        code, lost = _nearest(y, scales, zeros, tokens, inside, NORM, DIM, BITS)
+        code, lost = _nearest(y, scales, zeros, tokens, inside, bits, NORM, DIM, WIDTHS)
+    for i in tl.static_range(len(WIDTHS)):
+        if bits == WIDTHS[i]:
+            _pack_all(code, codes, tokens, inside, DIM, WIDTHS[i])
+    return lost
+
+
+@triton.jit
+def _pack_all(code, codes, tokens, inside, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Store codes, in the lowest bytes of uint32 `[tokens, channels]`."""
     SIZE: tl.constexpr = DIM * BITS // 8
     if BITS == 3:
         _pack(code >> 1, codes, tokens, inside, SIZE, DIM, 2)
         _pack(code & 1, codes + DIM // 4, tokens, inside, SIZE, DIM, 1)
     else:
         _pack(code, codes, tokens, inside, SIZE, DIM, BITS)
-    return lost
 
 
 @triton.jit
-def _nearest(y, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+def _nearest(
+    y, scales, zeros, tokens, inside, bits, NORM: tl.constexpr, DIM: tl.constexpr, WIDTHS: tl.constexpr
+):  # fmt: skip
     """Codes of `NORM * y`, in the lowest bytes of uint32 `[tokens, channels]`, and which tokens are not represented;
     scales and zeros are stored."""
-    TOP: tl.constexpr = 2**BITS - 1
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     STEP: tl.constexpr = 1 if zeros is None else 2
     finite = tl.sum(tl.abs(y), 1) < float("inf")  # minima and maxima pass over NaN
     if zeros is None:
-        scale = tl.max(tl.abs(y), 1) * NORM * (1 / (MIDDLE - 1))
+        scale = tl.max(tl.abs(y), 1) * NORM * _of(bits, "symmetric", WIDTHS)
         zero = tl.zeros([y.shape[0]], tl.float32)
-        offset = ROUND + MIDDLE
+        offset = ROUND + _of(bits, "middle", WIDTHS)
         lowest = ROUND + 1
     else:
         real = (tl.arange(0, y.shape[1]) < DIM)[None, :]
         low = tl.where(finite, tl.min(tl.where(real, y, float("inf")), 1) * NORM, 0.0)
         high = tl.max(tl.where(real, y, float("-inf")), 1) * NORM
-        scale = (high - low) * (1 / TOP)
+        scale = (high - low) * _of(bits, "asymmetric", WIDTHS)
         stored = tl.minimum(tl.maximum(low, -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
         tl.store(zeros + tokens * STEP, stored, mask=inside)
         zero = stored.to(tl.float32)
@@ -94,52 +132,56 @@ def _nearest(y, scales, zeros, tokens, inside, NORM: tl.constexpr, DIM: tl.const
     inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
     y = (y * NORM - zero[:, None]) * inverse[:, None] + offset
     lost = tl.maximum(step, tl.abs(zero)) >= FLOAT16_MAX
-    return tl.minimum(tl.maximum(y, lowest), ROUND + TOP).to(tl.uint32, bitcast=True), lost
+    highest = ROUND + _of(bits, "top", WIDTHS)
+    return tl.minimum(tl.maximum(y, lowest), highest).to(tl.uint32, bitcast=True), lost
 
 
 @triton.jit
-def _unbiased(x, scales, tokens, inside, DIM: tl.constexpr, BITS: tl.constexpr):
+def _unbiased(x, scales, tokens, inside, bits, DIM: tl.constexpr, WIDTHS: tl.constexpr):
     """Codes of `x`, in the lowest bytes of uint32 `[tokens, channels]`, and which tokens are not represented; the bytes
     of their scales are stored."""
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
-    if BITS == 8:
-        finite = tl.sum(tl.abs(x), 1) < float("inf")  # maxima pass over NaN
-        most = tl.where(finite, tl.max(tl.abs(x), 1), float("inf"))
-        byte = _byte(tl.ceil(_exponent(most * (1 / (MIDDLE - 0.5)), BITS)))
-        step, _ = affine_of(byte, BITS)
-    else:
-        real = (tl.arange(0, x.shape[1]) < DIM)[None, :]
-        square = tl.sum(x * x, 1)
-        root = tl.sqrt(square * (1 / DIM))
-        step = tl.zeros([x.shape[0]], tl.float32)
-        along = tl.zeros([x.shape[0]], tl.float32)
-        best = tl.zeros([x.shape[0]], tl.float32)
-        for i in tl.static_range(TRIES):
-            tried = root * _tried(BITS, i)
-            levels = tl.where(real, _floor(x, tried, MIDDLE) + 0.5, 0.0)
-            product = tl.sum(x * levels, 1)
-            gain = product * product / tl.sum(levels * levels, 1)
-            better = gain > best
-            step = tl.where(better, tried, step)
-            along = tl.where(better, product, along)
-            best = tl.where(better, gain, best)
-        scale = square / tl.where(along > 0, along, float("inf"))
-        byte = _byte(_exponent(tl.where(square < float("inf"), scale, float("inf")), BITS))
+    middle, smallest = _of(bits, "middle", WIDTHS), _of(bits, "smallest", WIDTHS)
+    step = tl.zeros([x.shape[0]], tl.float32)
+    byte = tl.zeros([x.shape[0]], tl.uint8)
+    if _among(8, WIDTHS):  # noqa: SIM102  # one condition is for the compiler, the other for the device
+        if bits == 8:
+            finite = tl.sum(tl.abs(x), 1) < float("inf")  # maxima pass over NaN
+            most = tl.where(finite, tl.max(tl.abs(x), 1), float("inf"))
+            byte = _byte(tl.ceil(_exponent(most * (1 / 127.5), smallest)))
+            step = _scale_of(byte, smallest)
+    if not (_among(8, WIDTHS) and len(WIDTHS) == 1):  # noqa: SIM102
+        if bits != 8:
+            real = (tl.arange(0, x.shape[1]) < DIM)[None, :]
+            square = tl.sum(x * x, 1)
+            root = tl.sqrt(square * (1 / DIM)) * _of(bits, "step", WIDTHS)
+            along = tl.zeros([x.shape[0]], tl.float32)
+            best = tl.zeros([x.shape[0]], tl.float32)
+            for i in tl.static_range(TRIES):
+                tried = root * _tried(i)
+                levels = tl.where(real, _floor(x, tried, middle) + 0.5, 0.0)
+                product = tl.sum(x * levels, 1)
+                gain = product * product / tl.sum(levels * levels, 1)
+                better = gain > best
+                step = tl.where(better, tried, step)
+                along = tl.where(better, product, along)
+                best = tl.where(better, gain, best)
+            scale = square / tl.where(along > 0, along, float("inf"))
+            byte = _byte(_exponent(tl.where(square < float("inf"), scale, float("inf")), smallest))
     tl.store(scales + tokens, byte, mask=inside)
-    return (_floor(x, step, MIDDLE) + (ROUND + MIDDLE)).to(tl.uint32, bitcast=True), byte == SATURATED
+    return (_floor(x, step, middle) + (ROUND + middle)).to(tl.uint32, bitcast=True), byte == SATURATED
 
 
 @triton.jit
-def _floor(x, step, MIDDLE: tl.constexpr):
+def _floor(x, step, middle):
     """`x` in units of the vectors' steps, rounded down to what a code can stand for: float32 `[tokens, channels]`."""
     inverse = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
-    return tl.minimum(tl.maximum(tl.floor(x * inverse[:, None]), -MIDDLE), MIDDLE - 1)
+    return tl.minimum(tl.maximum(tl.floor(x * inverse[:, None]), -middle), middle - 1)
 
 
 @triton.jit
-def _exponent(scale, BITS: tl.constexpr):
+def _exponent(scale, smallest):
     """The byte of a scale, before it is rounded and clamped. What is below any scale, 0 too, has one below 0."""
-    return (tl.log2(tl.maximum(scale, 2.0**-100)) - _smallest(BITS)) * OCTAVE
+    return (tl.log2(tl.maximum(scale, 2.0**-100)) - smallest) * OCTAVE
 
 
 @triton.jit
@@ -171,9 +213,14 @@ def _pack(code, codes, tokens, inside, SIZE: tl.constexpr, DIM: tl.constexpr, BI
 
 
 @triton.jit
+def _scale_of(byte, smallest):
+    return tl.exp2(byte.to(tl.float32) * (1 / OCTAVE) + smallest)
+
+
+@triton.jit
 def affine_of(byte, BITS: tl.constexpr):
     """Scale and zero that one-byte scales stand for, float32."""
-    scale = tl.exp2(byte.to(tl.float32) * (1 / OCTAVE) + _smallest(BITS))
+    scale = _scale_of(byte, _smallest(BITS))
     return scale, scale * (0.5 - 2.0 ** (BITS - 1))
 
 

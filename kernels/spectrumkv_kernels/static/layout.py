@@ -139,7 +139,7 @@ class Layout:
 
     @functools.cached_property
     def places(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]:
-        """Name, dtype, shape and first byte of each tensor in the buffer."""
+        """Name, dtype, shape and first byte of each tensor in the buffer, which are contiguous."""
         rows, exact = (self.batch, self.kv_heads), self.dtype
         wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
             ("keys", exact, (*rows, self.ring, self.key_dim)),
@@ -169,13 +169,21 @@ class Layout:
         """Bytes of the buffer."""
         return self.places[-1][3]
 
+    @functools.cached_property
+    def _strided(self) -> list[tuple[str, torch.dtype, tuple[int, ...], list[int], int]]:
+        """`places` with strides, and the first element in the place of the first byte."""
+        return [
+            (name, dtype, shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))], start // dtype.itemsize)
+            for name, dtype, shape, start in self.places
+        ]
+
     def views(self, buffer: torch.Tensor) -> Views:
         """The tensors in a buffer, uint8 `[size]`."""
         wholes = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype, _, _ in self.places}}
-        found = {}
-        for name, dtype, shape, start in self.places:
-            steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-            found[name] = wholes[dtype].as_strided(shape, steps, start // dtype.itemsize)
+        found = {
+            name: wholes[dtype].as_strided(shape, strides, first)
+            for name, dtype, shape, strides, first in self._strided
+        }
 
         def side(bits: int, name: str) -> torch.Tensor | Quantized:
             if bits == 16:

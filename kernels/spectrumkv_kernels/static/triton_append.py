@@ -232,9 +232,9 @@ def _tiers(score, real, own, totals, ROOMS: tl.constexpr):
 
 @triton.jit
 def _store(
-    buffer, ring, mean, scale, table, stored, affine, source, positions, places, inside,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
+    buffer, ring, mean, scale, table, stored, affine, source, positions, places, inside, bits,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, WIDTHS: tl.constexpr, HADAMARD: tl.constexpr,
+    SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Store keys or values in an arena.
 
@@ -244,27 +244,31 @@ def _store(
         stored, affine: Where the arena's begin in the buffer, as `_odd`.
         source, places: Tokens' places in the tail and in the arena.
         inside: Which of them are stored.
+        bits: Of the arena, one of `BITS`; of codes one of `WIDTHS`.
     """
     x = ring + source[:, None] * DIM
-    if BITS == 16:
-        channels = tl.arange(0, WIDTH)[None, :]
-        there = inside[:, None] & (channels < DIM)
-        out = _tensor(buffer, stored, ring.dtype.element_ty) + places[:, None] * DIM
-        tl.store(out + channels, tl.load(x + channels, mask=there), mask=there)
-    else:
-        scales = _tensor(buffer, affine, tl.float16 if scale is None else tl.uint8)
-        encode_rows(
-            x, inside, positions, mean, scale, table, _tensor(buffer, stored, tl.uint8), scales,
-            None if SYMMETRIC else scales + 1, places, DIM, WIDTH, BITS, HADAMARD, PAIRS, INTERLEAVED, EACH,
-        )  # fmt: skip
+    if len(BITS) > len(WIDTHS):  # noqa: SIM102  # one condition is for the compiler, the other for the device
+        if bits == 16:
+            channels = tl.arange(0, WIDTH)[None, :]
+            there = inside[:, None] & (channels < DIM)
+            out = _tensor(buffer, stored, ring.dtype.element_ty) + places[:, None] * DIM
+            tl.store(out + channels, tl.load(x + channels, mask=there), mask=there)
+    if len(WIDTHS):  # noqa: SIM102
+        if bits < 16:
+            scales = _tensor(buffer, affine, tl.float16 if scale is None else tl.uint8)
+            encode_rows(
+                x, inside, positions, mean, scale, table, _tensor(buffer, stored, tl.uint8), scales,
+                None if SYMMETRIC else scales + 1, places, bits,
+                DIM, WIDTH, WIDTHS, HADAMARD, PAIRS, INTERLEAVED, EACH,
+            )  # fmt: skip
 
 
 @triton.jit
 def _tier(
     buffer, table, places, tokens, row, heads, own_rows, block, base, length, ring, sinks, decay,
     TYPE: tl.constexpr, KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, RECENCY: tl.constexpr, DECAYS: tl.constexpr,
-    FRAME: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, WIDTHS: tl.constexpr, RECENCY: tl.constexpr,
+    DECAYS: tl.constexpr, FRAME: tl.constexpr, HADAMARD: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Move one head's tokens of a block, by its number, into the arenas."""
@@ -296,11 +300,21 @@ def _tier(
         there = row * _plain(tokens[i]) + tl.load(totals + i) + place
         tl.store(_tensor(buffer, places[10 + 5 * i], tl.int32) + there, start + token, mask=tier == i)
     tl.debug_barrier()  # other threads read the positions and the frame
-    for i in tl.static_range(ROOMS):
-        begin = tl.load(totals + i)
-        count = tl.load(totals + ROOMS + i) - begin
-        origin = row * _plain(tokens[i]) + begin
-        positions = _tensor(buffer, places[10 + 5 * i], tl.int32)
+    for arena in range(ROOMS):
+        # All arenas run the same code: compiling it for each takes minutes.
+        bits, room, at0, at1, at2, at3, at4 = BITS[0], tokens[0], places[6], places[7], places[8], places[9], places[10]
+        for i in tl.static_range(1, ROOMS):
+            bits = tl.where(arena == i, BITS[i], bits)
+            room = tl.where(arena == i, tokens[i], room)
+            at0 = tl.where(arena == i, places[6 + 5 * i], at0)
+            at1 = tl.where(arena == i, places[7 + 5 * i], at1)
+            at2 = tl.where(arena == i, places[8 + 5 * i], at2)
+            at3 = tl.where(arena == i, places[9 + 5 * i], at3)
+            at4 = tl.where(arena == i, places[10 + 5 * i], at4)
+        begin = tl.load(totals + arena)
+        count = tl.load(totals + ROOMS + arena) - begin
+        origin = row * _plain(room) + begin
+        positions = _tensor(buffer, at4, tl.int32)
         for first in range(0, count, TOKENS):
             nth = first + tl.arange(0, TOKENS)
             inside = nth < count
@@ -308,14 +322,14 @@ def _tier(
             source = row * ring + (at - base) % ring
             _store(
                 buffer, ring_keys, frame if FRAME else None, frame + KEY_DIM if FITTED else None, table,
-                places[6 + 5 * i], places[7 + 5 * i], source, at, origin + nth, inside,
-                KEY_DIM, KEY_WIDTH, BITS[i], HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED, True,
+                at0, at1, source, at, origin + nth, inside, bits,
+                KEY_DIM, KEY_WIDTH, BITS, WIDTHS, HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED, True,
             )  # fmt: skip
             _store(
                 buffer, ring_values, frame + 2 * KEY_DIM if FITTED else None,
                 frame + (2 * KEY_DIM + VALUE_DIM) if FITTED else None, table,
-                places[8 + 5 * i], places[9 + 5 * i], source, at, origin + nth, inside,
-                VALUE_DIM, VALUE_WIDTH, BITS[i], HADAMARD, SYMMETRIC, 0, False, False,
+                at2, at3, source, at, origin + nth, inside, bits,
+                VALUE_DIM, VALUE_WIDTH, BITS, WIDTHS, HADAMARD, SYMMETRIC, 0, False, False,
             )  # fmt: skip
 
 
@@ -353,6 +367,7 @@ def append_kernel(
     VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,  # that are coded at a time
     BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,  # those of codes among them
     RECENCY: tl.constexpr,
     DECAYS: tl.constexpr,
     FRAME: tl.constexpr,  # numbers of a row's frame
@@ -376,7 +391,7 @@ def append_kernel(
             if tl.maximum(length - base - recent - 1, 0) // BLOCK > done:
                 _tier(
                     buffer, table, places, tokens, row, heads, own_rows, done, base, length, ring, sinks, decay, TYPE,
-                    KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, BITS, RECENCY, DECAYS,
+                    KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, BITS, WIDTHS, RECENCY, DECAYS,
                     FRAME, HADAMARD, SYMMETRIC, PAIRS, INTERLEAVED,
                 )  # fmt: skip
         place = row * ring + (length - base) % ring
@@ -470,6 +485,7 @@ def prepared(layout: Layout, device: torch.device) -> _Prepared | None:
         VALUE_WIDTH=value_width,
         TOKENS=min(static.BLOCK, ELEMENTS // max(key_width, value_width)),
         BITS=tuple(bits for bits, _ in layout.rooms),
+        WIDTHS=tuple(bits for bits, _ in layout.rooms if bits < 16),
         RECENCY=layout.score == "recency",
         DECAYS=bool(layout.decay),
         FRAME=codec.frame_size(layout.key_dim, layout.value_dim) if layout.tiers else 0,
