@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from interpreter import spare_repetitions
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors; read when they are defined
+    spare_repetitions()
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
 
