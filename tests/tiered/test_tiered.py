@@ -1,6 +1,7 @@
 """Tiered caches in real generate() calls: fused equals materialised, batches equal their rows, memory is real."""
 
 import copy
+import functools
 import pickle
 import re
 
@@ -52,7 +53,7 @@ def relative(x, y):
     return ((x - y).double().norm() / y.double().norm()).item()
 
 
-def logits_of(m, cache, ids, steps=20, mask=None):
+def logits_of(m, cache, ids, steps=8, mask=None):
     """Logits of a prefill and of `steps` single tokens after it, `[batch, 1 + steps, vocabulary]`."""
     out = []
     with torch.no_grad():
@@ -65,17 +66,36 @@ def logits_of(m, cache, ids, steps=20, mask=None):
     return torch.cat(out, dim=1)
 
 
+SCENARIOS = {
+    "greedy": ([300], {}),
+    "padded": ([300, 210], {}),
+    "chunked": ([300], {"prefill_chunk_size": 90}),
+    "beam": ([300], {"num_beams": 3}),
+    "padded_beam": ([300, 210], {"num_beams": 2}),
+}
+
+
+def in_scenario(scenario, m, cache):
+    """What a model generates in it: enough for tokens to be tiered after the prefill too, 64 at a time."""
+    lengths, options = SCENARIOS[scenario]
+    ids, mask = left_padded(lengths)
+    return generate(m, ids, cache, attention_mask=mask, max_new_tokens=74, **options)
+
+
+@functools.cache
+def over_the_stock_cache(family, scenario):
+    """The same for all implementations of attention."""
+    m = model(family, "eager", **sizes(family))
+    return in_scenario(scenario, m, DynamicCache(config=m.config))
+
+
 @pytest.mark.parametrize(("family", "implementation"), MODELS)
-@pytest.mark.parametrize("scenario", ["greedy", "padded", "chunked", "beam", "padded_beam"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_exact_tiers_equal_the_stock_cache(family, implementation, scenario):
     """All arenas FP16: everything between model and store is in use, and no error hides a wrong token."""
-    m, stock = model(family, implementation, **sizes(family)), model(family, "eager", **sizes(family))
-    ids, mask = left_padded([300, 210] if "padded" in scenario else [300])
-    kwargs = {"chunked": {"prefill_chunk_size": 90}, "beam": {"num_beams": 3}, "padded_beam": {"num_beams": 2}}
-    kwargs = {**kwargs.get(scenario, {}), "attention_mask": mask, "max_new_tokens": 80}
+    m = model(family, implementation, **sizes(family))
     cache = SpectrumCache(m.config, policy="greedy", budget=1.0, recent_window=4)
-    got = generate(m, ids, cache, **kwargs)
-    expected = generate(stock, ids, DynamicCache(config=m.config), **kwargs)
+    got, expected = in_scenario(scenario, m, cache), over_the_stock_cache(family, scenario)
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits, strict=True):
         assert relative(a, b) < 1e-5
@@ -100,8 +120,8 @@ def test_exact_tiers_under_speculation(family, implementation, kwargs):
                 parameter.add_(0.01 * torch.randn_like(parameter))
         kwargs = {"assistant_model": assistant}
     cache = SpectrumCache(m.config, policy="greedy", budget=1.0, recent_window=0)
-    got = generate(m, ids, cache, max_new_tokens=90, **kwargs)
-    expected = generate(m, ids, DynamicCache(config=m.config), max_new_tokens=90)
+    got = generate(m, ids, cache, max_new_tokens=74, **kwargs)
+    expected = generate(m, ids, DynamicCache(config=m.config), max_new_tokens=74)
     assert torch.equal(got.sequences, expected.sequences)
 
 
@@ -496,7 +516,8 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize(("policy", "budget"), [("fp16", None), ("sink_protect", 0.5)])
 def test_prefill_in_inference_mode_decode_outside(policy, budget):
     m = model("llama", "sdpa")
-    expected = logits_of(m, SpectrumCache(m.config, policy=policy, budget=budget, recent_window=8), prompt(300))
+    reference = SpectrumCache(m.config, policy=policy, budget=budget, recent_window=8)
+    expected = logits_of(m, reference, prompt(300), steps=20)
     cache = SpectrumCache(m.config, policy=policy, budget=budget, recent_window=8)
     with torch.inference_mode():
         m(prompt(300)[:, :280], past_key_values=cache)
