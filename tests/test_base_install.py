@@ -56,47 +56,24 @@ json.dump(results, sys.stdout)
 """
 
 
-def run(jobs):
-    """Status, stdout and stderr of commands, examples and imports in one process that lacks all extras."""
-    code = [sys.executable, "-c", RUNNER, json.dumps([BLOCKED, jobs])]
-    process = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
-def failures(jobs):
-    return {" ".join(job): result for job, result in zip(jobs, run(jobs), strict=True) if result[0] != 0}
-
-
-def test_help_of_every_command():
+def command_jobs():
     from spectrumkv_hf.commands.main import COMMANDS
     from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 
     commands = [["--help"], *([name, "--help"] for name in COMMANDS)]
     commands += [["eval", name, "--help"] for name in ("all", *EXPERIMENTS)]
-    assert len(commands) > 15
-    assert not failures([["command", *arguments] for arguments in commands])
+    return [["command", *arguments] for arguments in commands]
 
 
-def test_help_of_every_example():
+def example_jobs():
     examples = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()]
-    assert len(examples) > 9
-    assert not failures([["example", str(path), "--help"] for path in examples])
+    return [["example", str(path), "--help"] for path in examples]
 
 
-def test_every_module_is_importable():
-    """But those that only make sense inside the program that loads them."""
+def module_jobs():
     paths = sorted((ROOT / "spectrumkv_hf").rglob("*.py"))
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    assert "spectrumkv_hf.evaluation.report.figures" in names
-    failed = {name.removeprefix("module ") for name in failures([["module", name] for name in names])}
-    assert failed <= {
-        "spectrumkv_hf.evaluation.subjects.lm_eval_model",
-        "spectrumkv_hf.evaluation.protocols.generation",
-        *(f"spectrumkv_hf.evaluation.metrics.{name}.{name}" for name in MODULES),
-        "spectrumkv_hf.engines.lmcache_serde",
-        "spectrumkv_hf.engines.vllm_connector",
-    }
+    return [["module", name] for name in names]
 
 
 MISSING = {
@@ -109,21 +86,65 @@ MISSING = {
 }
 
 
-def test_missing_extras(tmp_path):
-    """Before anything is loaded, in words, with a command that works in a checkout."""
-    output = str(tmp_path / "out")
-    figures = {
-        "a table of the paper": ["command", "eval", "needles", "--output", output],
-        "all of them": ["command", "eval", "all", "--reduced", "--output", output],
-        "a plot": ["example", str(ROOT / "examples/generate.py"), "--plot", str(tmp_path / "x.png")],
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("missing") / "out"
+
+
+def drawing_jobs(output):
+    return [
+        ["command", "eval", "needles", "--output", str(output)],  # a table of the paper
+        ["command", "eval", "all", "--reduced", "--output", str(output)],
+        ["example", str(ROOT / "examples/generate.py"), "--plot", str(output.with_name("x.png"))],
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(output):
+    """Status, stdout and stderr of all of them, in one process that lacks all extras; modules are first imported."""
+    jobs = [*module_jobs(), *command_jobs(), *example_jobs(), *MISSING.values(), *drawing_jobs(output)]
+    code = [sys.executable, "-c", RUNNER, json.dumps([BLOCKED, jobs])]
+    process = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return dict(zip(map(tuple, jobs), json.loads(process.stdout), strict=True))
+
+
+def failures(jobs, results):
+    return {" ".join(job): results[*job] for job in jobs if results[*job][0] != 0}
+
+
+def test_help_of_every_command(results):
+    assert len(command_jobs()) > 15
+    assert not failures(command_jobs(), results)
+
+
+def test_help_of_every_example(results):
+    assert len(example_jobs()) > 9
+    assert not failures(example_jobs(), results)
+
+
+def test_every_module_is_importable(results):
+    """But those that only make sense inside the program that loads them."""
+    assert ["module", "spectrumkv_hf.evaluation.report.figures"] in module_jobs()
+    failed = {name.removeprefix("module ") for name in failures(module_jobs(), results)}
+    assert failed <= {
+        "spectrumkv_hf.evaluation.subjects.lm_eval_model",
+        "spectrumkv_hf.evaluation.protocols.generation",
+        *(f"spectrumkv_hf.evaluation.metrics.{name}.{name}" for name in MODULES),
+        "spectrumkv_hf.engines.lmcache_serde",
+        "spectrumkv_hf.engines.vllm_connector",
     }
-    jobs = [*MISSING.values(), *figures.values()]
-    for job, (status, _, stderr) in zip(jobs, run(jobs), strict=True):
-        module = next((name for name, each in MISSING.items() if each is job), "matplotlib")
+
+
+def test_missing_extras(results, output):
+    """Before anything is loaded, in words, with a command that works in a checkout."""
+    wanted = [*MISSING.items(), *(("matplotlib", job) for job in drawing_jobs(output))]
+    for module, job in wanted:
+        status, _, stderr = results[*job]
         assert status == 2, (job, status, stderr)
         assert stderr.startswith("error: ") and f"needs the package {module} (" in stderr, stderr
         assert INSTALL[module] in stderr
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
 
 
 def test_the_commands_install_what_they_say():

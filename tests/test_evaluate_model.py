@@ -111,8 +111,9 @@ def test_commands_run_from_anywhere(tmp_path, monkeypatch, capsys):
     assert evaluate_model.executed(["spectrumkv", "--version"], tmp_path / "out.txt")
     shown = capsys.readouterr().out
     assert shown.startswith("spectrumkv-hf ") and (tmp_path / "out.txt").read_text() in shown
-    assert evaluate_model.executed(["python", "examples/bench_decode.py", "--help"], tmp_path / "out.txt")
-    assert not evaluate_model.executed(["spectrumkv", "eval", "nothing"], tmp_path / "out.txt")
+    assert evaluate_model.executed(["python", "kernels/hub_layout.py", "laid out"], tmp_path / "out.txt")
+    assert (tmp_path / "laid out").is_dir()
+    assert not evaluate_model.executed(["python", "examples/nothing.py"], tmp_path / "out.txt")
 
 
 def test_made_up_data_is_read_like_the_hubs(tmp_path):

@@ -32,10 +32,12 @@ def test_imports_go_down(path):
                 assert ROOMS.index(there) <= ROOMS.index(path.parts[0]), f"{path}:{node.lineno} imports {module}"
 
 
-def test_it_imports_without_matplotlib():
-    """And every experiment is there, with its table; only drawing needs it."""
+def test_who_imports_what():
+    """The probe does not load the evaluation, which loads without matplotlib: only drawing needs that."""
     code = f"""
 import sys
+import spectrumkv_hf.probe
+assert not [name for name in sys.modules if name.startswith("{NAME}")]
 sys.modules["matplotlib"] = None  # an import of it raises ImportError
 import {NAME}.experiments.run_all, {NAME}.report.figures, spectrumkv_hf.commands.eval
 from {NAME}.experiments import EXPERIMENTS
@@ -47,11 +49,5 @@ except ImportError as problem:
 else:
     raise AssertionError("a figure was drawn")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_probe_does_not_load_the_evaluation():
-    code = f"import sys, spectrumkv_hf.probe; assert not [m for m in sys.modules if m.startswith('{NAME}')]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
