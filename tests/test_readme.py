@@ -1,6 +1,7 @@
 """The code of README and docs runs and gives what it claims; their commands parse, and those that are cheap run."""
 
 import copy
+import functools
 import importlib
 import itertools
 import json
@@ -19,8 +20,10 @@ import families
 import pytest
 import tiny
 import torch
-from torch import distributed as dist
-from torch.nn.functional import kl_div
+from pairs import start_method
+from streams import send_or_receive
+from torch.multiprocessing import start_processes
+from torch.nn.functional import kl_div, linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
@@ -28,7 +31,6 @@ from spectrumkv_hf.commands import main as cli
 from spectrumkv_hf.evaluation.experiments import EXPERIMENTS
 from spectrumkv_hf.evaluation.subjects import models
 from spectrumkv_hf.probe.passage import passage
-from spectrumkv_hf.transfer import CacheSender, recv_cache
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +52,12 @@ RECIPES = blocks("python", TEXTS["guide.md"])
 METRICS = blocks("python", TEXTS["metrics.md"])
 
 
+def in_float32(layer, x):
+    """What a layer without a bias computes in bfloat16, which CPUs that lack it sum several times as slowly."""
+    assert layer.bias is None
+    return linear(x.float(), layer.weight.float()).to(x.dtype)
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Hub names lead to local models, in the dtype of their checkpoints."""
@@ -57,6 +65,10 @@ def hub(monkeypatch):
         models.smollm2_file()
     except FileNotFoundError as problem:
         pytest.skip(str(problem))
+    gguf = pytest.importorskip("gguf")
+    for name in ("GGUFReader", "get_tensor_name_map"):  # Transformers asks for the same ones many times
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+    monkeypatch.setattr(torch.nn.Linear, "forward", in_float32)
     loaded = {name: models.load(local, torch.bfloat16) for name, local in HUB.items()}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: loaded[name][0])
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: loaded[name][1])
@@ -193,23 +205,6 @@ def test_metrics_of_any_cache(tmp_path, monkeypatch):
     assert names["found"]["total"] == 3 and names["found"]["total_time_in_seconds"] > 0
 
 
-def send_or_receive(rank, place, block):
-    """The part of a block that the process of one rank runs: 0 sends."""
-    dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=2)
-    model = families.model("llama", "sdpa")
-    names = {"model": model, "inputs": {"input_ids": families.prompt(200)}, "cache_argument": cache_argument}
-    names |= {"CacheSender": CacheSender, "recv_cache": recv_cache, "cache": SpectrumCache(model.config)}
-    imports = re.match(r"(?:from .*\n|\n)*", block)[0]
-    sending, receiving = sorted(
-        re.findall(r"^(?:with|cache =).*\n(?:    .*\n)*", block, re.MULTILINE), key=lambda part: "recv_cache" in part
-    )
-    with torch.no_grad():
-        exec(imports + (receiving if rank else sending), names)
-    torch.save(names["cache"].serialize(), Path(place, str(rank)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("block", [STREAM, NIXL], ids=["gloo", "nixl"])
 def test_stream(block, tmp_path):
     if block is NIXL:
@@ -218,7 +213,7 @@ def test_stream(block, tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as server:
             free = server.getsockname()[1]
         block = block.replace("10.0.0.2", "127.0.0.1").replace("29700", str(free))
-    torch.multiprocessing.spawn(send_or_receive, args=(str(tmp_path), block), nprocs=2)
+    start_processes(send_or_receive, args=(str(tmp_path), block), nprocs=2, start_method=start_method())
     sent, received = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert torch.equal(sent, received)
 

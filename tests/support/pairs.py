@@ -117,15 +117,19 @@ def serve(connection):
         connection.send((outcome, seconds))
 
 
+def start_method():
+    """How processes start soonest: they fork from one that has imported all this."""
+    if torch.cuda.is_available():  # a process that has asked for devices can't be forked
+        return "spawn"
+    modules = ["families", "pairs", "spectrumkv_hf.transfer", "transformers.masking_utils"]
+    multiprocessing.set_forkserver_preload(modules)
+    return "forkserver"
+
+
 class Worker:
     def __init__(self):
         self.connection, theirs = multiprocessing.Pipe()
-        if torch.cuda.is_available():  # a process that has asked for devices can't be forked
-            context = multiprocessing.get_context("spawn")
-        else:
-            context = multiprocessing.get_context("forkserver")  # they fork from a process that has imported all this
-            modules = ["families", "pairs", "spectrumkv_hf.transfer", "transformers.masking_utils"]
-            context.set_forkserver_preload(modules)
+        context = multiprocessing.get_context(start_method())
         self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
 
