@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import families
 import pytest
 import torch
+from quanto import import_quanto
 from transformers import DynamicCache, cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -59,10 +60,7 @@ SPECS = [
     "snapkv:0.5",
     "expected_attention:0.5",
 ]
-EVERY_SPEC = pytest.mark.parametrize(
-    "spec", [pytest.param(spec, marks=[pytest.mark.slow] if "quanto" in spec else []) for spec in SPECS]
-)
-"""quanto builds an extension at first use, which takes a minute."""
+EVERY_SPEC = pytest.mark.parametrize("spec", SPECS)
 CONTEXT = 168
 
 
@@ -80,6 +78,8 @@ def method_of(spec: str) -> Method:
     name = spec.partition(":")[0]
     if name in PACKAGES:
         need(PACKAGES[name])
+    if name == "quanto":
+        import_quanto()
     if name == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this Transformers has no FP8 cache")
     return parse_method(spec)

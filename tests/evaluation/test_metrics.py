@@ -17,6 +17,7 @@ import redraw_figures
 import tiny
 import torch
 from families import model, prompt
+from quanto import import_quanto
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache, pipeline
 
@@ -299,7 +300,7 @@ def test_bytes_of_other_states_count_as_they_are():
 @pytest.mark.parametrize("steps", [0, 3, 70], ids=lambda steps: f"{steps} steps")
 def test_bytes_of_a_quantised_cache(backend, package, axis, steps):
     """The tokens behind its codes, and those that are still exact."""
-    pytest.importorskip(package)
+    import_quanto() if backend == "quanto" else pytest.importorskip(package)
     llama, ids = model("llama", head_dim=64), prompt(128 + steps)
     cache = QuantizedCache(
         backend, llama.config, nbits=4, axis_key=axis, axis_value=axis, q_group_size=64, residual_length=64
