@@ -1,5 +1,6 @@
 """Long greedy runs over a compressed prompt: against `generate()` and against the model's own numbers."""
 
+import functools
 import json
 
 import pytest
@@ -16,13 +17,18 @@ from spectrumkv_hf.evaluation.subjects.methods import parse_method
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
-TOKENS, BUCKET = 160, 40
+TOKENS, BUCKET = 128, 32
 PROMPTS = torch.cat([prompt(200, seed=seed) for seed in (1, 2)])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@functools.cache
+def exact_run_of_llama():
+    return exact_run(model("llama"), PROMPTS, TOKENS)
 
 
 def generated(built, cache, ids, **options):
@@ -71,7 +77,7 @@ def test_departures_against_generate_and_the_definition(spec):
 
 def test_rows_of_a_batch_do_not_mix():
     llama, method = model("llama"), parse_method("uniform_int4", recent_window=0)
-    together, _, _ = departures(llama, PROMPTS, method, exact_run(llama, PROMPTS, TOKENS), BUCKET)
+    together, _, _ = departures(llama, PROMPTS, method, exact_run_of_llama(), BUCKET)
     for ids, row in zip(PROMPTS.split(1), together, strict=True):
         (alone,), _, _ = departures(llama, ids, method, exact_run(llama, ids, TOKENS), BUCKET)
         assert (alone.first, alone.same, alone.agreement) == (row.first, row.same, row.agreement)
@@ -81,7 +87,7 @@ def test_rows_of_a_batch_do_not_mix():
 @pytest.mark.parametrize("spec", ["exact", "fp16"])
 def test_what_loses_nothing_departs_nowhere(spec):
     llama = model("llama")
-    rows, _, _ = departures(llama, PROMPTS, parse_method(spec), exact_run(llama, PROMPTS, TOKENS), BUCKET)
+    rows, _, _ = departures(llama, PROMPTS, parse_method(spec), exact_run_of_llama(), BUCKET)
     for row in rows:
         assert row.first is None and row.same == 1 and row.agreement == [1] * 4
         assert row.kl == pytest.approx([0] * 4, abs=1e-6)
@@ -90,7 +96,7 @@ def test_what_loses_nothing_departs_nowhere(spec):
 def test_a_run_that_is_not_forced_stays_its_own():
     """Without the context it says something else, and given the exact run's tokens it is nearer than by its own."""
     llama, method = model("llama"), parse_method("drop_window:0.1", recent_window=0)
-    exact = exact_run(llama, PROMPTS, TOKENS)
+    exact = exact_run_of_llama()
     rows, _, _ = departures(llama, PROMPTS, method, exact, BUCKET)
     assert all(row.same < 0.5 for row in rows)
     assert all(sum(row.agreement) / len(row.agreement) > row.same for row in rows)
@@ -99,7 +105,7 @@ def test_a_run_that_is_not_forced_stays_its_own():
 @pytest.mark.parametrize("several", [False, True])
 def test_no_run_ends_early(several):
     llama = model("llama")
-    often = exact_run(llama, PROMPTS, TOKENS).ids.flatten().bincount().topk(2).indices.tolist()
+    often = exact_run_of_llama().ids.flatten().bincount().topk(2).indices.tolist()
     llama.generation_config.eos_token_id = ends = often if several else often[0]
     run = exact_run(llama, PROMPTS, TOKENS)
     assert not torch.isin(run.ids, torch.tensor(ends)).any()
@@ -141,7 +147,7 @@ def test_buckets_are_whole():
 
 def test_summary_is_that_of_the_modules():
     llama, method = model("llama"), parse_method("uniform_int4", recent_window=0)
-    rows, prefilled, final = departures(llama, PROMPTS, method, exact_run(llama, PROMPTS, TOKENS), BUCKET)
+    rows, prefilled, final = departures(llama, PROMPTS, method, exact_run_of_llama(), BUCKET)
     got = summarised(rows, [prefilled.actual_ratio], [final.actual_ratio])
     kl = torch.tensor([row.kl for row in rows], dtype=torch.float64)
     assert got["kv_divergence"]["kl"] == pytest.approx(float(kl.mean())) and got["kv_divergence"]["windows"] == 2
