@@ -307,7 +307,7 @@ def test_encoder_decoder_equals_stock(model_type):
     text = m.config.get_text_config(decoder=True)
     width = getattr(text, "cross_hidden_size", None) or 64
     encoded = torch.randn(2, 60, width, generator=torch.Generator().manual_seed(1))
-    ids = prompt(190, batch=2)
+    ids = prompt(185, batch=2)
     ids = ids[..., None].expand(-1, -1, 3) if model_type == "dia" else ids
 
     def logits(cache):
@@ -320,7 +320,7 @@ def test_encoder_decoder_equals_stock(model_type):
                         past_key_values=cache,
                         use_cache=True,
                     ).logits
-                    for part in ids.split([180, *[1] * 10], dim=1)
+                    for part in ids.split([180, *[1] * 5], dim=1)
                 ],
                 dim=1,
             )

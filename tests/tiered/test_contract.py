@@ -189,7 +189,7 @@ def test_a_chat_of_any_length_takes_little_more_than_a_dynamic_cache(first, opti
     cache = prefilled(m, first, **options)
     worst, elements = 0.0, sum(2 * layer.kv_heads * layer.store.buffers[0].shape[3] for layer in cache.layers)
     with torch.no_grad():
-        for step in range(300):
+        for step in range(200):  # in which the tail is tiered twice at least
             worst = max(worst, cache.memory().stored / (cache.get_seq_length() * elements * dtype.itemsize))
             m(prompt(1, seed=step), past_key_values=cache)
     assert worst <= 1.25

@@ -135,7 +135,8 @@ def test_a_failure_at_an_allocation_leaves_a_layer_sound(name, every, monkeypatc
             break
         if target.is_initialized:
             target.store.check_integrity()
-        assert any(same(contents(target), step) for step in steps)
+        held = contents(target)
+        assert any(same(held, step) for step in steps)
         # What is left open is made good at the next update; no token is lost or held twice.
         length = target.get_seq_length()
         rows = target.store.batch_size if target.is_initialized else 3
