@@ -1,7 +1,8 @@
 """What attention reads: the tokens of one tier."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 
@@ -105,3 +106,44 @@ class Segment(_Fields):
     @functools.cached_property
     def known(self) -> dict[str, Any]:
         return {}
+
+
+class Growing(Sequence[Segment]):
+    """Segments of which the last one has room for more tokens, that come without anything being moved.
+
+    Attributes:
+        others: All but the last one.
+        room: The last one, which is exact, with all the places that it has.
+        tokens: How many of these are taken, the first ones.
+        known: As `Segment.known`, of all segments and whatever the number of tokens.
+
+    A copy, as `deepcopy` and `pickle` make it, is None: what is known does not hold for copies of the tensors.
+    """
+
+    def __init__(self, others: Sequence[Segment], room: Segment) -> None:
+        self.others, self.room, self.tokens = tuple(others), room, 0
+        self.known: dict[str, Any] = {}
+
+    @property
+    def now(self) -> tuple[Segment, ...]:
+        """The segments as they are now."""
+        bits, *room = self.room
+        return (*self.others, Segment(bits, *(tensor.narrow(2, 0, self.tokens) for tensor in room)))
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
+
+    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
+        return self.now[index]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.others) + 1
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()

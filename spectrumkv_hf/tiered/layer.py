@@ -538,7 +538,7 @@ class SpectrumLayer(CacheLayerMixin):
         store = self.store if store is None else store
         return tiered_attention(
             query,
-            store.segments(),
+            store.growing() if self.capacity is None else store.segments(),  # else its places may be written anew
             length=store.length,
             scale=scale,
             codec=self.codec,

@@ -25,7 +25,7 @@ from spectrumkv_kernels import (
     take,
 )
 from spectrumkv_kernels.backend.tensor_cache import keep_longest
-from spectrumkv_kernels.segment import can_pack, pack_positions, packing_gains
+from spectrumkv_kernels.segment import Growing, can_pack, pack_positions, packing_gains
 
 TAIL_STEP = 64
 """The tail's buffer grows by this many tokens at most, and decoding tiers this many at a time."""
@@ -156,6 +156,15 @@ class Contents(NamedTuple):
     drops: bool = False
     borrowed: bool = False
 
+    def grown_from(self, before: "Contents") -> bool:
+        """Whether these are the same tensors, of which the tail's hold more or fewer tokens."""
+        return (
+            self.keys is before.keys
+            and self.values is before.values
+            and self.arenas is before.arenas
+            and self.tail_start == before.tail_start
+        )
+
 
 class Packing(NamedTuple):
     """Positions of a tier, before it is known whether they can be packed.
@@ -202,6 +211,7 @@ class TieredStore:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec, rotary: Rotary) -> None:
         """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
         self.codec, self.rotary = codec, rotary
+        self._growing: Growing | None = None
         empty = [side.new_empty(*side.shape[:2], 0, side.shape[3]) for side in (keys, values)]
         self._now = Contents(empty[0], empty[1], {})
 
@@ -255,19 +265,29 @@ class TieredStore:
         return store
 
     @property
+    def _now(self) -> Contents:
+        return self._contents
+
+    @_now.setter
+    def _now(self, contents: Contents) -> None:
+        if self._growing is not None and not contents.grown_from(self._contents):
+            self._growing = None  # before the change, so that tensors of which there are new ones don't stay alive
+        self._contents = contents
+
+    @property
     def contents(self) -> Contents:
         """All that is held."""
-        return self._now
+        return self._contents
 
     @property
     def length(self) -> int:
         """Tokens seen, `tail_start` and the tail's together."""
-        return self._now.length
+        return self._contents.length
 
     @property
     def tail_start(self) -> int:
         """Position of the tail's first token."""
-        return self._now.tail_start
+        return self._contents.tail_start
 
     @property
     def first_kept(self) -> int:
@@ -277,33 +297,33 @@ class TieredStore:
     @property
     def arenas(self) -> Mapping[Tier, Arena]:
         """By tier, the most precise first."""
-        return self._now.arenas
+        return self._contents.arenas
 
     @property
     def frame(self) -> torch.Tensor | None:
         """float32 `[batch, kv_heads, codec.frame_size]`, set when tokens are first tiered; None before that and where
         the codec has none."""
-        return self._now.frame
+        return self._contents.frame
 
     @property
     def pads(self) -> torch.Tensor | None:
         """Padding tokens at the start of each row, int64 `[batch]`, or None where there are none."""
-        return self._now.pads
+        return self._contents.pads
 
     @property
     def ragged(self) -> bool:
         """Some positions are -1."""
-        return self._now.ragged
+        return self._contents.ragged
 
     @property
     def drops(self) -> bool:
         """Some tokens were dropped."""
-        return self._now.drops
+        return self._contents.drops
 
     @property
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the tail lies in, `[batch, kv_heads, capacity, dim]`; its tokens come first."""
-        return self._now.keys, self._now.values
+        return self._contents.keys, self._contents.values
 
     @property
     def device(self) -> torch.device:
@@ -315,7 +335,7 @@ class TieredStore:
 
     @property
     def tail_length(self) -> int:
-        return self._now.length - self._now.tail_start
+        return self._contents.length - self._contents.tail_start
 
     @property
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -607,11 +627,21 @@ class TieredStore:
 
     def segments(self) -> list[Segment]:
         """Arenas and tail, as `tiered_attention` reads them."""
-        keys, values = self.tail
-        counting = _counting(self.tail_start, self.length, self.device)
-        positions = counting.as_strided(keys.shape[:3], (0, 0, 1))
-        tail = Segment(FP16.bits, keys, values, positions)
-        return [*[arena.segment for arena in self.arenas.values()], tail]
+        return [*[arena.segment for arena in self.arenas.values()], self._tail_segment(*self.tail)]
+
+    def growing(self) -> Growing:
+        """`segments`, the same object for as long as the tail grows in its buffers. Read it before the next change."""
+        kept, now = self._growing, self._contents
+        if kept is None:
+            places = min(now.keys.shape[2], now.values.shape[2])  # halfway through `replace_tail` they differ
+            room = self._tail_segment(now.keys.narrow(2, 0, places), now.values.narrow(2, 0, places))
+            kept = self._growing = Growing([arena.segment for arena in now.arenas.values()], room)
+        kept.tokens = now.length - now.tail_start
+        return kept
+
+    def _tail_segment(self, keys: torch.Tensor, values: torch.Tensor) -> Segment:
+        counting = _counting(self.tail_start, self.tail_start + keys.shape[2], self.device)
+        return Segment(FP16.bits, keys, values, counting.as_strided(keys.shape[:3], (0, 0, 1)))
 
     def dense(self, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values from position `start` on, `[batch, kv_heads, length - start, dim]`, in their own dtypes.

@@ -103,8 +103,7 @@ def tiered_attention(
 
     The result depends on neither the number of threads nor the size of the batch.
     """
-    held = [s for s in segments if s.bits < 16 and s.tokens]
-    held += [s for s in segments if s.bits == 16 and s.tokens]
+    held = sorted((s for s in segments if s.tokens), key=lambda s: s.bits == 16)
     if not _covers(query, held, mask):
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,

@@ -56,6 +56,7 @@ def tiered_attention(
         `[batch, heads, queries, value_dim]` in the dtype of `query`; 0 for a query that sees no token.
     """
     batch, heads, queries, head_dim = query.shape
+    segments = list(segments)
     kv_heads = segments[0].positions.shape[1]
     group, rows = heads // kv_heads, heads // kv_heads * queries
     q = (query.float() * scale).reshape(batch, kv_heads, rows, head_dim)  # a group's heads and queries as rows

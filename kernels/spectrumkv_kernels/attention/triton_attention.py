@@ -6,7 +6,7 @@ for one KV head and row of the batch, and `merge_kernel` joins the parts.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from ..codec.frame import frame_size
 from ..codec.quantize import Quantized
 from ..codec.reference import Codec, dims
 from ..rotation.rotary import Rotary
-from ..segment import Segment
+from ..segment import Growing, Segment
 from . import reference as attention
 from .triton_attend import attend_kernel
 from .triton_dot import LOG2E
@@ -167,25 +167,98 @@ def tiered_attention(
     Nothing is compiled anew as lengths grow, and the host waits for nothing. A CUDA graph can be captured: replays
     read what lies in the same tensors then; positions of -1, with `ragged`, mark places that no token has taken yet.
     """
-    held = [s for s in segments if s.tokens]
-    held.sort(key=_is_exact)
-    laid = [_laid(s) for s in held]
-    batch, heads, queries, dim = query.shape
-    kv_heads, value_dim, bits = held[0].positions.shape[1], laid[0].dims[1], tuple([s.bits for s in held])
-    flat, rows = batch * kv_heads, heads // kv_heads * queries
     device, query = query.device, query.contiguous()
-    plan = plan_of(rows, dim, value_dim, bits, query.dtype, device)
-    if plan is None:
+    call = _Call(
+        query.shape, query.dtype, device, codec, rotary, frame is not None, mask_kind(mask), window is not None,
+        ragged, softcap is not None, sinks is not None,
+    )  # fmt: skip
+    reading, tokens = _kept(call, segments) if isinstance(segments, Growing) else None, ()
+    if reading is not None:
+        tokens = (*reading.tokens[:-1], segments.tokens)
+    elif (reading := _reading(call, segments)) is not None:
+        tokens = reading.tokens
+    else:
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    check_device("segments", held[0].positions, device)
-    centred = frame is not None and bits[0] < 16
+    centred = reading.centred
     work = work_of(
-        plan, flat, rows, length if centred else 0, tuple([s.tokens for s in laid]), tuple([s.room for s in laid]),
-        device,
+        reading.plan, reading.flat, reading.rows, length if centred else 0, tokens, reading.rooms, device
     )  # fmt: skip
+    return launch(
+        reading.kernels,
+        work,
+        query,
+        reading.held,
+        kv_heads=reading.kv_heads,
+        value_dim=reading.plan.value_dim,
+        length=length,
+        scale=scale,
+        frame=frame if centred else None,
+        rotary=rotary,
+        mask=mask,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        traits=(work.trait, query.dtype, query.data_ptr() % 16),
+        segment_traits=reading.traits,
+    )
+
+
+class _Call(NamedTuple):
+    """What a read is given beside segments, as far as launches differ by it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    codec: Codec
+    rotary: Rotary
+    frame: bool
+    mask: str
+    window: bool
+    ragged: bool
+    softcap: bool
+    sinks: bool
+
+
+class _Reading(NamedTuple):
+    """What calls alike need to know of segments.
+
+    Attributes:
+        plan, kernels: For these bits and dims.
+        held: Tensors of the segments, those in codes first.
+        tokens, rooms, traits: Of each, as in `_Laid`.
+        flat, rows: As in `Work`.
+        kv_heads: Of each segment.
+        centred: The mean of keys is scored.
+    """
+
+    plan: "Plan"
+    kernels: "Kernels"
+    held: Held
+    tokens: tuple[int, ...]
+    rooms: tuple[int, ...]
+    traits: tuple[Any, ...]
+    flat: int
+    rows: int
+    kv_heads: int
+    centred: bool
+
+
+def _reading(call: _Call, segments: Iterable[Segment]) -> _Reading | None:
+    """None where the kernels don't do this."""
+    held = [s for s in segments if s.tokens]
+    held.sort(key=_is_exact)
+    laid = [_laid(s) for s in held]
+    batch, heads, queries, dim = call.shape
+    kv_heads, bits = held[0].positions.shape[1], tuple([s.bits for s in held])
+    rows = heads // kv_heads * queries
+    plan = plan_of(rows, dim, laid[0].dims[1], bits, call.dtype, call.device)
+    if plan is None:
+        return None
+    check_device("segments", held[0].positions, call.device)
+    codec, rotary, centred = call.codec, call.rotary, call.frame and bits[0] < 16
     kernels = kernels_of(
         plan,
         codec.symmetric,
@@ -196,31 +269,41 @@ def tiered_attention(
         rotary.interleaved,
         tuple([s.shared for s in laid]),
         tuple([s.packed for s in laid]),
-        mask_kind(mask),
-        queries > 1 and mask is None,
-        window is not None and mask is None,
-        ragged,
-        softcap is not None,
-        sinks is not None,
+        call.mask,
+        queries > 1 and call.mask == "none",
+        call.window and call.mask == "none",
+        call.ragged,
+        call.softcap,
+        call.sinks,
     )
-    return launch(
+    return _Reading(
+        plan,
         kernels,
-        work,
-        query,
         Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid])),
-        kv_heads=kv_heads,
-        value_dim=value_dim,
-        length=length,
-        scale=scale,
-        frame=frame if centred else None,
-        rotary=rotary,
-        mask=mask,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        traits=(work.trait, query.dtype, query.data_ptr() % 16),
-        segment_traits=tuple([s.trait for s in laid]),
+        tuple([s.tokens for s in laid]),
+        tuple([s.room for s in laid]),
+        tuple([s.trait for s in laid]),
+        batch * kv_heads,
+        rows,
+        kv_heads,
+        centred,
     )
+
+
+def _kept(call: _Call, segments: Growing) -> _Reading | None:
+    """`_reading` of segments with all the room of the last one, at the first of calls alike.
+
+    None also where there are no tokens in it, or where it is not laid out as the kernels read it: a copy would lack the
+    tokens to come.
+    """
+    if not segments.tokens:
+        return None
+    made_for, reading = segments.known.get(__name__, (None, None))
+    if made_for != call:
+        in_place = _room(segments.room) is not None
+        reading = _reading(call, [*segments.others, segments.room]) if in_place else None
+        segments.known[__name__] = call, reading
+    return reading
 
 
 def launch(
@@ -264,8 +347,8 @@ def launch(
     rows, rotated_at, state_at, factor_at = work.rows, work.rotated_at, work.state_at, work.factor_at
     # With a cap the scores must be in natural units first; else exp2 saves a product.
     units = float(scale) if softcap is not None else scale * LOG2E.value
-    halves = torch.empty(work.halves, dtype=torch.float16, device=device)
-    floats = torch.empty(work.floats, dtype=torch.float32, device=device)
+    floats = torch.empty(work.workspace, dtype=torch.float32, device=device)
+    halves = Held(functools.partial(_halves, floats, work.floats), floats.data_ptr() + 4 * work.floats)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
     counted = query if counts is None else counts
     known: tuple[Any, ...]
@@ -375,6 +458,11 @@ def launch(
             known,
         )
     return out
+
+
+def _halves(workspace: torch.Tensor, start: int) -> torch.Tensor:
+    """The part of a workspace of float32 that is used as float16."""
+    return workspace[start:].view(torch.float16)
 
 
 FOLDED = "folded"
@@ -557,7 +645,8 @@ class Work(NamedTuple):
 
     Attributes:
         flat, rows: KV heads of the whole batch, and query rows of each.
-        halves, floats: Elements of the workspaces.
+        workspace: Elements of float32 that the workspace takes.
+        floats: Of them before those that are two of float16 each, in which `halves` begins, at a multiple of 16 bytes.
         rotated_at, state_at, factor_at: Where their parts begin.
         turning, scoring: Programs of `prepare_kernel` that rotate queries, and that score the mean.
         row_blocks: Of the latter, for the rows at one position.
@@ -571,7 +660,7 @@ class Work(NamedTuple):
 
     flat: int
     rows: int
-    halves: int
+    workspace: int
     floats: int
     rotated_at: int
     state_at: int
@@ -616,12 +705,13 @@ def work_of(
     rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
     state_at = flat * splits * rows * plan.value_dim
     factor_at = state_at + flat * splits * rows * 2 + 2
+    floats, halves = -(-(factor_at + flat * rows * 2) // 4) * 4, rotated_at + flat * rows * plan.dim
     sizes = tuple((2 * size + 3, 2 * room + 3) for size, room in zip(tokens, rooms, strict=True))
     return Work(
         flat=flat,
         rows=rows,
-        halves=rotated_at + flat * rows * plan.dim,
-        floats=factor_at + flat * rows * 2,
+        workspace=floats + -(-halves // 2),
+        floats=floats,
         rotated_at=rotated_at,
         state_at=state_at,
         factor_at=factor_at,

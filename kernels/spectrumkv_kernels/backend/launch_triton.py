@@ -24,10 +24,13 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+_STAYS = contextlib.nullcontext()
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: this makes it the tensor's."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _STAYS
     return torch.cuda.device(tensor.device)
 
 
