@@ -184,6 +184,7 @@ def _densified(value: Any) -> Any:
     return value.dense() if isinstance(value, SpectrumHandle) else value
 
 
+@torch.compiler.disable
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -110,7 +110,7 @@ def _readable(name: str, mask: Any, kwargs: dict[str, Any]) -> bool:
         and _plain(mask)
         and not kwargs.get("dropout")
         and kwargs.get("is_causal") is not False
-        and all(_unset(kwargs.get(argument)) for argument in UNKNOWN)
+        and (UNKNOWN.isdisjoint(kwargs) or all(_unset(kwargs.get(argument)) for argument in UNKNOWN))
     )
 
 

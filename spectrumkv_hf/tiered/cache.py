@@ -374,18 +374,24 @@ class TieredCache(Cache):
         self._check_model(layer_idx, key_states)
         layer = self.layers[layer_idx]
         if isinstance(layer, SpectrumLayer):
-            earlier = (b for b in reversed(self.layers[:layer_idx]) if isinstance(b, SpectrumLayer))
-            before = next((b for b in earlier if b.is_initialized), None)
-            if before is not None and before.length != layer.length + key_states.shape[-2]:
+            before, length = self._before(layer_idx), layer.length + key_states.shape[-2]
+            if before is not None and before.length != length:
                 raise RuntimeError(
-                    f"layer {before.layer_idx} holds {before.length} tokens, layer {layer_idx} would hold "
-                    f"{layer.length + key_states.shape[-2]}: a forward was interrupted. Call reset(), and "
-                    "give the whole prompt again"
+                    f"layer {before.layer_idx} holds {before.length} tokens, layer {layer_idx} would hold {length}: a "
+                    "forward was interrupted. Call reset(), and give the whole prompt again"
                 )
         shown = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, SpectrumLayer):
             self._known, self._unread = layer.length, 0
         return shown
+
+    def _before(self, layer_idx: int) -> SpectrumLayer | None:
+        """The last tiered layer before one that holds tokens."""
+        for index in range(layer_idx - 1, -1, -1):
+            layer = self.layers[index]
+            if isinstance(layer, SpectrumLayer) and layer.is_initialized:
+                return layer
+        return None
 
     def _check_model(self, layer_idx: int, key_states: torch.Tensor) -> None:
         """Refuse keys of a model that the cache was not made for; each layer's first ones are compared with it."""

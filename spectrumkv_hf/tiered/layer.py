@@ -34,11 +34,14 @@ FUSED_QUERIES = 32
 """With more queries than this, one dequantisation of the layer costs less than reading its codes query by query."""
 
 
+_AS_IT_IS = nullcontext()
+
+
 def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Keeps autocast out of what is computed in float32 on purpose."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 @functools.cache
@@ -267,8 +270,9 @@ class SpectrumLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         store, given = self.store, key_states.shape
-        (held_keys, held_values), held = self.store.buffers, self.store.buffers[0].shape
-        if held[:2] != given[:2] or held[3] != given[3]:
+        held_keys, held_values = store.buffers
+        held = held_keys.shape
+        if held[0] != given[0] or held[1] != given[1] or held[3] != given[3]:
             raise ValueError(
                 f"layer {self.layer_idx} holds {store.length} tokens of batch {held[0]}, {held[1]} KV heads, head_dim "
                 f"{held[3]}; got batch {given[0]}, {given[1]} KV heads, head_dim {given[3]}. Call reset(), or take a "
@@ -301,9 +305,10 @@ class SpectrumLayer(CacheLayerMixin):
     def _shown(self, length: int) -> tuple[SpectrumHandle, SpectrumHandle]:
         """Handles of keys and values of the last `length` tokens."""
         keys, values = self.store.buffers
+        batch, heads, _, dim = keys.shape
         return (
-            SpectrumHandle(self, "keys", (*keys.shape[:2], length, keys.shape[3]), keys.dtype),
-            SpectrumHandle(self, "values", (*values.shape[:2], length, values.shape[3]), values.dtype),
+            SpectrumHandle(self, "keys", (batch, heads, length, dim), keys.dtype),
+            SpectrumHandle(self, "values", (batch, heads, length, values.shape[3]), values.dtype),
         )
 
     def _check_room(self, length: int) -> None:
@@ -462,7 +467,6 @@ class SpectrumLayer(CacheLayerMixin):
                 "or a policy that drops none."
             )
 
-    @torch.compiler.disable
     def attend(
         self,
         generation: int,
@@ -494,7 +498,8 @@ class SpectrumLayer(CacheLayerMixin):
             ValueError: the mask has another number of columns than there are tokens.
         """
         self.check(generation)
-        length, start = self.store.length - self._open.read_from, self._open.read_from
+        store, start = self.store, self._open.read_from
+        length = store.length - start
         if mask is not None and length < mask.shape[-1] == self.capacity:  # of a step that could have been compiled
             mask = mask[..., start : start + length]
         if mask is not None and mask.shape[-1] != length:
@@ -502,9 +507,9 @@ class SpectrumLayer(CacheLayerMixin):
                 f"layer {self.layer_idx} has {length} tokens to attend to, the attention mask is for {mask.shape[-1]}"
             )
         fused = fused and not (query.requires_grad and torch.is_grad_enabled())  # only the stock attention has those
-        if fused and self.store.arenas and query.shape[2] <= FUSED_QUERIES:
+        if fused and store.arenas and query.shape[2] <= FUSED_QUERIES:
             with _own_precision(query.device):
-                out = self.read(query, mask, scale, softcap, sinks)
+                out = self.read(query, mask, scale, softcap, sinks, store)
                 self.attended(query, None, mask, scale, softcap, sinks)
             return out
         keys, values = self.dense_for(generation)
@@ -568,29 +573,42 @@ class SpectrumLayer(CacheLayerMixin):
                 without attention.
             mask, scale, softcap, sinks: As in `spectrumkv_kernels.attention_scores`.
         """
-        if self.on_attention:
+        if self.on_attention.some:
             self.on_attention(Attention(self, query, mask, scale, softcap, sinks))
         if self._open.stage is not Stage.UNSEEN:  # another layer that shares these keys and values came before
             return
-        tokens = self._open.tokens
-        fits = mask is None or (mask.dim() == 4 and mask.shape[-2] == tokens)
-        with torch.no_grad():
-            if tokens > 1 and fits and (real := real_tokens(mask, tokens)) is not None:
-                self.store.note_padding(real.expand(self.store.batch_size, -1))
-            pads = self.store.pads
-            begins = self.store.frame is None or pads is not None
-            if self.codec.balanced and tokens > 1 and begins and self._due():  # one query tells next to nothing
-                first = self.store.length - query.shape[2]
-                self._open.query_power = _power(query, self.kv_heads, None if pads is None else pads - first)
-            reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
-            if reads and keys is not None and self._due():
-                score = attention_scores
-                scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
-                self._open.scores = scores[..., keys.shape[2] - self.store.tail_length :]
+        if self._open.tokens > 1:  # one query tells next to nothing
+            self._learn(query, keys, mask, scale, softcap, sinks)
         if self.defer and self._due():
             self._open.stage = Stage.DEFERRED
         else:
             self._finish()
+
+    @torch.no_grad()
+    def _learn(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """What `attended` is told of padding, of the queries' power and of the attention that tokens got."""
+        tokens = self._open.tokens
+        fits = mask is None or (mask.dim() == 4 and mask.shape[-2] == tokens)
+        if fits and (real := real_tokens(mask, tokens)) is not None:
+            self.store.note_padding(real.expand(self.store.batch_size, -1))
+        pads = self.store.pads
+        begins = self.store.frame is None or pads is not None
+        if self.codec.balanced and begins and self._due():
+            first = self.store.length - query.shape[2]
+            self._open.query_power = _power(query, self.kv_heads, None if pads is None else pads - first)
+        reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
+        if reads and keys is not None and self._due():
+            score = attention_scores
+            scores = score(query, keys, scale=scale, mask=mask, window=self.window, softcap=softcap, sinks=sinks)
+            self._open.scores = scores[..., keys.shape[2] - self.store.tail_length :]
 
     def _due(self) -> int:
         """How many of the oldest tail tokens are to be tiered now."""
@@ -608,8 +626,11 @@ class SpectrumLayer(CacheLayerMixin):
 
     def _finish(self) -> None:
         """Tier what is due. After an error it is still due."""
-        with torch.no_grad():
-            self._tier(self._open.scores)
+        if self._due():
+            with torch.no_grad():
+                self._tier(self._open.scores)
+        else:
+            self.announce()
         # The power of the queries stays: where all layers share a ranking, tokens may not have their tiers yet.
         self._open.stage, self._open.scores = Stage.SETTLED, None
         if self._tiering is None:

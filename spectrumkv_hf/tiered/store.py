@@ -211,6 +211,7 @@ class TieredStore:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, codec: Codec, rotary: Rotary) -> None:
         """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
         self.codec, self.rotary = codec, rotary
+        self._contents: Contents
         self._growing: Growing | None = None
         empty = [side.new_empty(*side.shape[:2], 0, side.shape[3]) for side in (keys, values)]
         self._now = Contents(empty[0], empty[1], {})
@@ -350,7 +351,8 @@ class TieredStore:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens, `[batch, kv_heads, tokens, dim]`, to the tail."""
-        now, held = self._now, self.tail_length
+        now = self._contents
+        held = now.length - now.tail_start
         grown, length = held + keys.shape[2], now.length + keys.shape[2]
         room = min(now.keys.shape[2], now.values.shape[2])
         if held == 0 and grown > room:

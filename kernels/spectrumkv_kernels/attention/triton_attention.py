@@ -172,12 +172,8 @@ def tiered_attention(
         query.shape, query.dtype, device, codec, rotary, frame is not None, mask_kind(mask), window is not None,
         ragged, softcap is not None, sinks is not None,
     )  # fmt: skip
-    reading, tokens = _kept(call, segments) if isinstance(segments, Growing) else None, ()
-    if reading is not None:
-        tokens = (*reading.tokens[:-1], segments.tokens)
-    elif (reading := _reading(call, segments)) is not None:
-        tokens = reading.tokens
-    else:
+    reading, tokens = _known(call, segments)
+    if reading is None:
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
@@ -290,20 +286,19 @@ def _reading(call: _Call, segments: Iterable[Segment]) -> _Reading | None:
     )
 
 
-def _kept(call: _Call, segments: Growing) -> _Reading | None:
-    """`_reading` of segments with all the room of the last one, at the first of calls alike.
-
-    None also where there are no tokens in it, or where it is not laid out as the kernels read it: a copy would lack the
-    tokens to come.
-    """
-    if not segments.tokens:
-        return None
-    made_for, reading = segments.known.get(__name__, (None, None))
-    if made_for != call:
-        in_place = _room(segments.room) is not None
-        reading = _reading(call, [*segments.others, segments.room]) if in_place else None
-        segments.known[__name__] = call, reading
-    return reading
+def _known(call: _Call, segments: Sequence[Segment]) -> tuple[_Reading | None, tuple[int, ...]]:
+    """`_reading` of segments, and the tokens of each; kept for calls alike where only the last segment grows."""
+    if isinstance(segments, Growing) and segments.tokens:
+        made_for, reading = segments.known.get(__name__, (None, None))
+        if made_for != call:
+            # As with a tail that is full. It has to be read where it lies: a copy would lack the tokens to come.
+            in_place = _room(segments.room) is not None
+            reading = _reading(call, [*segments.others, segments.room]) if in_place else None
+            segments.known[__name__] = call, reading
+        if reading is not None:
+            return reading, (*reading.tokens[:-1], segments.tokens)
+    reading = _reading(call, segments)
+    return reading, () if reading is None else reading.tokens
 
 
 def launch(
@@ -344,23 +339,21 @@ def launch(
         counts, totals, recent: As `attend_kernel` takes them where tokens are counted on the device.
     """
     (batch, heads, queries, _), device = query.shape, query.device
-    rows, rotated_at, state_at, factor_at = work.rows, work.rotated_at, work.state_at, work.factor_at
-    # With a cap the scores must be in natural units first; else exp2 saves a product.
-    units = float(scale) if softcap is not None else scale * LOG2E.value
     floats = torch.empty(work.workspace, dtype=torch.float32, device=device)
     halves = Held(functools.partial(_halves, floats, work.floats), floats.data_ptr() + 4 * work.floats)
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
     counted = query if counts is None else counts
+    total = query if totals is None else totals
     known: tuple[Any, ...]
-    strides: tuple[int, ...] = (0, 0, 0, 0)
-    masked, lowest, columns, mask_trait = query, 0.0, 0, None
+    masked, masking, mask_trait = query, UNMASKED, None
     if mask is not None:
         check_device("mask", mask, device)
-        masked, strides, lowest, columns = _masking(mask)
-        mask_trait = trait((masked, *strides, columns))
-    mask_batch, mask_head, mask_query, mask_stride = strides
+        masked, masking = _masking(mask)
+        mask_trait = trait((masked, *masking.strides, masking.columns))
+    numbers = _numbers(work, queries, kv_heads, length, scale, window, softcap, masking, recent)
     with on_device(query):
         fitted: torch.Tensor | Held = query if frame is None else frame
+        fitted_trait = fitted.data_ptr() % 16
         if work.coded_splits:
             fine, coarse = (query, query) if frame is None else tables(length, rotary, device)
             kernels.prepare(
@@ -375,25 +368,9 @@ def launch(
                     "counts": counted,
                     "mask": masked,
                 },
-                {
-                    "rotated_at": rotated_at,
-                    "factor_at": factor_at,
-                    "rows": rows,
-                    "flat": work.flat,
-                    "turning": work.turning,
-                    "row_blocks": work.row_blocks,
-                    "blocks": work.each,
-                    "length": length,
-                    "recent": recent,
-                    "kv_heads": kv_heads,
-                    "mask_batch": mask_batch,
-                    "mask_stride": mask_stride,
-                    "mask_columns": columns,
-                    "scale": units,
-                },
-                (traits, fitted.data_ptr() % 16, mask_trait),
+                numbers.prepare,
+                (traits, fitted_trait, mask_trait),
             )
-        known = (traits, segment_traits, mask_trait)
         kernels.attend(
             work.grid,
             {
@@ -403,61 +380,106 @@ def launch(
                 "segments": segments,
                 "mask": masked,
                 "counts": counted,
-                "totals": query if totals is None else totals,
+                "totals": total,
             },
-            {
-                "sizes": work.sizes,
-                "chunks": work.chunks,
-                "rotated_at": rotated_at,
-                "state_at": state_at,
-                "factor_at": factor_at,
-                "kv_heads": kv_heads,
-                "rows": rows,
-                "queries": queries,
-                "length": length,
-                "splits": work.splits,
-                "mask_batch": mask_batch,
-                "mask_head": mask_head,
-                "mask_query": mask_query,
-                "mask_stride": mask_stride,
-                "mask_columns": columns,
-                "mask_lowest": lowest,
-                "window": window or 0,
-                "recent": recent,
-                "scale": units,
-                "softcap": float(softcap or 0),
-            },
-            known,
+            numbers.attend,
+            (traits, segment_traits, mask_trait),
         )
-        known = (traits, fitted.data_ptr() % 16)
+        known = (traits, fitted_trait)
         if sinks is not None:
             check_device("sinks", sinks, device)
             known = (*known, trait(sinks))
         kernels.merge(
-            (work.flat * rows, 1, 1),
+            (work.flat * work.rows, 1, 1),
             {
                 "partial": floats,
                 "sinks": query if sinks is None else sinks,
                 "frame": fitted,
                 "counts": counted,
-                "totals": query if totals is None else totals,
+                "totals": total,
                 "out": out,
             },
-            {
-                "sizes": work.sizes,
-                "chunks": work.chunks,
-                "state_at": state_at,
-                "rows": rows,
-                "queries": queries,
-                "kv_heads": kv_heads,
-                "splits": work.splits,
-                "shares": work.grid[1],
-                "recent": recent,
-                "coded": work.coded_splits,
-            },
+            numbers.merge,
             known,
         )
     return out
+
+
+class _Numbers(NamedTuple):
+    """The numbers that the three kernels take, by name."""
+
+    prepare: dict[str, Any]
+    attend: dict[str, Any]
+    merge: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(
+    work: "Work",
+    queries: int,
+    kv_heads: int,
+    length: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    mask: "Masking",
+    recent: int,
+) -> _Numbers:
+    """Kept, because in one step they are the same for all layers that share a `work`."""
+    # With a cap the scores must be in natural units first; else exp2 saves a product.
+    units = float(scale) if softcap is not None else scale * LOG2E.value
+    mask_batch, mask_head, mask_query, mask_stride = mask.strides
+    prepare = {
+        "rotated_at": work.rotated_at,
+        "factor_at": work.factor_at,
+        "rows": work.rows,
+        "flat": work.flat,
+        "turning": work.turning,
+        "row_blocks": work.row_blocks,
+        "blocks": work.each,
+        "length": length,
+        "recent": recent,
+        "kv_heads": kv_heads,
+        "mask_batch": mask_batch,
+        "mask_stride": mask_stride,
+        "mask_columns": mask.columns,
+        "scale": units,
+    }
+    attend = {
+        "sizes": work.sizes,
+        "chunks": work.chunks,
+        "rotated_at": work.rotated_at,
+        "state_at": work.state_at,
+        "factor_at": work.factor_at,
+        "kv_heads": kv_heads,
+        "rows": work.rows,
+        "queries": queries,
+        "length": length,
+        "splits": work.splits,
+        "mask_batch": mask_batch,
+        "mask_head": mask_head,
+        "mask_query": mask_query,
+        "mask_stride": mask_stride,
+        "mask_columns": mask.columns,
+        "mask_lowest": mask.lowest,
+        "window": window or 0,
+        "recent": recent,
+        "scale": units,
+        "softcap": float(softcap or 0),
+    }
+    merge = {
+        "sizes": work.sizes,
+        "chunks": work.chunks,
+        "state_at": work.state_at,
+        "rows": work.rows,
+        "queries": queries,
+        "kv_heads": kv_heads,
+        "splits": work.splits,
+        "shares": work.grid[1],
+        "recent": recent,
+        "coded": work.coded_splits,
+    }
+    return _Numbers(prepare, attend, merge)
 
 
 def _halves(workspace: torch.Tensor, start: int) -> torch.Tensor:
@@ -640,7 +662,8 @@ def kernels_of(
     )
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Work:
     """How a step's work is shared out, the same for all layers with as many tokens in each tier.
 
     Attributes:
@@ -733,13 +756,24 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must lie on {device}, as the query does, got {tensor.device}")
 
 
-def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], float, int]:
-    """The mask for the kernel, its strides, what hides, and how many columns it has."""
+class Masking(NamedTuple):
+    """Numbers of a mask: strides, 0 where it has one row or head for all, columns, and below what it hides."""
+
+    strides: tuple[int, ...]
+    columns: int
+    lowest: float
+
+
+UNMASKED = Masking((0, 0, 0, 0), 0, 0.0)
+
+
+def _masking(mask: torch.Tensor) -> tuple[torch.Tensor, Masking]:
+    """The mask for the kernel, and its numbers."""
     (batch, heads, queries, columns), steps = mask.shape, mask.stride()
     strides = (steps[0] if batch > 1 else 0, steps[1] if heads > 1 else 0, steps[2] if queries > 1 else 0, steps[3])
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), strides, 0.0, columns
-    return mask, strides, torch.finfo(mask.dtype).min / 2, columns
+        return mask.view(torch.uint8), Masking(strides, columns, 0.0)
+    return mask, Masking(strides, columns, torch.finfo(mask.dtype).min / 2)
 
 
 def _held(segment: Segment) -> Held:

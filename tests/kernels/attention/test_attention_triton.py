@@ -7,6 +7,7 @@ from test_attention import ALL_TIERS, PACKED_CASES, build, packed_case, randn
 
 from spectrumkv_kernels import Quantized, Segment
 from spectrumkv_kernels import tiered_attention as twin
+from spectrumkv_kernels.segment import Growing
 
 attention_triton = pytest.importorskip("spectrumkv_kernels.attention.triton_attention")
 TIERS = ((16, 5), (8, 67), (4, 131), (16, 33))
@@ -24,6 +25,8 @@ def moved(stored, device):
 
 
 def on(case, device):
+    if isinstance(case.segments, Growing):
+        return case
     segments = [
         Segment(s.bits, moved(s[1], device), moved(s[2], device), s.positions.to(device)) for s in case.segments
     ]
@@ -366,3 +369,26 @@ def test_packed_positions(name, head_dim, device):
     out = attend(tiled, query, device, **options)
     assert torch.equal(out, attend(plain, query, device, **options))
     assert error(out, plain.expected(query, **options)) < TOLERANCE[query.dtype]
+
+
+@pytest.mark.parametrize("laid_out", ["heads", "one head", "tokens first"])
+def test_a_segment_that_grows(laid_out, device):
+    """Calls of every kind and number of tokens over the same object, in which tokens come without being announced."""
+    case = on(build(((8, 67), (4, 70), (16, 33)), kv_heads=1 if laid_out == "one head" else 2, head_dim=32), device)
+    bits, *whole = case.segments[-1]
+    room = [torch.zeros_like(t) for t in whole]
+    if laid_out == "tokens first":  # which the kernels don't read in place
+        room = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in room]
+    growing = Growing(case.segments[:-1], Segment(bits, *room))
+    for tokens in (1, 3, 20, 33):
+        for given, full in zip(room, whole, strict=True):
+            given[:, :, :tokens] = full[:, :, :tokens]
+        growing.tokens = tokens
+        here = case._replace(segments=growing)
+        seen = on(here._replace(segments=list(growing)), torch.device("cpu"))
+        for queries, masked in ((1, False), (1, False), (1, True), (3, False)):
+            query = randn(1, 2 * room[0].shape[1], queries, 32, seed=tokens)
+            mask = torch.rand(1, 1, queries, seen.length) > 0.3 if masked else None
+            expected = seen.expected(query, scale=0.3, mask=mask)
+            out = attend(here, query, device, scale=0.3, mask=mask)
+            assert error(out, expected) < 2e-3
