@@ -381,7 +381,7 @@ class TieredCache(Cache):
                     "forward was interrupted. Call reset(), and give the whole prompt again"
                 )
         shown = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(layer, SpectrumLayer):
+        if self._capacity is not None and isinstance(layer, SpectrumLayer):
             self._known, self._unread = layer.length, 0
         return shown
 

@@ -197,7 +197,7 @@ class SpectrumLayer(CacheLayerMixin):
     @property
     def store(self) -> TieredStore:
         """The layer's tensors; there are some from the first update on."""
-        store = self._store
+        store = self._store if self._moved or self._tiering is not None else self._held
         assert store is not None
         return store
 
@@ -541,19 +541,20 @@ class SpectrumLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """Attention over the store, or another, where it lies; see `spectrumkv_kernels.tiered_attention`."""
         store = self.store if store is None else store
+        now = store.contents
         return tiered_attention(
             query,
-            store.growing() if self.capacity is None else store.segments(),  # else its places may be written anew
-            length=store.length,
+            store.growing() if self.capacity is None else store.segments(),  # decode steps change it behind its back
+            length=now.length,
             scale=scale,
             codec=self.codec,
-            frame=store.frame,
+            frame=now.frame,
             rotary=self.rotary,
             mask=mask,
             window=self.window,
             softcap=softcap,
             sinks=sinks,
-            ragged=store.ragged,
+            ragged=now.ragged,
         )
 
     def attended(

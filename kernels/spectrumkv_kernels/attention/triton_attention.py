@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.launch_triton import Held, Launcher, next_power_of_2, on_device, shared, trait
+from ..backend.launch_triton import Held, Launcher, Series, next_power_of_2, on_device, shared, trait
 from ..backend.tensor_cache import keep_longest
 from ..codec.frame import frame_size
 from ..codec.quantize import Quantized
@@ -344,77 +344,31 @@ def launch(
     out = torch.empty((batch, heads, queries, value_dim), dtype=query.dtype, device=device)
     counted = query if counts is None else counts
     total = query if totals is None else totals
-    known: tuple[Any, ...]
-    masked, masking, mask_trait = query, UNMASKED, None
+    masked, masking, mask_trait, sink_trait = query, UNMASKED, None, None
     if mask is not None:
         check_device("mask", mask, device)
         masked, masking = _masking(mask)
         mask_trait = trait((masked, *masking.strides, masking.columns))
-    numbers = _numbers(work, queries, kv_heads, length, scale, window, softcap, masking, recent)
+    if sinks is not None:
+        check_device("sinks", sinks, device)
+        sink_trait = trait(sinks)
+    series = _series(kernels, work, queries, kv_heads, length, scale, window, softcap, masking, recent)
     with on_device(query):
         fitted: torch.Tensor | Held = query if frame is None else frame
-        fitted_trait = fitted.data_ptr() % 16
+        tensors: list[tuple[Any, ...]] = [  # in the order of the names in `_series`
+            (query, halves, floats, segments, masked, counted, total),
+            (floats, query if sinks is None else sinks, fitted, counted, total, out),
+        ]
         if work.coded_splits:
             fine, coarse = (query, query) if frame is None else tables(length, rotary, device)
-            kernels.prepare(
-                (work.turning + work.scoring, 1, 1),
-                {
-                    "query": query,
-                    "frame": fitted,
-                    "fine": fine,
-                    "coarse": coarse,
-                    "halves": halves,
-                    "floats": floats,
-                    "counts": counted,
-                    "mask": masked,
-                },
-                numbers.prepare,
-                (traits, fitted_trait, mask_trait),
-            )
-        kernels.attend(
-            work.grid,
-            {
-                "query": query,
-                "halves": halves,
-                "floats": floats,
-                "segments": segments,
-                "mask": masked,
-                "counts": counted,
-                "totals": total,
-            },
-            numbers.attend,
-            (traits, segment_traits, mask_trait),
-        )
-        known = (traits, fitted_trait)
-        if sinks is not None:
-            check_device("sinks", sinks, device)
-            known = (*known, trait(sinks))
-        kernels.merge(
-            (work.flat * work.rows, 1, 1),
-            {
-                "partial": floats,
-                "sinks": query if sinks is None else sinks,
-                "frame": fitted,
-                "counts": counted,
-                "totals": total,
-                "out": out,
-            },
-            numbers.merge,
-            known,
-        )
+            tensors.insert(0, (query, fitted, fine, coarse, halves, floats, counted, masked))
+        series(tensors, (traits, segment_traits, fitted.data_ptr() % 16, mask_trait, sink_trait))
     return out
 
 
-class _Numbers(NamedTuple):
-    """The numbers that the three kernels take, by name."""
-
-    prepare: dict[str, Any]
-    attend: dict[str, Any]
-    merge: dict[str, Any]
-
-
 @functools.lru_cache(maxsize=64)
-def _numbers(
+def _series(
+    kernels: "Kernels",
     work: "Work",
     queries: int,
     kv_heads: int,
@@ -424,8 +378,8 @@ def _numbers(
     softcap: float | None,
     mask: "Masking",
     recent: int,
-) -> _Numbers:
-    """Kept, because in one step they are the same for all layers that share a `work`."""
+) -> Series:
+    """The launches of the kernels; in one step they are the same for all layers that share a `work`."""
     # With a cap the scores must be in natural units first; else exp2 saves a product.
     units = float(scale) if softcap is not None else scale * LOG2E.value
     mask_batch, mask_head, mask_query, mask_stride = mask.strides
@@ -479,7 +433,24 @@ def _numbers(
         "recent": recent,
         "coded": work.coded_splits,
     }
-    return _Numbers(prepare, attend, merge)
+    launches: list[tuple[Launcher, tuple[int, ...], tuple[str, ...], dict[str, Any]]] = [
+        (
+            kernels.attend,
+            work.grid,
+            ("query", "halves", "floats", "segments", "mask", "counts", "totals"),
+            attend,
+        ),
+        (
+            kernels.merge,
+            (work.flat * work.rows, 1, 1),
+            ("partial", "sinks", "frame", "counts", "totals", "out"),
+            merge,
+        ),
+    ]
+    if work.coded_splits:
+        names = ("query", "frame", "fine", "coarse", "halves", "floats", "counts", "mask")
+        launches.insert(0, (kernels.prepare, (work.turning + work.scoring, 1, 1), names, prepare))
+    return Series(launches)
 
 
 def _halves(workspace: torch.Tensor, start: int) -> torch.Tensor:

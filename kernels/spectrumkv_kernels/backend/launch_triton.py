@@ -126,21 +126,35 @@ class Launcher:
         Raises:
             TypeError: the names are not those of the kernel's parameters, in their order.
         """
-        if known is None or not direct() or not isinstance(self._kernel, JITFunction):  # the interpreter's are none
+        if known is None or not direct() or not self.compiles:
             self._launch_publicly(grid, tensors, numbers)
             return
         values = tensors.values()
         device = next(iter(values)).get_device()
-        found = self._compiled.get((device, known))
-        if found is None:
+        if (device, known) not in self._compiled:
             compiled = self._launch_publicly(grid, tensors, numbers)
             if compiled is not None:
                 self._compiled[device, known] = (compiled.run, compiled.function, compiled.packed_metadata)
             return
-        run, function, metadata = found
-        stream = driver.active.get_current_stream(device)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in values]
-        run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers.values(), *self._values)
+        run, behind = self.ready(grid, numbers, device, driver.active.get_current_stream(device), known)
+        run(*[None if tensor is None else tensor.data_ptr() for tensor in values], *behind)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether Triton compiles the kernel, which its interpreter does not."""
+        return isinstance(self._kernel, JITFunction)
+
+    def ready(
+        self, grid: tuple[int, ...], numbers: Mapping[str, Any], device: int, stream: int, known: Any
+    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What launches code that was compiled before: called with the tensors' addresses and then the second value."""
+        run, function, metadata = self._compiled[device, known]
+        first = functools.partial(run, *grid, stream, function, metadata, None, None, None)
+        return first, (*numbers.values(), *self._values)
+
+    def compiled(self, device: int, known: Any) -> bool:
+        """Whether there is code for what is `known`, to be launched directly."""
+        return (device, known) in self._compiled
 
     def _launch_publicly(self, grid: tuple[int, ...], tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> Any:
         """By Triton's public way; returns the code that it ran."""
@@ -150,6 +164,41 @@ class Launcher:
             raise TypeError(f"{name} takes {', '.join(kernel.arg_names)}; given were {', '.join(given)}")
         values = [tensor.made() if type(tensor) is Held else tensor for tensor in tensors.values()]
         return kernel[grid](*values, *numbers.values(), *self._values, **self._options)
+
+
+class Series:
+    """Launches of kernels one after the other, of which all but the tensors is kept.
+
+    Args:
+        launches: Of each the launcher, the grid of three numbers, the names of its tensors, and its numbers.
+    """
+
+    def __init__(
+        self, launches: Sequence[tuple[Launcher, tuple[int, ...], tuple[str, ...], Mapping[str, Any]]]
+    ) -> None:
+        self._launches = launches
+        self._compiles = all(launcher.compiles for launcher, *_ in launches)
+        self._ready: dict[Any, list[Any]] = {}
+
+    def __call__(self, tensors: Sequence[Sequence[Any]], known: Any) -> None:
+        """Launch them all, as their launchers do.
+
+        Args:
+            tensors: Of each launch, in the order of the names; otherwise as `Launcher` takes them with `known`.
+            known: As there, of all launches together.
+        """
+        key = None
+        if self._compiles and direct():
+            device = tensors[0][0].get_device()
+            key = device, driver.active.get_current_stream(device), known
+            if (ready := self._ready.get(key)) is not None:
+                for (run, behind), given in zip(ready, tensors, strict=True):
+                    run(*[tensor.data_ptr() for tensor in given], *behind)
+                return
+        for (launcher, grid, names, numbers), given in zip(self._launches, tensors, strict=True):
+            launcher(grid, dict(zip(names, given, strict=True)), numbers, known)
+        if key is not None and all(launcher.compiled(device, known) for launcher, *_ in self._launches):
+            self._ready[key] = [launcher.ready(grid, numbers, *key) for launcher, grid, _, numbers in self._launches]
 
 
 class _Kept(NamedTuple):

@@ -10,7 +10,7 @@ from packaging.version import Version
 triton = pytest.importorskip("triton")
 
 from spectrumkv_kernels.backend import launch_triton  # noqa: E402
-from spectrumkv_kernels.backend.launch_triton import Held, Launcher  # noqa: E402
+from spectrumkv_kernels.backend.launch_triton import Held, Launcher, Series  # noqa: E402
 from spectrumkv_kernels.wire import checksum  # noqa: E402
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton  # noqa: E402
 
@@ -130,6 +130,52 @@ def test_arguments_in_another_order_or_of_other_names_are_refused(
     with pytest.raises(TypeError, match=sentence):
         Launcher(kernel, constants)((2, 1, 1), {"tensor": a, "held": (a,)}, numbers, known)
     assert not kernel.calls
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"), [(min(launch_triton.DIRECT), ["public", "private", "private"]), ("99.0", ["public"] * 3)]
+)
+def test_a_series_launches_each_kernel_with_its_own_arguments(text, ways, version, monkeypatch):
+    version(text)
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    monkeypatch.setattr(
+        launch_triton, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    )
+    kernels, names = (Kernel(), Kernel()), ("tensor", "held")
+    series = Series(
+        [
+            (Launcher(kernels[0], {"KIND": "a"}), (2, 1, 1), names, {"count": 3, "scale": 0.5}),
+            (Launcher(kernels[1], {"KIND": "b"}, num_warps=2), (4, 2, 1), names, {"count": 5, "scale": 0.1}),
+        ]
+    )
+    for _ in range(3):  # with other tensors each time
+        a, b = torch.zeros(4), torch.ones(4)
+        held = Held((b,), (b.data_ptr(),))
+        series([(a, held), (b, Held((a,), (a.data_ptr(),)))], "known")
+        first, second = kernels[0].calls[-1], kernels[1].calls[-1]
+        assert first[1:4] == ((2, 1, 1), (a.data_ptr(), (b.data_ptr(),)), (3, 0.5, "a"))
+        assert second[1:4] == ((4, 2, 1), (b.data_ptr(), (a.data_ptr(),)), (5, 0.1, "b"))
+    assert [[call[0] for call in kernel.calls] for kernel in kernels] == [ways, ways]
+
+
+def test_a_series_compiles_for_what_it_does_not_know_and_launches_on_the_current_stream(version, monkeypatch):
+    version(min(launch_triton.DIRECT))
+    stream = 7
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    monkeypatch.setattr(
+        launch_triton, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: stream))
+    )
+    kernel, a = Kernel(), torch.zeros(4)
+    numbers = {"count": 3, "scale": 0.5}
+    series = Series([(Launcher(kernel, {"KIND": "a"}), (2, 1, 1), ("tensor", "held"), numbers)])
+    given = [(a, Held((a,), (a.data_ptr(),)))]
+    for known in ("one", "one", "other", "other"):
+        series(given, known)
+    assert [call[0] for call in kernel.calls] == ["public", "private"] * 2
+    stream = 8
+    with pytest.raises(AssertionError):  # `Kernel` wants 7
+        series(given, "one")
+        series(given, "one")
 
 
 def test_what_is_tested_is_in_the_versions_named():
