@@ -116,8 +116,6 @@ class Growing(Sequence[Segment]):
         room: The last one, which is exact, with all the places that it has.
         tokens: How many of these are taken, the first ones.
         known: As `Segment.known`, of all segments and whatever the number of tokens.
-
-    A copy, as `deepcopy` and `pickle` make it, is None: what is known does not hold for copies of the tensors.
     """
 
     def __init__(self, others: Sequence[Segment], room: Segment) -> None:
@@ -144,6 +142,3 @@ class Growing(Sequence[Segment]):
 
     def __len__(self) -> int:
         return len(self.others) + 1
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -197,6 +198,10 @@ class Tiering(NamedTuple):
     exactly: Callable[[], Contents]
 
 
+_growing: "WeakKeyDictionary[TieredStore, Growing]" = WeakKeyDictionary()
+"""What `TieredStore.growing` keeps. Beside the stores: copies have none, and the table of positions is everyone's."""
+
+
 class TieredStore:
     """Keys and values of one layer.
 
@@ -212,7 +217,7 @@ class TieredStore:
         """An empty store for tensors like `keys` and `values`, `[batch, kv_heads, any, dim]`."""
         self.codec, self.rotary = codec, rotary
         self._contents: Contents
-        self._growing: Growing | None = None
+        self._read = False
         empty = [side.new_empty(*side.shape[:2], 0, side.shape[3]) for side in (keys, values)]
         self._now = Contents(empty[0], empty[1], {})
 
@@ -271,8 +276,9 @@ class TieredStore:
 
     @_now.setter
     def _now(self, contents: Contents) -> None:
-        if self._growing is not None and not contents.grown_from(self._contents):
-            self._growing = None  # before the change, so that tensors of which there are new ones don't stay alive
+        if self._read and not contents.grown_from(self._contents):
+            _growing.pop(self, None)  # so that tensors of which there are new ones don't stay alive
+            self._read = False
         self._contents = contents
 
     @property
@@ -633,11 +639,12 @@ class TieredStore:
 
     def growing(self) -> Growing:
         """`segments`, the same object for as long as the tail grows in its buffers. Read it before the next change."""
-        kept, now = self._growing, self._contents
+        kept, now = _growing.get(self), self._contents
         if kept is None:
             places = min(now.keys.shape[2], now.values.shape[2])  # halfway through `replace_tail` they differ
             room = self._tail_segment(now.keys.narrow(2, 0, places), now.values.narrow(2, 0, places))
-            kept = self._growing = Growing([arena.segment for arena in now.arenas.values()], room)
+            self._read = True  # first: after an interrupt it must not be that something is kept and this is not known
+            kept = _growing[self] = Growing([arena.segment for arena in now.arenas.values()], room)
         kept.tokens = now.length - now.tail_start
         return kept
 
