@@ -29,6 +29,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from spectrumkv_kernels.attention import triton_attention as attention_triton
 from spectrumkv_kernels.codec import triton_codec as codec_triton
+from spectrumkv_kernels.codec import triton_encode as encode_triton
 from spectrumkv_kernels.scores import triton_scores as scores_triton
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton
 
@@ -222,7 +223,7 @@ def test_codecs_of_more_rows_and_heads_than_a_grid_axis(name, launches):
     mean = expected.expand(batch, -1, -1) if CODEC[name].center else None
     options = CODEC[name], mean, rotary
     alone = CODEC[name], None if mean is None else mean[-1:], rotary
-    coded = codec_triton.encode(keys, values, positions, 8, *options)
+    coded = encode_triton.encode(keys, values, positions, 8, *options)
     wanted = codec.encode(*one, 8, *alone)
     for side, other in zip(coded, wanted, strict=True):
         assert all(torch.equal(x[-1, -1], y[0, -1]) for x, y in zip(side, other, strict=True))
@@ -250,8 +251,8 @@ def test_codecs_of_tokens_far_apart(start, launches):
     far = far_apart(keys), far_apart(values)
     taken = positions if start is None else positions.flip(-1)
     for x, y in zip(
-        codec_triton.encode(*far, taken, 8, CODEC["spectrum"], mean, rotary, start),
-        codec_triton.encode(keys, values, taken, 8, CODEC["spectrum"], mean, rotary, start),
+        encode_triton.encode(*far, taken, 8, CODEC["spectrum"], mean, rotary, start),
+        encode_triton.encode(keys, values, taken, 8, CODEC["spectrum"], mean, rotary, start),
         strict=True,
     ):
         assert all(map(torch.equal, x, y))

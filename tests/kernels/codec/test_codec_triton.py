@@ -218,7 +218,7 @@ def test_ties_round_to_even(bits, device):
     x = torch.tensor([0.0, 0.5, 1.5, 2.5, top - 0.5, top - 1.5, top, 0]).expand(1, 1, 3, -1).contiguous().to(device)
     plain = codec.Codec("plain", center=False, hadamard=False, symmetric=False)
     positions = torch.arange(3, device=device, dtype=torch.int32).expand(1, 1, -1)
-    ours, theirs = (i.encode(x, x, positions, bits, plain, None, Rotary()) for i in (codec_triton, codec))
+    ours, theirs = (i.encode(x, x, positions, bits, plain, None, Rotary()) for i in (encode_triton, codec))
     assert_equal(ours, theirs)
 
 
@@ -230,7 +230,7 @@ def test_constant_tiny_and_huge_vectors(factor, codec_name, device):
     x[:, :, 0] = factor
     x = x.to(device)
     positions = torch.arange(5, device=device, dtype=torch.int32).expand(1, 2, -1)
-    ours, theirs = (i.encode(x, x, positions, 8, CODECS[codec_name], None, Rotary()) for i in (codec_triton, codec))
+    ours, theirs = (i.encode(x, x, positions, 8, CODECS[codec_name], None, Rotary()) for i in (encode_triton, codec))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.scale, b.scale, rtol=2.0**-10, atol=2.0**-24)
         assert a.zero is None or bool(a.zero.isfinite().all())
