@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .. import segment
 from ..backend.launch_triton import Held, cdiv, launch, on_device, strides_of
+from ..backend.tensor_cache import keep
 from ..rotation.rotary import Rotary
 from ..rotation.triton_hadamard import hadamard, join_quarters
 from ..rotation.triton_rotary import rotated_mean
@@ -208,7 +209,7 @@ def encode(
     """As `codec.encode`. Reads the tokens once."""
     if not fits(rotary, bits, keys, values):
         return twin.encode(keys, values, positions, bits, codec, frame, rotary, start)
-    k, v = (_codes(positions.shape, side, bits, codec) for side in (keys, values))
+    k, v = (_codes(positions.shape, side.shape[-1], bits, codec.affine, side.device) for side in (keys, values))
     where = Segment(bits, k, v, positions)  # the last is not written to
     positions = positions.contiguous()
     counts = [positions.shape[-1]]
@@ -237,18 +238,11 @@ def encode_tiers(
         return twin.encode_tiers(
             keys, values, order, counts, bits, codec, frame, rotary, start, flags, out, packs
         )  # fmt: skip
-    segments = []
+    dims, segments = (keys.shape[-1], values.shape[-1]), []
     for width, count, there, packed in zip(bits, counts, out, packs, strict=True):
         if there is None:
-            shape = (cdiv(count, segment.TILE), segment.START + segment.TILE) if packed else (count,)
-            kind = torch.uint8 if packed else torch.int32
-            places = torch.empty(*order.shape[:2], *shape, dtype=kind, device=order.device)
-            rows = *order.shape[:2], count
-            k, v = (
-                side.new_empty(*rows, side.shape[3]) if width == 16 else _codes(rows, side, width, codec)
-                for side in (keys, values)
-            )
-            there = Segment(width, k, v, places)
+            make = _room if count else _nothing
+            there = make((*order.shape[:2], count), width, dims, keys.dtype, codec.affine, packed, order.device)
         segments.append(there)
     if sum(counts):
         stored = ["packed" if packed else "plain" for packed in packs]
@@ -256,11 +250,45 @@ def encode_tiers(
     return segments
 
 
-def _codes(rows: tuple[int, ...], like: torch.Tensor, bits: int, codec: Codec) -> Quantized:
-    """Room for codes of vectors like these, in `[batch, kv_heads, tokens]`."""
-    numbers, dtype = codec.affine
-    codes = torch.empty(*rows, like.shape[-1] * bits // 8, dtype=torch.uint8, device=like.device)
-    return Quantized(codes, torch.empty(*rows, numbers, dtype=dtype, device=like.device))
+def _codes(
+    rows: tuple[int, ...], dim: int, bits: int, affine: tuple[int, torch.dtype], device: torch.device
+) -> Quantized:
+    """Room for codes of vectors of `dim` channels, in `[batch, kv_heads, tokens]`."""
+    numbers, dtype = affine
+    codes = torch.empty(*rows, dim * bits // 8, dtype=torch.uint8, device=device)
+    return Quantized(codes, torch.empty(*rows, numbers, dtype=dtype, device=device))
+
+
+def _room(
+    rows: tuple[int, ...],
+    bits: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    affine: tuple[int, torch.dtype],
+    packed: bool,
+    device: torch.device,
+) -> Segment:
+    """Room for tokens of a tier, in `[batch, kv_heads, tokens]`.
+
+    Args:
+        dims, dtype: Of exact keys and values.
+        affine: As `Codec.affine`.
+        packed: Positions are.
+    """
+    k, v = (
+        torch.empty(*rows, dim, dtype=dtype, device=device) if bits == 16 else _codes(rows, dim, bits, affine, device)
+        for dim in dims
+    )
+    if packed:
+        tiles = cdiv(rows[-1], segment.TILE)
+        places = torch.empty(*rows[:-1], tiles, segment.START + segment.TILE, dtype=torch.uint8, device=device)
+    else:
+        places = torch.empty(*rows, dtype=torch.int32, device=device)
+    return Segment(bits, k, v, places)
+
+
+_nothing = keep(64)(_room)
+"""For tiers that take no tokens, of which every layer of a plan has some."""
 
 
 def _store(
