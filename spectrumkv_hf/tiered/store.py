@@ -441,23 +441,13 @@ class TieredStore:
         """
         before, frame = self._now, self._settled_frame(policy.sinks, query_power)
         score = score.nan_to_num(nan=0.0)
-        made, order, sizes, flags = self._tiered(tokens, policy, score, floor, frame, beside)
-        packing, first = [], 0
-        for flag, (tier, size) in enumerate(sizes.items() if self._packs else (), start=1):
-            arena = made.arenas.get(tier)
-            if arena is not None and arena.segment.packed:
-                packing.append(Packing(flag, tier, order.narrow(-1, first, size)))
-            elif arena is not None and tier != FP16 and packing_gains(len(arena)):
-                flags[flag] = ~can_pack(arena.places)
-                packing.append(Packing(flag, tier, None))
-            first += size
+        made, widths, flags, packing = self._tiered(tokens, policy, score, floor, frame, beside)
         self._now = made
 
         def exactly() -> Contents:
-            widths = [tier.bits for tier, size in sizes.items() if tier != FP16 and size]
             exact = torch.stack([self._inexpressible(tokens, bits, frame) for bits in widths]).any(0)
             again, *_ = self._tiered(tokens, policy, score, floor, frame, beside, exact)
-            return again._replace(arenas=self._stored(arena.unpacked() for arena in again.arenas.values()))
+            return again._replace(arenas=self._stored(again.arenas.values()))
 
         return Tiering(before, made, Readback(flags), packing, exactly)
 
@@ -491,16 +481,15 @@ class TieredStore:
         frame: torch.Tensor | None,
         beside: Iterable[Tier],
         exact: torch.Tensor | None = None,
-    ) -> tuple[Contents, torch.Tensor, Counts, torch.Tensor]:
+    ) -> tuple[Contents, list[int], torch.Tensor, list[Packing]]:
         """Store the tail's first `tokens` in their tiers.
 
         Args:
             tokens, policy, score, floor, beside: As in `tier`.
-            exact: As in `_assign`.
+            exact: As in `_assign`. Positions stay plain then: nobody asks whether they could be packed.
 
         Returns:
-            The contents then; positions grouped by tier, as of `_assign`; how many of them each stored tier has taken,
-            also none; and flags, as in `encode_tiers`: the first, and one for each of these tiers.
+            The contents then; bits of the codes that tokens have got; and flags and packing, as in `Tiering`.
         """
         assign = self._assign if self.pads is None else self._assign_padded
         order, counts = assign(tokens, policy, score, floor, exact)
@@ -510,7 +499,8 @@ class TieredStore:
         sizes = [counts.get(tier, 0) for tier in tiers]
         keys, values = (t[:, :, :tokens] for t in self.tail)
         flags = torch.zeros(1 + len(tiers), dtype=torch.bool, device=self.device)
-        packs = self._packs and not self.arenas  # of all coded tiers or of none: for each choice code is compiled
+        packs = self._packs and exact is None
+        at_once = packs and not self.arenas  # of all coded tiers or of none: for each choice code is compiled
         segments = encode_tiers(
             keys,
             values,
@@ -523,23 +513,31 @@ class TieredStore:
             self.tail_start,
             flags,
             [spaces[tier].segment if tier in spaces else None for tier in tiers],
-            [packs and tier != FP16 for tier in tiers],
+            [at_once and tier != FP16 for tier in tiers],
         )
         grown, first = dict(self.arenas), 0
-        for tier, segment, size in zip(tiers, segments, sizes, strict=True):
-            if size:
-                places = segment.positions
-                if segment.packed and not packing_gains(size):
-                    places = owned(order.narrow(-1, first, size))
-                grown[tier] = self._joined(grown.get(tier), Arena(tier, segment.keys, segment.values, places))
+        packing: list[Packing] = []
+        for flag, (tier, segment, size) in enumerate(zip(tiers, segments, sizes, strict=True), start=1):
+            if not size:
+                continue
+            places, plain = segment.positions, order.narrow(-1, first, size)
             first += size
+            if segment.packed and packing_gains(size):
+                packing.append(Packing(flag, tier, plain))
+            elif segment.packed:
+                places = owned(plain)
+            arena = grown[tier] = self._joined(grown.get(tier), Arena(tier, segment.keys, segment.values, places))
+            if packs and not at_once and tier != FP16 and packing_gains(len(arena)):
+                flags[flag] = ~can_pack(arena.places)
+                packing.append(Packing(flag, tier, None))
         now = self._shortened(tokens)._replace(
             arenas=by_tier(grown.values()),
             tail_start=self.tail_start + tokens,
             frame=frame,
             drops=self.drops or counts.get(DROPPED, 0) > 0,
         )
-        return now, order, dict(zip(tiers, sizes, strict=True)), flags
+        widths = [tier.bits for tier, size in zip(tiers, sizes, strict=True) if size and tier != FP16]
+        return now, widths, flags, packing
 
     @property
     def _packs(self) -> bool:

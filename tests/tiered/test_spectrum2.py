@@ -10,7 +10,7 @@ from families import left_padded, model, prompt
 from transformers import DynamicCache
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.policy import INT4, Calibrated, SinkProtect, UniformInt4
+from spectrumkv_hf.policy import FP16, INT4, INT8, Calibrated, SinkProtect, UniformInt4
 from spectrumkv_hf.tiered.store import TieredStore
 from spectrumkv_kernels import CODECS, Rotary, fit_frame, key_mean
 
@@ -178,6 +178,25 @@ def test_bytes_of_int4(head_dim, most):
     assert sum(t.nbytes for _, t in arena.tensors()) <= most * 2 * (keys.numel() + values.numel())
     assert torch.equal(arena.positions, torch.arange(1024, dtype=torch.int32).expand(1, 2, -1))
     store.check_integrity()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_positions_too_far_apart_to_be_packed(lost):
+    """Tokens of 8 bits are 300 positions apart, also where tokens are tiered once more because one has no code."""
+    keys, values = (torch.randn(1, 2, 8000, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    if lost:
+        values[0, :, 150] *= 1000
+    score = torch.zeros(1, 2, 8000)
+    score[..., ::300] = 1
+    store = TieredStore(keys, values, CODECS["spectrum2"], Rotary())
+    store.append(keys, values)
+    store.confirm(store.tier(8000, SinkProtect(budget=0.2508, sinks=0), score))
+    store.check_integrity()
+    found = store.arenas[INT8].positions
+    assert found.shape[-1] == 25 and torch.equal(found, 300 * torch.arange(25, dtype=torch.int32).expand(1, 2, -1))
+    assert [arena.segment.packed for arena in store.arenas.values()] == [False] * lost + [False, True]
+    if lost:
+        assert store.arenas[FP16].positions.flatten().tolist() == [150, 150]
 
 
 def test_one_ranking_for_all_layers_balances_keys_alike():
