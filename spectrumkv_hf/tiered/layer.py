@@ -197,7 +197,7 @@ class SpectrumLayer(CacheLayerMixin):
     @property
     def store(self) -> TieredStore:
         """The layer's tensors; there are some from the first update on."""
-        store = self._store if self._moved or self._tiering is not None else self._held
+        store = self._store
         assert store is not None
         return store
 
@@ -646,7 +646,7 @@ class SpectrumLayer(CacheLayerMixin):
     def _tier(self, scores: torch.Tensor | None) -> None:
         """Tier what is due, by attention scores of the tail or without."""
         tokens, store = self._due(), self.store
-        if not tokens:
+        if not tokens:  # of what was due a window has let go
             self.announce()
             return
         keys, values = (t[:, :, :tokens] for t in store.tail)

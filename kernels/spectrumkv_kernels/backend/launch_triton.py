@@ -131,12 +131,13 @@ class Launcher:
             return
         values = tensors.values()
         device = next(iter(values)).get_device()
-        if (device, known) not in self._compiled:
+        ready = self.ready(grid, numbers, device, known)
+        if ready is None:
             compiled = self._launch_publicly(grid, tensors, numbers)
             if compiled is not None:
                 self._compiled[device, known] = (compiled.run, compiled.function, compiled.packed_metadata)
             return
-        run, behind = self.ready(grid, numbers, device, driver.active.get_current_stream(device), known)
+        run, behind = ready
         run(*[None if tensor is None else tensor.data_ptr() for tensor in values], *behind)
 
     @property
@@ -145,16 +146,19 @@ class Launcher:
         return isinstance(self._kernel, JITFunction)
 
     def ready(
-        self, grid: tuple[int, ...], numbers: Mapping[str, Any], device: int, stream: int, known: Any
-    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        """What launches code that was compiled before: called with the tensors' addresses and then the second value."""
-        run, function, metadata = self._compiled[device, known]
+        self, grid: tuple[int, ...], numbers: Mapping[str, Any], device: int, known: Any
+    ) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
+        """What launches code that was compiled before: called with the tensors' addresses and then the second value.
+
+        On the current stream. None where there is none for what is `known`.
+        """
+        found = self._compiled.get((device, known))
+        if found is None:
+            return None
+        run, function, metadata = found
+        stream = driver.active.get_current_stream(device)
         first = functools.partial(run, *grid, stream, function, metadata, None, None, None)
         return first, (*numbers.values(), *self._values)
-
-    def compiled(self, device: int, known: Any) -> bool:
-        """Whether there is code for what is `known`, to be launched directly."""
-        return (device, known) in self._compiled
 
     def _launch_publicly(self, grid: tuple[int, ...], tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> Any:
         """By Triton's public way; returns the code that it ran."""
@@ -197,8 +201,10 @@ class Series:
                 return
         for (launcher, grid, names, numbers), given in zip(self._launches, tensors, strict=True):
             launcher(grid, dict(zip(names, given, strict=True)), numbers, known)
-        if key is not None and all(launcher.compiled(device, known) for launcher, *_ in self._launches):
-            self._ready[key] = [launcher.ready(grid, numbers, *key) for launcher, grid, _, numbers in self._launches]
+        if key is not None:
+            made = [launcher.ready(grid, numbers, device, known) for launcher, grid, _, numbers in self._launches]
+            if None not in made:
+                self._ready[key] = made
 
 
 class _Kept(NamedTuple):

@@ -172,11 +172,9 @@ def encode_tiers(
             k, v = encode(keys, values, positions, width, codec, frame, rotary, start)
             if count:
                 flags[0] |= any_saturated(k) | any_saturated(v)
-        places = positions.clone(memory_format=torch.contiguous_format)
-        if packed:
-            if count:
-                flags[tier] |= ~can_pack(positions)
-            places = pack_positions(positions)
+        if packed and count:
+            flags[tier] |= ~can_pack(positions)
+        places = pack_positions(positions) if packed else positions.clone(memory_format=torch.contiguous_format)
         segment = Segment(width, k, v, places)
         segments.append(segment if there is None else _write(there, segment))
     return segments

@@ -77,11 +77,11 @@ def encode_rows(
 
 
 @triton.jit
-def _copy(x, codes, places, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def copy_rows(x, out, places, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Store exact keys or values that begin at `x`, `[tokens, 1]`, in these places, where `inside`."""
     channels = tl.arange(0, WIDTH)[None, :]
     there = inside[:, None] & (channels < DIM)
-    tl.store(codes + places[:, None] * DIM + channels, tl.load(x + channels, mask=there, other=0.0), mask=there)
+    tl.store(out + places[:, None] * DIM + channels, tl.load(x + channels, mask=there, other=0.0), mask=there)
 
 
 @triton.jit
@@ -162,9 +162,9 @@ def _encode_kernel(
         if BITS[i] == 16:  # noqa: SIM102  # one condition is for the compiler, the other for the device
             if tier == i:
                 if of_keys:
-                    _copy(x_keys, segments[i][0], there, inside, KEY_DIM, KEY_WIDTH)
+                    copy_rows(x_keys, segments[i][0], there, inside, KEY_DIM, KEY_WIDTH)
                 else:
-                    _copy(x_values, segments[i][2], there, inside, VALUE_DIM, VALUE_WIDTH)
+                    copy_rows(x_values, segments[i][2], there, inside, VALUE_DIM, VALUE_WIDTH)
     if len(WIDTHS):
         # The coded tiers run the same code; only where they store to is theirs.
         FIRST: tl.constexpr = len(BITS) - len(WIDTHS)

@@ -12,12 +12,11 @@ ROUND = tl.constexpr(1.5 * 2.0**23)
 FLOAT16_MAX = tl.constexpr(65504.0)
 OCTAVE, SATURATED = tl.constexpr(quantize.OCTAVE), tl.constexpr(quantize.SATURATED)
 TRIES = tl.constexpr(len(quantize.TRIED))
-SMALLEST = {bits: math.log2(quantize.unit(bits)) - quantize.ONE / quantize.OCTAVE for bits in quantize.WIDTHS}
-"""Binary logarithm of the scale that the byte 0 stands for, by bits."""
 CONSTANTS = {
     "middle": {bits: 2 ** (bits - 1) for bits in quantize.WIDTHS},
     "top": {bits: 2**bits - 1 for bits in quantize.WIDTHS},
-    "smallest": SMALLEST,
+    # Binary logarithm of the scale that the byte 0 stands for.
+    "smallest": {bits: math.log2(quantize.unit(bits)) - quantize.ONE / quantize.OCTAVE for bits in quantize.WIDTHS},
     "symmetric": {bits: 1 / (2 ** (bits - 1) - 1) for bits in quantize.WIDTHS},  # of the largest channel
     "asymmetric": {bits: 1 / (2**bits - 1) for bits in quantize.WIDTHS},  # of the distance of the outermost channels
     "step": quantize.STEPS | {8: 0.0},
@@ -33,11 +32,6 @@ def _constant(name, bits):
 @triton.constexpr_function
 def _tried(i):
     return quantize.TRIED[i]
-
-
-@triton.constexpr_function
-def _smallest(bits):
-    return SMALLEST[bits]
 
 
 @triton.constexpr_function
@@ -220,7 +214,7 @@ def _scale_of(byte, smallest):
 @triton.jit
 def affine_of(byte, BITS: tl.constexpr):
     """Scale and zero that one-byte scales stand for, float32."""
-    scale = _scale_of(byte, _smallest(BITS))
+    scale = _scale_of(byte, _constant("smallest", BITS))
     return scale, scale * (0.5 - 2.0 ** (BITS - 1))
 
 

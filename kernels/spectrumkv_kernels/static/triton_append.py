@@ -16,7 +16,7 @@ from ..backend.launch_triton import Launcher, on_device, trait
 from ..backend.tensor_cache import keep
 from ..codec.quantize import WIDTHS, divisor
 from ..codec.triton_codec import DTYPES, ELEMENTS
-from ..codec.triton_encode import encode_rows, load_residual
+from ..codec.triton_encode import copy_rows, encode_rows, load_residual
 from ..codec.triton_frame import balance_of, logarithms, usual
 from ..codec.triton_quantize import sound
 from ..rotation.triton_rotary import partner, turn, turns
@@ -249,10 +249,7 @@ def _store(
     x = ring + source[:, None] * DIM
     if len(BITS) > len(WIDTHS):  # noqa: SIM102  # one condition is for the compiler, the other for the device
         if bits == 16:
-            channels = tl.arange(0, WIDTH)[None, :]
-            there = inside[:, None] & (channels < DIM)
-            out = _tensor(buffer, stored, ring.dtype.element_ty) + places[:, None] * DIM
-            tl.store(out + channels, tl.load(x + channels, mask=there), mask=there)
+            copy_rows(x, _tensor(buffer, stored, ring.dtype.element_ty), places, inside, DIM, WIDTH)
     if len(WIDTHS):  # noqa: SIM102
         if bits < 16:
             scales = _tensor(buffer, affine, tl.float16 if scale is None else tl.uint8)
