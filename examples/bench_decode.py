@@ -244,7 +244,7 @@ def main() -> None:
     stored: dict[str, int] = {}
     peaks: dict[str, int] = {}
     with tqdm(total=args.rounds * len(makers), desc="decode", disable=None) as bar:
-        for _ in range(args.rounds):
+        for turn in range(1, args.rounds + 1):
             for name, make in makers.items():
                 if ids.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
@@ -265,6 +265,8 @@ def main() -> None:
                     medians[name].append(statistics.median(times))
                 except torch.OutOfMemoryError:
                     medians[name].append(math.inf)
+                with tqdm.external_write_mode():  # a run that is cut short has shown what it measured
+                    print(f"round {turn}: {name} {1e3 * medians[name][-1]:.2f} ms", file=sys.stderr, flush=True)
                 if ids.is_cuda and not args.compile:
                     peaks[name] = torch.cuda.max_memory_allocated() - held
                 stored[name] = 0 if isinstance(cache, QuantizedCache | StaticCache) else cache_memory(cache).stored

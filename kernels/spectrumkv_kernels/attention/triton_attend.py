@@ -5,8 +5,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import segment
-from ..codec.triton_quantize import affine_of, load_affine
-from .triton_counts import chunk_of, counted, tokens_of
+from ..codec.triton_quantize import load_affine, scale_of, zero_of
+from .triton_counts import counted, first_tile, length_of, tokens_of
 from .triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three, shifted
 
 TILE = tl.constexpr(segment.TILE)
@@ -85,20 +85,27 @@ def _unpacked(tiles, first, N: tl.constexpr):
 
 
 @triton.jit
-def _affine(stored, token, live, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+def _affine(stored, token, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     """Scale and zero point of `token`, float32, by one read: of 4 bytes if it can be, as no fewer are pipelined."""
     if stored.dtype.element_ty == tl.uint8:
         address = stored.to(tl.int64)
-        words = (address - address % 4).to(tl.pointer_type(tl.uint32))
-        at = (address % 4).to(tl.int32) + token
-        scale, zero = affine_of(tl.load(words + at // 4, mask=live, other=0) >> (at % 4 * 8) & 255, BITS)
+        words = (address & -4).to(tl.pointer_type(tl.uint32))
+        at = (address & 3).to(tl.int32) + token
+        scale = scale_of(tl.load(words + (at >> 2)) >> ((at & 3) << 3) & 255, BITS)
+        zero = scale * zero_of(BITS, stored.dtype)
     elif SYMMETRIC:
-        scale, zero = load_affine(stored, None, token, live, BITS)
+        scale, zero = load_affine(stored, None, token, token >= 0, BITS)
     else:
-        both = tl.load(stored.to(tl.pointer_type(tl.uint32)) + token, mask=live, other=0)
+        both = tl.load(stored.to(tl.pointer_type(tl.uint32)) + token)
         scale = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         zero = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, zero
+
+
+@triton.jit
+def _exponent(x):
+    """The binary logarithm of `x`, which is not negative, rounded up to the next integer, and no less than -24."""
+    return tl.maximum((x.to(tl.int32, bitcast=True) >> 23) - 126, -24).to(tl.float32)
 
 
 @triton.jit
@@ -128,7 +135,7 @@ def attend_kernel(
     counts,  # COUNTED: of `counted`
     totals,  # COUNTED: tokens of each segment but the tail, [blocks tiered, segments - 1]
     sizes,  # of each: tokens, tokens that fit, as 2n + 3 (never 1 nor divisible by 16, so nothing is recompiled)
-    chunks,  # of each: tokens that a program reads, likewise; COUNTED: its column in `totals`
+    columns,  # COUNTED: of each its column in `totals`, likewise
     rotated_at,
     state_at,
     factor_at,
@@ -162,6 +169,7 @@ def attend_kernel(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TILES: tl.constexpr,
+    COSTS: tl.constexpr,
     STAGES: tl.constexpr,
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -183,29 +191,31 @@ def attend_kernel(
     row = first + tl.arange(0, R)
     real = row < rows
     stride = length  # of the mean's scores
-    if COUNTED is not None:
+    if COUNTED is None:
+        done, tail = 0, length
+    else:
         length, done, tail, origin = counted(counts, recent, COUNTED)
         tail = tl.maximum(tail, length - (sizes[len(BITS) - 1][1] - 3) // 2)  # a ring holds no more
     q_at = length - queries + row % queries
     head = (bh % kv_heads) * (rows // queries) + row // queries
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
     row_mask += (row % queries).to(tl.int64) * mask_query
-    part = tl.program_id(1)
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    whole = length_of(sizes, columns, totals, done, length - tail, TILES, COSTS, COUNTED)
+    before = tl.full([], 0, tl.int64)
     for i in tl.static_range(len(BITS)):
+        N: tl.constexpr = TILES[i]
         room = (sizes[i][1] - 3) // 2
-        if COUNTED is None:
-            size = (sizes[i][0] - 3) // 2
-            chunk = (chunks[i] - 3) // 2
-        else:
-            size = tokens_of(totals, done, length - tail, chunks[i], i, len(BITS))
-            chunk = chunk_of(size, tl.num_programs(1), TILES[i])
-        begin = tl.program_id(1) * chunk
-        at_row = (bh * splits + part) * rows + row
-        if begin < size:
+        size = tokens_of(sizes, columns, totals, done, length - tail, i, len(BITS), COUNTED)
+        tiles = tl.cdiv(size, N)
+        begin = first_tile(share, shares, whole, before, tiles, COSTS[i]) * N
+        end = tl.minimum(first_tile(share + 1, shares, whole, before, tiles, COSTS[i]) * N, size)
+        before += tiles * COSTS[i]
+        at_row = (bh * splits + share + i) * rows + row  # shares go on where others end, so no two have a place
+        if begin < end:
             # Tokens are counted from `begin` on: the offsets of a program's own fit 32 bits, those from the start of
             # all rows, heads and tokens need not.
-            count = tl.minimum(chunk, size - begin)
-            N: tl.constexpr = TILES[i]
+            count = end - begin
             RING: tl.constexpr = COUNTED is not None and i == len(BITS) - 1
             if RING:
                 positions = tail + begin
@@ -266,8 +276,9 @@ def attend_kernel(
                 values = segments[i][1].to(tl.pointer_type(tl.int16)) + base * VALUE
                 key_affine = segments[i][3] + base * WIDE
                 value_affine = segments[i][4] + base * WIDE
+                ZERO: tl.constexpr = zero_of(BITS[i], segments[i][3].dtype)
                 unit = tl.load(floats + factor_at + (bh * rows + row) * 2, mask=real, other=1.0)
-                spread = tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
+                spread = unit * tl.load(floats + factor_at + (bh * rows + row) * 2 + 1, mask=real, other=0.0)
                 planes = ()  # of the query, each [pad(WK), R], for one code of every word
                 accs = ()  # of the output, each [pad(WV), R]
                 for j in tl.static_range(16 // B):
@@ -291,30 +302,35 @@ def attend_kernel(
                 for start in tl.range(0, count, N, num_stages=STAGES):
                     token = start + tl.arange(0, N)
                     live = token < count
-                    k = tl.load(keys + token[:, None] * KEY + wk[None, :], mask=live[:, None] & (wk < WK), other=0)
+                    # What is read for places past the last token counts for nothing; it has to be there to be read.
+                    place = tl.minimum(token, count - 1)
+                    k = tl.load(keys + place[:, None] * KEY + wk[None, :], mask=(wk < WK)[None, :], other=0)
                     kl = k
                     if BITS[i] == 3:
                         kl = tl.load(
-                            keys + token[:, None] * KEY + (WK + wk % (WK // 2))[None, :],
-                            mask=live[:, None] & (wk < WK), other=0,
+                            keys + place[:, None] * KEY + (WK + wk % (WK // 2))[None, :], mask=(wk < WK)[None, :],
+                            other=0,
                         )  # fmt: skip
                         kl = shifted(kl, key_half)
-                    ks, kz = _affine(key_affine, token, live, SYMMETRIC, BITS[i])
-                    vs, vz = _affine(value_affine, token, live, SYMMETRIC, BITS[i])
+                    ks, kz = _affine(key_affine, place, SYMMETRIC, BITS[i])
+                    vs, vz = _affine(value_affine, place, SYMMETRIC, BITS[i])
                     s = tl.zeros([N, R], tl.float32)
                     for j in tl.static_range(16 // B):
                         s = dot(_plane(k, kl, j, BITS[i]), planes[j], s)
                     bias = tl.where(live, 0.0, float("-inf"))[:, None]
-                    s = unit[None, :] * (s * ks[:, None] + (spread[None, :] * kz[:, None] + bias))
+                    if SYMMETRIC:  # zeros are a multiple of scales
+                        s = (s * unit[None, :] + (ZERO * spread)[None, :]) * ks[:, None] + bias
+                    else:
+                        s = s * (unit[None, :] * ks[:, None]) + (spread[None, :] * kz[:, None] + bias)
                     where = positions
                     if PACKED[i]:
                         where = _unpacked(positions, begin + start, N)
                     if MEAN:
                         at = where
                         if not PACKED[i]:
-                            at = tl.maximum(tl.load(positions + token, mask=live, other=0), 0)
-                        place = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
-                        c = tl.load(place, mask=live[:, None] & (term < ROWS_PAD), other=0.0)
+                            at = tl.maximum(tl.load(positions + place), 0)
+                        scored = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
+                        c = tl.load(scored, mask=(term < ROWS_PAD)[None, :], other=0.0)
                         s += dot(c, pick, tl.zeros([N, R], tl.float32))
                         if MASK == "folded":  # half the least number of float16, with which it is hidden
                             s = tl.where(s < -32752.0, float("-inf"), s)
@@ -324,23 +340,22 @@ def attend_kernel(
                         window, CAUSAL, WINDOW, RAGGED, "none" if MASK == "folded" else MASK, COUNTED, RING, PACKED[i],
                     )  # fmt: skip
                     # The reference exponent is that of p times the value's scale, so that float16 holds the product.
-                    t = s + tl.log2(tl.maximum(vs, 2.0**-24))[:, None]
+                    t = s + _exponent(vs)[:, None]
                     peak = tl.maximum(m, tl.max(t, axis=0) - WEIGHT_PEAK)
                     safe = tl.where(peak == float("-inf"), 0.0, peak)
                     alpha = tl.exp2(m - safe)[None, :]
                     m = peak
                     p = tl.exp2(s - safe[None, :])
                     total = total * alpha + p
-                    zeros = zeros * alpha + p * vz[:, None]
-                    w = (p * vs[:, None]).to(tl.float16)
-                    v = tl.load(
-                        values + token[None, :] * VALUE + wv[:, None], mask=live[None, :] & (wv < WV)[:, None], other=0
-                    )
+                    w = p * vs[:, None]
+                    zeros = zeros * alpha + (w if SYMMETRIC else p * vz[:, None])
+                    w = w.to(tl.float16)
+                    v = tl.load(values + place[None, :] * VALUE + wv[:, None], mask=(wv < WV)[:, None], other=0)
                     vl = v
                     if BITS[i] == 3:
                         vl = tl.load(
-                            values + token[None, :] * VALUE + (WV + wv % (WV // 2))[:, None],
-                            mask=live[None, :] & (wv < WV)[:, None], other=0,
+                            values + place[None, :] * VALUE + (WV + wv % (WV // 2))[:, None], mask=(wv < WV)[:, None],
+                            other=0,
                         )  # fmt: skip
                         vl = shifted(vl, value_half)
                     new = ()
@@ -348,12 +363,13 @@ def attend_kernel(
                         new = new + (dot(_plane(v, vl, j, BITS[i]), w, accs[j] * alpha),)
                     accs = new
                 low = tl.sum(zeros, axis=0)[None, :]
+                if SYMMETRIC:
+                    low *= ZERO
                 for j in tl.static_range(16 // B):
                     channel = 2 * wv + j % 2 + j // 2 * (2 * WV)
                     acc = accs[j] * (SUBNORMAL * 2.0 ** (-B * (j // 2))) + low
                     tl.store(out + channel[:, None], acc, mask=real[None, :] & (wv < WV)[:, None])
             tl.store(floats + state_at + at_row * 2, m, mask=real)
             tl.store(floats + state_at + at_row * 2 + 1, tl.sum(total, axis=0), mask=real)
-        part += tl.cdiv(size, chunk)
     if OVERLAPS:
         gdc_launch_dependents()

@@ -40,6 +40,8 @@ SHARE_BYTES = 1 << 14
 """A program reads this much at least."""
 TILE = {16: 16, 8: 64, 4: 64, 3: 64, 2: 64}
 """Tokens of an iteration, by bits."""
+COST = {16: 3, 8: 6, 4: 4, 3: 6, 2: 4}
+"""How long an iteration takes, by bits; of one to another."""
 STAGES = 3
 """Depth of the pipeline of loads."""
 OPTIONS = {"num_warps": 2, "maxnreg": 168}
@@ -359,7 +361,7 @@ def launch(
             (query, halves, floats, segments, masked, counted, total),
             (floats, query if sinks is None else sinks, fitted, counted, total, out),
         ]
-        if work.coded_splits:
+        if work.coded:
             fine, coarse = (query, query) if frame is None else tables(length, rotary, device)
             tensors.insert(0, (query, fitted, fine, coarse, halves, floats, counted, masked))
         series(tensors, (traits, segment_traits, fitted.data_ptr() % 16, mask_trait, sink_trait))
@@ -401,7 +403,7 @@ def _series(
     }
     attend = {
         "sizes": work.sizes,
-        "chunks": work.chunks,
+        "columns": work.columns,
         "rotated_at": work.rotated_at,
         "state_at": work.state_at,
         "factor_at": work.factor_at,
@@ -423,7 +425,7 @@ def _series(
     }
     merge = {
         "sizes": work.sizes,
-        "chunks": work.chunks,
+        "columns": work.columns,
         "state_at": work.state_at,
         "rows": work.rows,
         "queries": queries,
@@ -431,7 +433,6 @@ def _series(
         "splits": work.splits,
         "shares": work.grid[1],
         "recent": recent,
-        "coded": work.coded_splits,
     }
     launches: list[tuple[Launcher, tuple[int, ...], tuple[str, ...], dict[str, Any]]] = [
         (
@@ -447,7 +448,7 @@ def _series(
             merge,
         ),
     ]
-    if work.coded_splits:
+    if work.coded:
         names = ("query", "frame", "fine", "coarse", "halves", "floats", "counts", "mask")
         launches.insert(0, (kernels.prepare, (work.turning + work.scoring, 1, 1), names, prepare))
     return Series(launches)
@@ -496,6 +497,7 @@ class Plan:
         row_blocks: Programs for all of them.
         costs: Bytes that a token of each segment takes to read.
         tiles: Tokens of one iteration, of each segment.
+        times: How long that takes, of one to another.
         block: Channels of a value, rounded up to a power of two.
         coded: Segments that are not exact, which come first.
         overlaps: The merge may be launched before what it waits for has ended.
@@ -509,6 +511,7 @@ class Plan:
     row_blocks: int
     costs: tuple[int, ...]
     tiles: tuple[int, ...]
+    times: tuple[int, ...]
     block: int
     coded: int
     overlaps: bool
@@ -539,6 +542,7 @@ def plan_of(
         row_blocks=-(-rows // columns),
         costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
         tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
+        times=tuple([COST[b] for b in bits]),
         block=block,
         coded=sum(b < 16 for b in bits),
         overlaps=_overlaps(device),
@@ -607,6 +611,7 @@ def kernels_of(
         "MASK": mask,
         "SOFTCAP": softcap,
         "TILES": plan.tiles,
+        "COSTS": plan.times,
         "STAGES": STAGES,
         "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
@@ -619,6 +624,7 @@ def kernels_of(
         "SINKS": sinks,
         "S": MERGED,
         "TILES": plan.tiles,
+        "COSTS": plan.times,
         "CODED": plan.coded,
         "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
@@ -645,9 +651,9 @@ class Work:
         turning, scoring: Programs of `prepare_kernel` that rotate queries, and that score the mean.
         row_blocks: Of the latter, for the rows at one position.
         each: Blocks of positions for one of them.
-        sizes, chunks: Of the segments, as `attend_kernel` takes them.
-        splits: Parts of a row.
-        coded_splits: Of them from segments that are not exact.
+        sizes, columns: Of the segments, as `attend_kernel` takes them.
+        splits: Places for parts of a row.
+        coded: Some segments are not exact.
         grid: Of `attend_kernel`.
         trait: What of these numbers decides which code is compiled.
     """
@@ -664,9 +670,9 @@ class Work:
     row_blocks: int
     each: int
     sizes: tuple[tuple[int, int], ...]
-    chunks: tuple[int, ...]
+    columns: tuple[int, ...]
     splits: int
-    coded_splits: int
+    coded: bool
     grid: tuple[int, int, int]
     trait: Any
 
@@ -684,16 +690,11 @@ def work_of(
 ) -> Work:
     """Work for `tokens` in each segment and the mean's scores at `scored` positions.
 
-    With `columns`, those of the table of totals, tokens are counted on the device, which shares them out itself; here
-    they are the most there may be. All programs have a part of every segment then.
+    With `columns`, those of the table of totals, tokens are counted on the device, and are here the most there may be.
     """
     read = sum(cost * size for cost, size in zip(plan.costs, tokens, strict=True))
     shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
-    chunks = [-(-size // (shares * tile)) * tile for size, tile in zip(tokens, plan.tiles, strict=True)]
-    counts = [-(-size // chunk) for size, chunk in zip(tokens, chunks, strict=True)]
-    if columns is not None:
-        chunks, counts = list(columns), [shares] * len(tokens)
-    splits = sum(counts)
+    splits = shares + len(tokens) - 1
     row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-scored // FINE)
     each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device))), 1)
     rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
@@ -714,10 +715,10 @@ def work_of(
         row_blocks=row_blocks,
         each=each,
         sizes=sizes,
-        chunks=tuple(2 * chunk + 3 for chunk in chunks),
+        columns=tuple(2 * column + 3 for column in columns or (0,) * len(tokens)),
         splits=splits,
-        coded_splits=sum(counts[: plan.coded]),
-        grid=(flat * plan.row_blocks, max(counts), 1),
+        coded=plan.coded > 0,
+        grid=(flat * plan.row_blocks, shares, 1),
         trait=trait((rotated_at, state_at, factor_at, sizes)),
     )
 

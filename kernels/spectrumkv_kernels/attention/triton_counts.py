@@ -19,21 +19,38 @@ def counted(counts, recent, COUNTED: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(totals, done, tail, column, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Tokens of a segment: those of an arena once `done` blocks have been tiered, and of the tail, which comes last.
+def tokens_of(sizes, columns, totals, done, tail, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, COUNTED: tl.constexpr):
+    """Tokens of a segment.
 
-    `column` is that of the arena in the table of totals, as `2n + 3`.
+    Where `COUNTED` is not None these are the tokens of an arena once `done` blocks have been tiered, or of the tail,
+    which comes last. `columns` has that of the arena in the table of totals, `sizes` else the tokens, as `2n + 3`.
     """
-    if SEGMENT == SEGMENTS - 1:
+    if COUNTED is None:
+        return (sizes[SEGMENT][0] - 3) // 2
+    elif SEGMENT == SEGMENTS - 1:
         return tail
     else:
-        return tl.load(totals + done * (SEGMENTS - 1) + (column - 3) // 2)
+        return tl.load(totals + done * (SEGMENTS - 1) + (columns[SEGMENT] - 3) // 2)
 
 
 @triton.jit
-def chunk_of(size, shares, TILE: tl.constexpr):
-    """Tokens that each of the programs reads which share a segment; one tile at least."""
-    return tl.maximum(tl.cdiv(size, shares * TILE), 1) * TILE
+def length_of(sizes, columns, totals, done, tail, TILES: tl.constexpr, COSTS: tl.constexpr, COUNTED: tl.constexpr):
+    """Length of the row in which the tiles of all segments stand, each as long as it takes to read, int64."""
+    length = tl.full([], 0, tl.int64)
+    for i in tl.static_range(len(TILES)):
+        size = tokens_of(sizes, columns, totals, done, tail, i, len(TILES), COUNTED)
+        length += tl.cdiv(size, TILES[i]) * COSTS[i]
+    return length
+
+
+@triton.jit
+def first_tile(share, shares, length, before, tiles, COST: tl.constexpr):
+    """The first of a segment's `tiles` that is of a share or a later one, of `shares` that are equally long; int32.
+
+    So a share has tiles of few segments, mostly of one. `before` of the row's `length` are those of earlier segments.
+    """
+    at = share.to(tl.int64) * length // shares - before
+    return tl.minimum(tl.maximum(tl.cdiv(at, COST), 0), tiles).to(tl.int32)
 
 
 @triton.jit

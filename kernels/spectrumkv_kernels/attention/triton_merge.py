@@ -5,11 +5,33 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ..rotation.triton_hadamard import hadamard
-from .triton_counts import chunk_of, counted, refused, tokens_of
+from .triton_counts import counted, first_tile, length_of, refused, tokens_of
 from .triton_dot import LOG2E
 
-INTEGERS = ["state_at", "rows", "queries", "kv_heads", "splits", "coded", "shares", "recent"]
+INTEGERS = ["state_at", "rows", "queries", "kv_heads", "splits", "shares", "recent"]
 """Arguments for whose values nothing is compiled anew."""
+
+
+@triton.jit
+def _taken(
+    place, sizes, columns, totals, done, tail, whole, shares,
+    TILES: tl.constexpr, COSTS: tl.constexpr, CODED: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Which places for parts are taken, and which by sums of codes. Segment `i` of a share has the place share + i."""
+    there, coded = place < 0, place < 0
+    before = tl.full([], 0, tl.int64)
+    for i in tl.static_range(len(TILES)):
+        tiles = tl.cdiv(tokens_of(sizes, columns, totals, done, tail, i, len(TILES), COUNTED), TILES[i])
+        share = place - i
+        first = first_tile(share, shares, whole, before, tiles, COSTS[i])
+        taken = (
+            (first < first_tile(share + 1, shares, whole, before, tiles, COSTS[i])) & (share >= 0) & (share < shares)
+        )
+        there |= taken
+        if i < CODED:
+            coded |= taken
+        before += tiles * COSTS[i]
+    return there, coded
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -21,15 +43,14 @@ def merge_kernel(
     totals,  # COUNTED: as in `attend_kernel`
     out,  # [batch * kv_heads, rows, DV]
     sizes,  # as in `attend_kernel`
-    chunks,  # likewise
+    columns,  # likewise
     state_at,
     rows,
     queries,
     kv_heads,
-    splits,  # parts that there is room for
-    shares,  # COUNTED: programs that share a segment
+    splits,  # places for parts
+    shares,  # programs that share the segments
     recent,  # COUNTED: of `counted`
-    coded,  # the first splits that hold sums of codes, which are to be rotated back
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
     FRAME: tl.constexpr,
@@ -38,64 +59,59 @@ def merge_kernel(
     SINKS: tl.constexpr,
     S: tl.constexpr,
     TILES: tl.constexpr,
-    CODED: tl.constexpr,  # segments in codes
+    COSTS: tl.constexpr,
+    CODED: tl.constexpr,  # segments in codes, which come first: their sums are to be rotated back
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Join the parts of one row. Grid: batch x heads x rows."""
-    if OVERLAPS:
-        gdc_wait()
-    parts = splits
-    if COUNTED is not None:
+    if COUNTED is None:
+        done, tail = 0, 0
+    else:
         length, done, tail, _ = counted(counts, recent, COUNTED)
-        tail = tl.maximum(tail, length - (sizes[len(TILES) - 1][1] - 3) // 2)
-        parts = 0
-        for k in tl.static_range(len(TILES)):
-            size = tokens_of(totals, done, length - tail, chunks[k], k, len(TILES))
-            parts += tl.cdiv(size, chunk_of(size, shares, TILES[k]))
-            if k == CODED - 1:
-                coded = parts
-    state = partial + state_at
+        tail = length - tl.maximum(tail, length - (sizes[len(TILES) - 1][1] - 3) // 2)
+    whole = length_of(sizes, columns, totals, done, tail, TILES, COSTS, COUNTED)
     bh = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     d = tl.arange(0, BLOCK)
-    top = tl.full([4 * S], float("-inf"), tl.float32)
-    for start in range(0, parts, 4 * S):
-        i = start + tl.arange(0, 4 * S)
-        top = tl.maximum(
-            top, tl.load(state + ((bh * splits + i) * rows + row) * 2, mask=i < parts, other=float("-inf"))
-        )
-    peak = tl.max(top, axis=0)
+    peak = float("-inf")
     if SINKS:
         sink = tl.load(sinks + (bh % kv_heads) * (rows // queries) + row // queries).to(tl.float32) * LOG2E
-        peak = tl.maximum(peak, sink)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
+        peak = sink
     total = tl.zeros([S], tl.float32)
+    mass = tl.zeros([S], tl.float32)  # of coded tokens
+    some = tl.zeros([S], tl.int32)
     turned = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
-    mass = tl.zeros([S], tl.float32)  # of coded tokens
-    for start in range(0, parts, S):
-        i = start + tl.arange(0, S)
-        there = i < parts
-        at = (bh * splits + i) * rows + row
-        weight = tl.exp2(tl.load(state + at * 2, mask=there, other=float("-inf")) - peak)
-        weights = weight * tl.load(state + at * 2 + 1, mask=there, other=0.0)
-        total += weights
+    if OVERLAPS:
+        gdc_wait()
+    for start in range(0, splits, S):
+        place = start + tl.arange(0, S)
+        there, coded = _taken(place, sizes, columns, totals, done, tail, whole, shares, TILES, COSTS, CODED, COUNTED)
+        at = (bh * splits + place) * rows + row
+        reference = tl.load(partial + state_at + at * 2, mask=there, other=float("-inf"))
+        part = tl.load(partial + state_at + at * 2 + 1, mask=there, other=0.0)
         x = tl.load(partial + at[:, None] * DV + d[None, :], mask=there[:, None] & (d < DV)[None, :], other=0.0)
+        before, peak = peak, tl.maximum(peak, tl.max(reference, axis=0))
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        alpha = tl.exp2(before - safe)
+        weight = tl.exp2(reference - safe)
+        total = total * alpha + weight * part
         x *= weight[:, None]
         if FITTED:
-            mass += tl.where(i < coded, weights, 0.0)
+            mass = mass * alpha + tl.where(coded, weight * part, 0.0)
+            some |= coded.to(tl.int32)
         if HADAMARD or FITTED:
-            turned += tl.sum(tl.where((i < coded)[:, None], x, 0.0), axis=0)
-            plain += tl.sum(tl.where((i < coded)[:, None], 0.0, x), axis=0)
+            turned = turned * alpha + tl.sum(tl.where(coded[:, None], x, 0.0), axis=0)
+            plain = plain * alpha + tl.sum(tl.where(coded[:, None], 0.0, x), axis=0)
         else:
-            plain += tl.sum(x, axis=0)
+            plain = plain * alpha + tl.sum(x, axis=0)
     if HADAMARD:
         SIZE: tl.constexpr = DV & -DV
         turned = tl.reshape(hadamard(tl.reshape(turned, (1, BLOCK)), SIZE), (BLOCK,)) * SIZE**-0.5
     if FITTED:
         values = frame + bh * FRAME + (FRAME - DV - 1)
-        fixed = coded > 0  # else there may be no frame yet
+        fixed = tl.max(some, axis=0) > 0  # else there may be no frame yet
         mean = tl.load(values + d, mask=fixed & (d < DV), other=0.0)
         turned = turned * tl.load(values + DV, mask=fixed, other=0.0) + tl.sum(mass, axis=0) * mean
     if HADAMARD or FITTED:

@@ -211,11 +211,16 @@ def _scale_of(byte, smallest):
     return tl.exp2(byte.to(tl.float32) * (1 / OCTAVE) + smallest)
 
 
+@triton.constexpr_function
+def zero_of(bits, scales):
+    """The zero of codes that store none, over their scale; `scales` is where that lies."""
+    return (0.5 if scales.element_ty == tl.uint8 else 0.0) - 2.0 ** (bits - 1)
+
+
 @triton.jit
-def affine_of(byte, BITS: tl.constexpr):
-    """Scale and zero that one-byte scales stand for, float32."""
-    scale = _scale_of(byte, _constant("smallest", BITS))
-    return scale, scale * (0.5 - 2.0 ** (BITS - 1))
+def scale_of(byte, BITS: tl.constexpr):
+    """The scales that bytes stand for, float32."""
+    return _scale_of(byte, _constant("smallest", BITS))
 
 
 @triton.jit
@@ -223,13 +228,10 @@ def load_affine(scales, zeros, tokens, inside, BITS: tl.constexpr):
     """Scale and zero of tokens, float32; `zeros` is None for codes that store none."""
     STEP: tl.constexpr = 1 if zeros is None else 2
     scale = tl.load(scales + tokens * STEP, mask=inside, other=0)
-    if scales.dtype.element_ty == tl.uint8:
-        scale, zero = affine_of(scale, BITS)
-    elif zeros is None:
-        scale = scale.to(tl.float32)
-        zero = scale * -(2.0 ** (BITS - 1))
+    scale = scale_of(scale, BITS) if scales.dtype.element_ty == tl.uint8 else scale.to(tl.float32)
+    if zeros is None:
+        zero = scale * zero_of(BITS, scales.dtype)
     else:
-        scale = scale.to(tl.float32)
         zero = tl.load(zeros + tokens * STEP, mask=inside, other=0).to(tl.float32)
     return scale, zero
 
