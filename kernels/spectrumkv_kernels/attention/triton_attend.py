@@ -204,18 +204,18 @@ def attend_kernel(
     whole = length_of(sizes, columns, totals, done, length - tail, TILES, COSTS, COUNTED)
     before = tl.full([], 0, tl.int64)
     for i in tl.static_range(len(BITS)):
-        N: tl.constexpr = TILES[i]
         room = (sizes[i][1] - 3) // 2
         size = tokens_of(sizes, columns, totals, done, length - tail, i, len(BITS), COUNTED)
-        tiles = tl.cdiv(size, N)
-        begin = first_tile(share, shares, whole, before, tiles, COSTS[i]) * N
-        end = tl.minimum(first_tile(share + 1, shares, whole, before, tiles, COSTS[i]) * N, size)
+        tiles = tl.cdiv(size, TILES[i])
+        begin = first_tile(share, shares, whole, before, tiles, COSTS[i]) * TILES[i]
+        end = tl.minimum(first_tile(share + 1, shares, whole, before, tiles, COSTS[i]) * TILES[i], size)
         before += tiles * COSTS[i]
         at_row = (bh * splits + share + i) * rows + row  # shares go on where others end, so no two have a place
         if begin < end:
             # Tokens are counted from `begin` on: the offsets of a program's own fit 32 bits, those from the start of
             # all rows, heads and tokens need not.
             count = end - begin
+            N: tl.constexpr = TILES[i]
             RING: tl.constexpr = COUNTED is not None and i == len(BITS) - 1
             if RING:
                 positions = tail + begin
