@@ -201,17 +201,25 @@ def attend_kernel(
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
     row_mask += (row % queries).to(tl.int64) * mask_query
     share, shares = tl.program_id(1), tl.num_programs(1)
-    whole = length_of(sizes, columns, totals, done, length - tail, TILES, COSTS, COUNTED)
+    SEGMENTS: tl.constexpr = len(BITS)
+    whole = length_of(sizes, columns, totals, done, length - tail, SEGMENTS, SEGMENTS, TILES, COSTS, COUNTED)
+    here, beyond = share.to(tl.int64) * whole // shares, (share + 1).to(tl.int64) * whole // shares
     before = tl.full([], 0, tl.int64)
     for i in tl.static_range(len(BITS)):
         room = (sizes[i][1] - 3) // 2
         size = tokens_of(sizes, columns, totals, done, length - tail, i, len(BITS), COUNTED)
         tiles = tl.cdiv(size, TILES[i])
-        begin = first_tile(share, shares, whole, before, tiles, COSTS[i]) * TILES[i]
-        end = tl.minimum(first_tile(share + 1, shares, whole, before, tiles, COSTS[i]) * TILES[i], size)
+        begin = first_tile(here, before, tiles, COSTS[i]) * TILES[i]
+        end = tl.minimum(first_tile(beyond, before, tiles, COSTS[i]) * TILES[i], size)
+        # A share fills the places from the segment in which it begins to that in which the next one does.
+        reached = before <= beyond
         before += tiles * COSTS[i]
-        at_row = (bh * splits + share + i) * rows + row  # shares go on where others end, so no two have a place
-        if begin < end:
+        at_row = (bh * splits + share + i) * rows + row
+        if begin >= end:
+            if ((before > here) | (share == 0)) & (reached | (share == shares - 1)):
+                tl.store(floats + state_at + at_row * 2, tl.full([R], float("-inf"), tl.float32), mask=real)
+                tl.store(floats + state_at + at_row * 2 + 1, tl.zeros([R], tl.float32), mask=real)
+        else:
             # Tokens are counted from `begin` on: the offsets of a program's own fit 32 bits, those from the start of
             # all rows, heads and tokens need not.
             count = end - begin

@@ -34,23 +34,27 @@ def tokens_of(sizes, columns, totals, done, tail, SEGMENT: tl.constexpr, SEGMENT
 
 
 @triton.jit
-def length_of(sizes, columns, totals, done, tail, TILES: tl.constexpr, COSTS: tl.constexpr, COUNTED: tl.constexpr):
-    """Length of the row in which the tiles of all segments stand, each as long as it takes to read, int64."""
+def length_of(
+    sizes, columns, totals, done, tail,
+    FIRST: tl.constexpr, SEGMENTS: tl.constexpr, TILES: tl.constexpr, COSTS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Length of the row in which the tiles of all `SEGMENTS` stand, or of the `FIRST` of them: int64.
+
+    Each tile is as long as it takes to read. The row is cut into shares of equal length, so that a share has tiles of
+    few segments, mostly of one. Segment `i` of share `s` has the place `s + i` for its part: where a share ends the
+    next goes on, so no two have the same.
+    """
     length = tl.full([], 0, tl.int64)
-    for i in tl.static_range(len(TILES)):
-        size = tokens_of(sizes, columns, totals, done, tail, i, len(TILES), COUNTED)
+    for i in tl.static_range(FIRST):
+        size = tokens_of(sizes, columns, totals, done, tail, i, SEGMENTS, COUNTED)
         length += tl.cdiv(size, TILES[i]) * COSTS[i]
     return length
 
 
 @triton.jit
-def first_tile(share, shares, length, before, tiles, COST: tl.constexpr):
-    """The first of a segment's `tiles` that is of a share or a later one, of `shares` that are equally long; int32.
-
-    So a share has tiles of few segments, mostly of one. `before` of the row's `length` are those of earlier segments.
-    """
-    at = share.to(tl.int64) * length // shares - before
-    return tl.minimum(tl.maximum(tl.cdiv(at, COST), 0), tiles).to(tl.int32)
+def first_tile(at, before, tiles, COST: tl.constexpr):
+    """The first of a segment's `tiles` that begins no earlier than `at` in the row; `before` of it are of others."""
+    return tl.cdiv(tl.minimum(tl.maximum(at - before, 0), tiles.to(tl.int64) * COST).to(tl.int32), COST)
 
 
 @triton.jit

@@ -5,33 +5,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ..rotation.triton_hadamard import hadamard
-from .triton_counts import counted, first_tile, length_of, refused, tokens_of
+from .triton_counts import counted, length_of, refused
 from .triton_dot import LOG2E
 
 INTEGERS = ["state_at", "rows", "queries", "kv_heads", "splits", "shares", "recent"]
 """Arguments for whose values nothing is compiled anew."""
-
-
-@triton.jit
-def _taken(
-    place, sizes, columns, totals, done, tail, whole, shares,
-    TILES: tl.constexpr, COSTS: tl.constexpr, CODED: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """Which places for parts are taken, and which by sums of codes. Segment `i` of a share has the place share + i."""
-    there, coded = place < 0, place < 0
-    before = tl.full([], 0, tl.int64)
-    for i in tl.static_range(len(TILES)):
-        tiles = tl.cdiv(tokens_of(sizes, columns, totals, done, tail, i, len(TILES), COUNTED), TILES[i])
-        share = place - i
-        first = first_tile(share, shares, whole, before, tiles, COSTS[i])
-        taken = (
-            (first < first_tile(share + 1, shares, whole, before, tiles, COSTS[i])) & (share >= 0) & (share < shares)
-        )
-        there |= taken
-        if i < CODED:
-            coded |= taken
-        before += tiles * COSTS[i]
-    return there, coded
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -70,24 +48,27 @@ def merge_kernel(
     else:
         length, done, tail, _ = counted(counts, recent, COUNTED)
         tail = length - tl.maximum(tail, length - (sizes[len(TILES) - 1][1] - 3) // 2)
-    whole = length_of(sizes, columns, totals, done, tail, TILES, COSTS, COUNTED)
+    SEGMENTS: tl.constexpr = len(TILES)
+    whole = length_of(sizes, columns, totals, done, tail, SEGMENTS, SEGMENTS, TILES, COSTS, COUNTED)
+    turning = length_of(sizes, columns, totals, done, tail, CODED, SEGMENTS, TILES, COSTS, COUNTED)
+    # The first place of an exact part: `share * whole // shares <= turning` for no later share.
+    coded = CODED + ((turning + 1) * shares - 1) // tl.maximum(whole, 1)
     bh = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     d = tl.arange(0, BLOCK)
-    peak = float("-inf")
+    peak = tl.full([], float("-inf"), tl.float32)
     if SINKS:
         sink = tl.load(sinks + (bh % kv_heads) * (rows // queries) + row // queries).to(tl.float32) * LOG2E
         peak = sink
     total = tl.zeros([S], tl.float32)
     mass = tl.zeros([S], tl.float32)  # of coded tokens
-    some = tl.zeros([S], tl.int32)
     turned = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
     if OVERLAPS:
         gdc_wait()
     for start in range(0, splits, S):
         place = start + tl.arange(0, S)
-        there, coded = _taken(place, sizes, columns, totals, done, tail, whole, shares, TILES, COSTS, CODED, COUNTED)
+        there = place < splits
         at = (bh * splits + place) * rows + row
         reference = tl.load(partial + state_at + at * 2, mask=there, other=float("-inf"))
         part = tl.load(partial + state_at + at * 2 + 1, mask=there, other=0.0)
@@ -96,14 +77,15 @@ def merge_kernel(
         safe = tl.where(peak == float("-inf"), 0.0, peak)
         alpha = tl.exp2(before - safe)
         weight = tl.exp2(reference - safe)
-        total = total * alpha + weight * part
-        x *= weight[:, None]
+        seen = (reference > float("-inf")) | (part != 0)  # else there is no part, and its place was not written
+        part = tl.where(seen, weight * part, 0.0)
+        total = total * alpha + part
+        x = tl.where(seen[:, None], x * weight[:, None], 0.0)
         if FITTED:
-            mass = mass * alpha + tl.where(coded, weight * part, 0.0)
-            some |= coded.to(tl.int32)
+            mass = mass * alpha + tl.where(place < coded, part, 0.0)
         if HADAMARD or FITTED:
-            turned = turned * alpha + tl.sum(tl.where(coded[:, None], x, 0.0), axis=0)
-            plain = plain * alpha + tl.sum(tl.where(coded[:, None], 0.0, x), axis=0)
+            turned = turned * alpha + tl.sum(tl.where((place < coded)[:, None], x, 0.0), axis=0)
+            plain = plain * alpha + tl.sum(tl.where((place < coded)[:, None], 0.0, x), axis=0)
         else:
             plain = plain * alpha + tl.sum(x, axis=0)
     if HADAMARD:
@@ -111,7 +93,7 @@ def merge_kernel(
         turned = tl.reshape(hadamard(tl.reshape(turned, (1, BLOCK)), SIZE), (BLOCK,)) * SIZE**-0.5
     if FITTED:
         values = frame + bh * FRAME + (FRAME - DV - 1)
-        fixed = tl.max(some, axis=0) > 0  # else there may be no frame yet
+        fixed = turning > 0  # else there may be no frame yet
         mean = tl.load(values + d, mask=fixed & (d < DV), other=0.0)
         turned = turned * tl.load(values + DV, mask=fixed, other=0.0) + tl.sum(mass, axis=0) * mean
     if HADAMARD or FITTED:
