@@ -67,21 +67,35 @@ def _hidden(
 
 
 @triton.jit
+def _bytes(words):
+    """Sum of the four bytes of each word."""
+    pairs = (words & 0x00FF00FF) + (words >> 8 & 0x00FF00FF)
+    return pairs + (pairs >> 16) & 0xFFFF
+
+
+@triton.jit
 def _unpacked(tiles, first, N: tl.constexpr):
     """Positions, int32 `[N]`, of the tokens from `first` on, a multiple of `N`, from packed tiles; see `segment.py`.
 
-    Whole words are read, since loads of less are not pipelined. Behind the last token steps are 0.
+    In the order of `_order`: a word has the steps of four tokens, and sums that go over words stay within a warp, which
+    has to wait for no other one. Behind the last token steps are 0.
     """
-    words = (tiles + first // TILE * (START + TILE)).to(tl.pointer_type(tl.int32))
-    lane = tl.arange(0, TILE)
-    steps = (tl.load(words + START // 4 + lane // 4) >> (lane % 4 * 8)) & 255
-    found = tl.load(words) + tl.cumsum(steps, 0)
-    if N == TILE:
-        return found
-    else:
-        PARTS: tl.constexpr = TILE // N
-        part = tl.arange(0, PARTS)[:, None] == first // N % PARTS
-        return tl.sum(tl.where(part, tl.reshape(found, [PARTS, N]), 0), 0)
+    words = (tiles + first // TILE * (START + TILE)).to(tl.pointer_type(tl.uint32))
+    steps = tl.load(words + START // 4 + tl.arange(0, TILE // 4))[None, :]
+    ahead = _bytes(steps & (0xFFFFFFFF >> (24 - 8 * tl.arange(0, 4).to(tl.uint32)))[:, None])
+    whole = tl.broadcast_to(_bytes(steps), [4, TILE // 4])
+    found = (tl.load(words) + tl.cumsum(whole, 1) - whole + ahead).to(tl.int32)
+    if N < TILE:
+        part = tl.arange(0, TILE // N)[None, :, None] == first // N % (TILE // N)
+        found = tl.sum(tl.where(part, tl.reshape(found, [4, TILE // N, N // 4]), 0), 1)
+    return tl.reshape(found, [N])
+
+
+@triton.jit
+def _order(N: tl.constexpr):
+    """The order in which `N` tokens in codes are read: the first of every four, then the second, and so on."""
+    lane = tl.arange(0, N)
+    return lane % (N // 4) * 4 + lane // (N // 4)
 
 
 @triton.jit
@@ -297,9 +311,8 @@ def attend_kernel(
                     )  # fmt: skip
                     planes = planes + ((q * 2.0 ** (-B * (j // 2))).to(tl.float16),)
                     accs = accs + (tl.zeros([pad(WV), R], tl.float32),)
-                # A row's score of the mean comes as one more channel of the key: [N, term] x [term, R], of ones.
-                term = first + tl.arange(0, pad(min(ROWS_PAD, R)))
-                pick = (term[:, None] == row[None, :]).to(tl.float16)
+                C: tl.constexpr = min(ROWS_PAD, R)
+                term = first + tl.arange(0, C)
                 zeros = tl.zeros([N, R], tl.float32)
                 if BITS[i] == 3:
                     # Which half of the words. It comes from memory, since the compiler brings loads into the layout of
@@ -307,8 +320,9 @@ def attend_kernel(
                     half = (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16))
                     key_half = tl.load(half + tl.minimum(wk // (WK // 2), 1))[None, :]
                     value_half = tl.load(half + tl.minimum(wv // (WV // 2), 1))[:, None]
+                order = _order(N)
                 for start in tl.range(0, count, N, num_stages=STAGES):
-                    token = start + tl.arange(0, N)
+                    token = start + order
                     live = token < count
                     # What is read for places past the last token counts for nothing; it has to be there to be read.
                     place = tl.minimum(token, count - 1)
@@ -338,8 +352,10 @@ def attend_kernel(
                         if not PACKED[i]:
                             at = tl.maximum(tl.load(positions + place), 0)
                         scored = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
-                        c = tl.load(scored, mask=(term < ROWS_PAD)[None, :], other=0.0)
-                        s += dot(c, pick, tl.zeros([N, R], tl.float32))
+                        c = tl.load(scored)
+                        if C < R:  # the columns past the last row are for nothing
+                            c = tl.reshape(tl.broadcast_to(c[:, None, :], [N, R // C, C]), [N, R])
+                        s += c
                         if MASK == "folded":  # half the least number of float16, with which it is hidden
                             s = tl.where(s < -32752.0, float("-inf"), s)
                     s = _capped(s, bias, softcap, SOFTCAP)

@@ -48,9 +48,9 @@ OPTIONS = {"num_warps": 2, "maxnreg": 168}
 RESIDENT = 6
 """Programs of `attend_kernel` with these options that a multiprocessor holds at once."""
 PREPARE_OPTIONS = {"num_warps": 4}
-MERGED = 128
-"""Parts that are joined at a time: there are few programs, so each has much in flight."""
-MERGE_OPTIONS = {"num_warps": 16}
+MERGED = 32
+"""Parts that are joined at a time."""
+MERGE_OPTIONS = {"num_warps": 4}
 PREPARE_RESIDENT = 4
 
 
