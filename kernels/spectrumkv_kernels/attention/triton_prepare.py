@@ -125,7 +125,16 @@ def prepare_kernel(
         t = tl.arange(0, POSITIONS)
         cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
         sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
-        out = halves + head * length * ROWS_PAD + row
+        # A head's rows at all positions of a block lie side by side.
+        SIDE: tl.constexpr = min(ROWS_PAD, R)
+        heads = (pid % row_blocks * R // ROWS_PAD + tl.arange(0, R // SIDE)).to(tl.int64)
+        entry = tl.arange(0, POSITIONS * SIDE)
+        if SIDE < ROWS_PAD:
+            out = halves + heads * length * ROWS_PAD + pid % row_blocks * R % ROWS_PAD
+            entries = entry // SIDE * ROWS_PAD + entry % SIDE
+        else:
+            out = halves + heads * length * ROWS_PAD
+            entries = entry
         start = pid // row_blocks * blocks
         stop = tl.minimum(start + blocks, tl.cdiv(scored, POSITIONS))
         # Conditions on scalars decide how many pairs are read: Triton 3.9's interpreter takes no mask made from them.
@@ -159,4 +168,9 @@ def prepare_kernel(
                         mask=there & (position < mask_columns)[:, None], other=0,
                     )  # fmt: skip
                 scores = tl.where(seen != 0, scores, -65504.0)
-            tl.store(out[None, :] + position.to(tl.int64)[:, None] * ROWS_PAD, scores.to(tl.float16), mask=there)
+            stored = tl.trans(tl.reshape(scores.to(tl.float16), [POSITIONS, R // SIDE, SIDE]), 1, 0, 2)
+            tl.store(
+                out[:, None] + (block * POSITIONS * ROWS_PAD + entries)[None, :],
+                tl.reshape(stored, [R // SIDE, POSITIONS * SIDE]),
+                mask=(heads < flat)[:, None] & (block * POSITIONS + entry // SIDE < scored)[None, :],
+            )
