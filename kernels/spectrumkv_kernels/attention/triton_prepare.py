@@ -125,18 +125,18 @@ def prepare_kernel(
         t = tl.arange(0, POSITIONS)
         cos = tl.load(fine + t[:, None] * (2 * PAIRS) + pair[None, :], mask=live[None, :], other=0.0)
         sin = tl.load(fine + t[:, None] * (2 * PAIRS) + PAIRS + pair[None, :], mask=live[None, :], other=0.0)
-        # A head's rows at all positions of a block lie side by side.
-        SIDE: tl.constexpr = min(ROWS_PAD, R)
-        heads = (pid % row_blocks * R // ROWS_PAD + tl.arange(0, R // SIDE)).to(tl.int64)
-        entry = tl.arange(0, POSITIONS * SIDE)
-        if SIDE < ROWS_PAD:
-            out = halves + heads * length * ROWS_PAD + pid % row_blocks * R % ROWS_PAD
-            entries = entry // SIDE * ROWS_PAD + entry % SIDE
-        else:
-            out = halves + heads * length * ROWS_PAD
-            entries = entry
         start = pid // row_blocks * blocks
         stop = tl.minimum(start + blocks, tl.cdiv(scored, POSITIONS))
+        # A head's rows at all positions of a block lie side by side.
+        SIDE: tl.constexpr = min(ROWS_PAD, R)
+        LINE: tl.constexpr = POSITIONS * ROWS_PAD
+        heads = (pid % row_blocks * R // ROWS_PAD + tl.arange(0, R // SIDE)).to(tl.int64)
+        entry = tl.arange(0, POSITIONS * SIDE)
+        out = halves + (heads * length * ROWS_PAD + start.to(tl.int64) * LINE)[:, None]
+        if SIDE < ROWS_PAD:
+            out += (entry // SIDE * ROWS_PAD + pid % row_blocks * R % ROWS_PAD + entry % SIDE)[None, :]
+        else:
+            out += entry[None, :]
         # Conditions on scalars decide how many pairs are read: Triton 3.9's interpreter takes no mask made from them.
         some = pair < tl.where(start < stop, PAIRS, 0)
         c = tl.load(coarse + start * (2 * PAIRS) + pair, mask=some, other=0.0)
@@ -169,8 +169,6 @@ def prepare_kernel(
                     )  # fmt: skip
                 scores = tl.where(seen != 0, scores, -65504.0)
             stored = tl.trans(tl.reshape(scores.to(tl.float16), [POSITIONS, R // SIDE, SIDE]), 1, 0, 2)
-            tl.store(
-                out[:, None] + (block * POSITIONS * ROWS_PAD + entries)[None, :],
-                tl.reshape(stored, [R // SIDE, POSITIONS * SIDE]),
-                mask=(heads < flat)[:, None] & (block * POSITIONS + entry // SIDE < scored)[None, :],
-            )
+            there = (heads < flat)[:, None] & (block * POSITIONS + entry // SIDE < scored)[None, :]
+            tl.store(out, tl.reshape(stored, [R // SIDE, POSITIONS * SIDE]), mask=there)
+            out += LINE
