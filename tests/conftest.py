@@ -13,6 +13,25 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
 
 
+class AtOnce:
+    """Names tests as they fail: a run that is cut short, on a machine that is lent by the minute, has said which."""
+
+    def __init__(self, reporter):
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"failed: {report.nodeid}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce(reporter))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What `torch.empty` returns is NaN, so that a result which depends on unwritten memory shows."""

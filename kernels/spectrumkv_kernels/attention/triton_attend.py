@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .. import segment
 from ..codec.triton_quantize import load_affine, scale_of, zero_of
 from .triton_counts import counted, first_tile, length_of, tokens_of
-from .triton_dot import LOG2E, SUBNORMAL, dot, pad, plane, plane_of_three, shifted
+from .triton_dot import LOG2E, SUBNORMAL, dot, log2, pad, plane, plane_of_three, shifted
 
 TILE = tl.constexpr(segment.TILE)
 START = tl.constexpr(segment.START)
@@ -114,12 +114,6 @@ def _affine(stored, token, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
         scale = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         zero = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, zero
-
-
-@triton.jit
-def _exponent(x):
-    """The binary logarithm of `x`, which is not negative, rounded up to the next integer, and no less than -24."""
-    return tl.maximum((x.to(tl.int32, bitcast=True) >> 23) - 126, -24).to(tl.float32)
 
 
 @triton.jit
@@ -364,16 +358,15 @@ def attend_kernel(
                         window, CAUSAL, WINDOW, RAGGED, "none" if MASK == "folded" else MASK, COUNTED, RING, PACKED[i],
                     )  # fmt: skip
                     # The reference exponent is that of p times the value's scale, so that float16 holds the product.
-                    t = s + _exponent(vs)[:, None]
+                    t = s + log2(tl.maximum(vs, 2.0**-24))[:, None]
                     peak = tl.maximum(m, tl.max(t, axis=0) - WEIGHT_PEAK)
                     safe = tl.where(peak == float("-inf"), 0.0, peak)
                     alpha = tl.exp2(m - safe)[None, :]
                     m = peak
                     p = tl.exp2(s - safe[None, :])
                     total = total * alpha + p
-                    w = p * vs[:, None]
-                    zeros = zeros * alpha + (w if SYMMETRIC else p * vz[:, None])
-                    w = w.to(tl.float16)
+                    w = (p * vs[:, None]).to(tl.float16)
+                    zeros = zeros * alpha + (w.to(tl.float32) if SYMMETRIC else p * vz[:, None])
                     v = tl.load(values + place[None, :] * VALUE + wv[:, None], mask=(wv < WV)[:, None], other=0)
                     vl = v
                     if BITS[i] == 3:
