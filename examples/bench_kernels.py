@@ -31,7 +31,7 @@ from spectrumkv_kernels import (
     Rotary,
     Segment,
     dense,
-    encode,
+    encode_tiers,
     fit_frame,
     key_mean,
     split_frame,
@@ -206,15 +206,19 @@ def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats:
 
 
 def compress(
-    keys: torch.Tensor, values: torch.Tensor, places: dict[int, torch.Tensor], codec: Codec, rotary: Rotary
+    keys: torch.Tensor, values: torch.Tensor, order: torch.Tensor, counts: dict[int, int], codec: Codec, rotary: Rotary
 ) -> None:
-    """Mean of the keys and the rest of the frame, then codes of the tokens `places` of each width."""
+    """Mean of the keys and the rest of the frame, then all tiers: `order` as in `encode_tiers`, `counts` by bits."""
     device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
     frame = key_mean.on(device.type)(keys, positions, rotary)
     if codec.balanced:
         frame = fit_frame(keys, values, positions, rotary, frame)
-    for bits, index in places.items():
-        encode.on(device.type)(keys, values, index.int(), bits, codec, frame, rotary, 0)
+    flags = torch.zeros(1 + len(counts), dtype=torch.bool, device=device)
+    packs = [codec.balanced] * len(counts)
+    encode_tiers(
+        keys, values, order, list(counts.values()), list(counts), codec, frame, rotary, 0, flags, [None] * len(counts),
+        packs,
+    )  # fmt: skip
 
 
 def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -276,11 +280,11 @@ def rows(shapes: list[str], sizes: list[int], peak: float, slow: bool) -> Iterat
                 torch.cuda.empty_cache()
                 if slow:
                     order = torch.rand(batch, kv_heads, tokens, device="cuda").argsort(-1)
-                    shares = [round(tokens * share) for share in case.tiers.values()]
-                    parts = order[..., : sum(shares)].split(shares, dim=-1)
-                    places = {bits: part.sort(-1).values for bits, part in zip(case.tiers, parts, strict=True)}
+                    counts = {bits: int(tokens * share) for bits, share in case.tiers.items()}
+                    parts = order[..., : sum(counts.values())].split(list(counts.values()), dim=-1)
+                    order = torch.cat([part.sort(-1).values for part in parts], dim=-1).int()
                     pairs = [exact(batch, kv_heads, tokens, dim) for _ in range(copies(whole))]
-                    time = timed([partial(compress, *kv, places, codec, rotary) for kv in pairs])
+                    time = timed([partial(compress, *kv, order, counts, codec, rotary) for kv in pairs])
                     yield row(f"compress {name}", time, whole + stored)
                     del pairs
                     torch.cuda.empty_cache()
