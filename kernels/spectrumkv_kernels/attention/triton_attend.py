@@ -182,7 +182,7 @@ def attend_kernel(
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Attention of the rows of one KV head over a share of every segment.
+    """Attention of the rows of one KV head over a share of all segments.
 
     Tokens are rows of the products and queries, which are few, columns: those come in eights, rows in sixteens.
 
@@ -209,8 +209,7 @@ def attend_kernel(
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
     row_mask += (row % queries).to(tl.int64) * mask_query
     share, shares = tl.program_id(1), tl.num_programs(1)
-    SEGMENTS: tl.constexpr = len(BITS)
-    whole = length_of(sizes, columns, totals, done, length - tail, SEGMENTS, SEGMENTS, TILES, COSTS, COUNTED)
+    whole = length_of(sizes, columns, totals, done, length - tail, len(BITS), TILES, COSTS, COUNTED)
     here, beyond = share.to(tl.int64) * whole // shares, (share + 1).to(tl.int64) * whole // shares
     before = tl.full([], 0, tl.int64)
     for i in tl.static_range(len(BITS)):

@@ -36,9 +36,9 @@ def tokens_of(sizes, columns, totals, done, tail, SEGMENT: tl.constexpr, SEGMENT
 @triton.jit
 def length_of(
     sizes, columns, totals, done, tail,
-    FIRST: tl.constexpr, SEGMENTS: tl.constexpr, TILES: tl.constexpr, COSTS: tl.constexpr, COUNTED: tl.constexpr,
+    FIRST: tl.constexpr, TILES: tl.constexpr, COSTS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """Length of the row in which the tiles of all `SEGMENTS` stand, or of the `FIRST` of them: int64.
+    """Length of the row in which the tiles of all segments stand, or of the `FIRST` of these: int64.
 
     Each tile is as long as it takes to read. The row is cut into shares of equal length, so that a share has tiles of
     few segments, mostly of one. Segment `i` of share `s` has the place `s + i` for its part: where a share ends the
@@ -46,7 +46,7 @@ def length_of(
     """
     length = tl.full([], 0, tl.int64)
     for i in tl.static_range(FIRST):
-        size = tokens_of(sizes, columns, totals, done, tail, i, SEGMENTS, COUNTED)
+        size = tokens_of(sizes, columns, totals, done, tail, i, len(TILES), COUNTED)
         length += tl.cdiv(size, TILES[i]) * COSTS[i]
     return length
 

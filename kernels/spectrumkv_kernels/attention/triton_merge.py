@@ -48,9 +48,8 @@ def merge_kernel(
     else:
         length, done, tail, _ = counted(counts, recent, COUNTED)
         tail = length - tl.maximum(tail, length - (sizes[len(TILES) - 1][1] - 3) // 2)
-    SEGMENTS: tl.constexpr = len(TILES)
-    whole = length_of(sizes, columns, totals, done, tail, SEGMENTS, SEGMENTS, TILES, COSTS, COUNTED)
-    turning = length_of(sizes, columns, totals, done, tail, CODED, SEGMENTS, TILES, COSTS, COUNTED)
+    whole = length_of(sizes, columns, totals, done, tail, len(TILES), TILES, COSTS, COUNTED)
+    turning = length_of(sizes, columns, totals, done, tail, CODED, TILES, COSTS, COUNTED)
     # The first place of an exact part: `share * whole // shares <= turning` for no later share.
     coded = CODED + ((turning + 1) * shares - 1) // tl.maximum(whole, 1)
     bh = (tl.program_id(0) // rows).to(tl.int64)
