@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # tiny tensors: threads would only wait for one anothe
 
 
 class AtOnce:
-    """Names tests as they fail: a run that is cut short, on a machine that is lent by the minute, has said which."""
+    """Names tests as they fail, so that a run which is cut short has said which they were."""
 
     def __init__(self, reporter):
         self.reporter = reporter

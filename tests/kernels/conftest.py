@@ -1,4 +1,4 @@
-"""Which tests of Triton kernels run in the interpreter, where a case takes about a second."""
+"""Which tests of Triton kernels run in the interpreter, where a case takes about a second; how work is shared out."""
 
 from collections import Counter
 
@@ -32,3 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if seen[item.path.stem, name] % EVERY[name]:
                 item.add_marker(pytest.mark.slow)
             seen[item.path.stem, name] += 1
+
+
+@pytest.fixture
+def processors(monkeypatch):
+    """Sets how many multiprocessors the attention shares its work out to."""
+    attention_triton = pytest.importorskip("spectrumkv_kernels.attention.triton_attention")
+    functions = attention_triton.work_of, attention_triton._shares
+
+    def forget():
+        for function in functions:
+            function.cache_clear()
+
+    forget()
+    yield lambda count: monkeypatch.setattr(attention_triton, "_multiprocessors", lambda device: count)
+    forget()

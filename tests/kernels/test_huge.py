@@ -116,20 +116,6 @@ def test_the_interpreter_sees_an_overflow(launches):
         kernel[(1,)](torch.zeros(1, dtype=torch.int64), 2**30)
 
 
-@pytest.fixture
-def processors(monkeypatch):
-    """Sets how many multiprocessors the attention shares its work out to."""
-    functions = attention_triton.work_of, attention_triton._shares
-
-    def forget():
-        for function in functions:
-            function.cache_clear()
-
-    forget()
-    yield lambda count: monkeypatch.setattr(attention_triton, "_multiprocessors", lambda device: count)
-    forget()
-
-
 def test_scores_of_the_mean_for_many_rows_at_a_million_positions(launches, processors):
     """48 query heads on a KV head and 32 queries: `position * 2048`."""
     processors(1 << 20)

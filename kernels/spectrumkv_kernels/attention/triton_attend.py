@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import segment
-from ..codec.triton_quantize import load_affine, scale_of, zero_of
+from ..codec.triton_quantize import scale_of, zero_of
 from .triton_counts import counted, first_tile, length_of, tokens_of
 from .triton_dot import LOG2E, SUBNORMAL, dot, log2, pad, plane, plane_of_three, shifted
 
@@ -100,15 +100,18 @@ def _order(N: tl.constexpr):
 
 @triton.jit
 def _affine(stored, token, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
-    """Scale and zero point of `token`, float32, by one read: of 4 bytes if it can be, as no fewer are pipelined."""
+    """Scale and zero point of `token`, float32, by one read: of 4 bytes if it can be, as no fewer are pipelined.
+
+    Codes that store no zero point get 0; theirs is `zero_of` times the scale.
+    """
+    zero = tl.zeros(token.shape, tl.float32)
     if stored.dtype.element_ty == tl.uint8:
         address = stored.to(tl.int64)
         words = (address & -4).to(tl.pointer_type(tl.uint32))
         at = (address & 3).to(tl.int32) + token
         scale = scale_of(tl.load(words + (at >> 2)) >> ((at & 3) << 3) & 255, BITS)
-        zero = scale * zero_of(BITS, stored.dtype)
     elif SYMMETRIC:
-        scale, zero = load_affine(stored, None, token, token >= 0, BITS)
+        scale = tl.load(stored + token).to(tl.float32)
     else:
         both = tl.load(stored.to(tl.pointer_type(tl.uint32)) + token)
         scale = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -177,7 +180,7 @@ def attend_kernel(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TILES: tl.constexpr,
-    COSTS: tl.constexpr,
+    TIMES: tl.constexpr,
     STAGES: tl.constexpr,
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -209,18 +212,18 @@ def attend_kernel(
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
     row_mask += (row % queries).to(tl.int64) * mask_query
     share, shares = tl.program_id(1), tl.num_programs(1)
-    whole = length_of(sizes, columns, totals, done, length - tail, len(BITS), TILES, COSTS, COUNTED)
+    whole = length_of(sizes, columns, totals, done, length - tail, len(BITS), TILES, TIMES, COUNTED)
     here, beyond = share.to(tl.int64) * whole // shares, (share + 1).to(tl.int64) * whole // shares
     before = tl.full([], 0, tl.int64)
     for i in tl.static_range(len(BITS)):
         room = (sizes[i][1] - 3) // 2
         size = tokens_of(sizes, columns, totals, done, length - tail, i, len(BITS), COUNTED)
         tiles = tl.cdiv(size, TILES[i])
-        begin = first_tile(here, before, tiles, COSTS[i]) * TILES[i]
-        end = tl.minimum(first_tile(beyond, before, tiles, COSTS[i]) * TILES[i], size)
+        begin = first_tile(here, before, tiles, TIMES[i]) * TILES[i]
+        end = tl.minimum(first_tile(beyond, before, tiles, TIMES[i]) * TILES[i], size)
         # A share fills the places from the segment in which it begins to that in which the next one does.
         reached = before <= beyond
-        before += tiles * COSTS[i]
+        before += tiles * TIMES[i]
         at_row = (bh * splits + share + i) * rows + row
         if begin >= end:
             if ((before > here) | (share == 0)) & (reached | (share == shares - 1)):

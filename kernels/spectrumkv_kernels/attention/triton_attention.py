@@ -40,7 +40,7 @@ SHARE_BYTES = 1 << 14
 """A program reads this much at least."""
 TILE = {16: 16, 8: 64, 4: 64, 3: 64, 2: 64}
 """Tokens of an iteration, by bits."""
-COST = {16: 3, 8: 6, 4: 4, 3: 6, 2: 4}
+TIME = {16: 3, 8: 6, 4: 4, 3: 6, 2: 4}
 """How long an iteration takes, by bits; of one to another."""
 STAGES = 3
 """Depth of the pipeline of loads."""
@@ -542,7 +542,7 @@ def plan_of(
         row_blocks=-(-rows // columns),
         costs=tuple((dim + value_dim) * b // 8 + (12 + 2 * rows_pad if b < 16 else 0) for b in bits),
         tiles=tuple(max(TILE[b] * 128 // wide, 16) for b in bits),
-        times=tuple([COST[b] for b in bits]),
+        times=tuple([TIME[b] for b in bits]),
         block=block,
         coded=sum(b < 16 for b in bits),
         overlaps=_overlaps(device),
@@ -611,7 +611,7 @@ def kernels_of(
         "MASK": mask,
         "SOFTCAP": softcap,
         "TILES": plan.tiles,
-        "COSTS": plan.times,
+        "TIMES": plan.times,
         "STAGES": STAGES,
         "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
@@ -624,7 +624,7 @@ def kernels_of(
         "SINKS": sinks,
         "S": MERGED,
         "TILES": plan.tiles,
-        "COSTS": plan.times,
+        "TIMES": plan.times,
         "CODED": plan.coded,
         "COUNTED": counted,
         "OVERLAPS": plan.overlaps,

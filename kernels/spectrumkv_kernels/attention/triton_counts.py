@@ -36,7 +36,7 @@ def tokens_of(sizes, columns, totals, done, tail, SEGMENT: tl.constexpr, SEGMENT
 @triton.jit
 def length_of(
     sizes, columns, totals, done, tail,
-    FIRST: tl.constexpr, TILES: tl.constexpr, COSTS: tl.constexpr, COUNTED: tl.constexpr,
+    FIRST: tl.constexpr, TILES: tl.constexpr, TIMES: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Length of the row in which the tiles of all segments stand, or of the `FIRST` of these: int64.
 
@@ -47,14 +47,14 @@ def length_of(
     length = tl.full([], 0, tl.int64)
     for i in tl.static_range(FIRST):
         size = tokens_of(sizes, columns, totals, done, tail, i, len(TILES), COUNTED)
-        length += tl.cdiv(size, TILES[i]) * COSTS[i]
+        length += tl.cdiv(size, TILES[i]) * TIMES[i]
     return length
 
 
 @triton.jit
-def first_tile(at, before, tiles, COST: tl.constexpr):
+def first_tile(at, before, tiles, TIME: tl.constexpr):
     """The first of a segment's `tiles` that begins no earlier than `at` in the row; `before` of it are of others."""
-    return tl.cdiv(tl.minimum(tl.maximum(at - before, 0), tiles.to(tl.int64) * COST).to(tl.int32), COST)
+    return tl.cdiv(tl.minimum(tl.maximum(at - before, 0), tiles.to(tl.int64) * TIME).to(tl.int32), TIME)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def merge_kernel(
     SINKS: tl.constexpr,
     S: tl.constexpr,
     TILES: tl.constexpr,
-    COSTS: tl.constexpr,
+    TIMES: tl.constexpr,
     CODED: tl.constexpr,  # segments in codes, which come first: their sums are to be rotated back
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -48,8 +48,8 @@ def merge_kernel(
     else:
         length, done, tail, _ = counted(counts, recent, COUNTED)
         tail = length - tl.maximum(tail, length - (sizes[len(TILES) - 1][1] - 3) // 2)
-    whole = length_of(sizes, columns, totals, done, tail, len(TILES), TILES, COSTS, COUNTED)
-    turning = length_of(sizes, columns, totals, done, tail, CODED, TILES, COSTS, COUNTED)
+    whole = length_of(sizes, columns, totals, done, tail, len(TILES), TILES, TIMES, COUNTED)
+    turning = length_of(sizes, columns, totals, done, tail, CODED, TILES, TIMES, COUNTED)
     # The first place of an exact part: `share * whole // shares <= turning` for no later share.
     coded = CODED + ((turning + 1) * shares - 1) // tl.maximum(whole, 1)
     bh = (tl.program_id(0) // rows).to(tl.int64)

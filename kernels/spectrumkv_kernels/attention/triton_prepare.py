@@ -152,7 +152,6 @@ def prepare_kernel(
             scores = dot(sin, y, dot(cos, x, tl.zeros([POSITIONS, R], tl.float32)))
             scores = tl.clamp(scores * size[None, :] + rest[None, :], -65504.0, 65504.0)
             position = block * POSITIONS + t
-            there = (position < scored)[:, None] & (head < flat)[None, :]
             if FOLDS:
                 if ALIKE:
                     of = mask + (pid % row_blocks * R // ROWS_PAD // kv_heads).to(tl.int64) * mask_batch
@@ -163,10 +162,8 @@ def prepare_kernel(
                     )[:, None]
                 else:
                     of = mask + (head // kv_heads)[None, :] * mask_batch
-                    seen = tl.load(
-                        of + position.to(tl.int64)[:, None] * mask_stride,
-                        mask=there & (position < mask_columns)[:, None], other=0,
-                    )  # fmt: skip
+                    there = (position < tl.minimum(scored, mask_columns))[:, None] & (head < flat)[None, :]
+                    seen = tl.load(of + position.to(tl.int64)[:, None] * mask_stride, mask=there, other=0)
                 scores = tl.where(seen != 0, scores, -65504.0)
             stored = tl.trans(tl.reshape(scores.to(tl.float16), [POSITIONS, R // SIDE, SIDE]), 1, 0, 2)
             there = (heads < flat)[:, None] & (block * POSITIONS + entry // SIDE < scored)[None, :]
