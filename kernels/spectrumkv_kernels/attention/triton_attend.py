@@ -140,7 +140,7 @@ INTEGERS = [
 def attend_kernel(
     query,  # [batch * kv_heads, rows, D]
     halves,  # of `prepare_kernel`
-    floats,  # partial sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; 0, 1; factor
+    floats,  # sums [batch * kv_heads, splits, rows, DV]; reference exponent and sum [.., rows, 2]; 0, -1; factor
     segments,  # of each: keys, values, positions; of coded ones scales and zero points of keys, of values
     mask,  # its columns are the last positions; COUNTED: the first ones
     counts,  # COUNTED: of `counted`
@@ -311,8 +311,8 @@ def attend_kernel(
                 term = first + tl.arange(0, C)
                 zeros = tl.zeros([N, R], tl.float32)
                 if BITS[i] == 3:
-                    # Which half of the words. It comes from memory, since the compiler brings loads into the layout of
-                    # operands before what is computed from them, but not what it counts itself.
+                    # 0 or -1 by the half of the words. It comes from memory, since the compiler brings loads into the
+                    # layout of operands before what is computed from them, but not what it counts itself.
                     half = (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16))
                     key_half = tl.load(half + tl.minimum(wk // (WK // 2), 1))[None, :]
                     value_half = tl.load(half + tl.minimum(wv // (WV // 2), 1))[:, None]

@@ -75,11 +75,13 @@ def plane_of_three(upper, lowest, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def shifted(words, by):
-    """Words shifted down by 0 or 1, two at a time: what is carried from word to word is to be masked out."""
+def shifted(words, which):
+    """Words shifted down by a bit where `which` is -1, as they are where it is 0, two at a time: what is carried from
+    word to word is to be masked out.
+    """
     if PACKED:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 s; and.b32 s, $2, 1; shr.b32 $0, $1, s; }", "=r,r,r", [words, by], dtype=tl.int16,
-            is_pure=True, pack=2,
+            "{ .reg .b32 s; shr.b32 s, $1, 1; lop3.b32 $0, s, $1, $2, 0xE4; }", "=r,r,r", [words, which],
+            dtype=tl.int16, is_pure=True, pack=2,
         )  # fmt: skip
-    return words >> by
+    return tl.where(which != 0, words >> 1, words)

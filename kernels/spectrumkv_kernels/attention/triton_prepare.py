@@ -60,7 +60,7 @@ def prepare_kernel(
         offset: q . R(t) mean, `[flat, length, ROWS_PAD]`, first in `halves`.
         rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
-            `factor_at` on in `floats`. Before it lie 0 and 1, int16.
+            `factor_at` on in `floats`. Before it lie 0 and -1, int16.
 
     Where it folds the mask in, the offset of a position that it hides is the least number of float16.
 
@@ -70,7 +70,7 @@ def prepare_kernel(
     d = tl.arange(0, BLOCK_D)
     if tl.program_id(0) == 0:
         tl.store(
-            (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16)) + tl.arange(0, 2), tl.arange(0, 2).to(tl.int16)
+            (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16)) + tl.arange(0, 2), -tl.arange(0, 2).to(tl.int16)
         )
     if tl.program_id(0) < turning:
         rotated, factor = halves + rotated_at, floats + factor_at
