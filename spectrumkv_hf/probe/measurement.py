@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -83,6 +84,8 @@ class Measurement:
         layers = [layer for layer in self._cache.layers if isinstance(layer, SpectrumLayer)]
         for layer in layers:
             layer.settle()
+            # What continues copies stays as it comes: to rank and tier it would take half of their time.
+            layer.policy = replace(layer.policy, recent_window=ids.shape[1])
         self.tiered = [layer.layer_idx for layer in layers if layer.is_initialized and FP16 in layer.store.arenas]
         if not self.tiered:
             raise ProbeError(f"no layer of the model is tiered:\n{self._cache.summary()}")
