@@ -29,6 +29,7 @@ from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_f
 from spectrumkv_hf.policy.calibrated import Calibrated, LayerCost, allocate
 from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.whole_file import write_whole
+from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 BASELINE = "dynamic"
 STATIC = {"static": "sdpa", "static-flex": "flex_attention"}
@@ -42,8 +43,9 @@ FILL_TOKENS = 4096
 def cache_maker(
     name: str, model: PreTrainedModel, capacity: int | None = None, tokenizer: Any = None
 ) -> Callable[[], Cache]:
-    """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, `plan:BUDGET` for one by the probe's plan
-    with the codec `spectrum2`, `typical:BUDGET` for one by `typical_plan`, or `BACKEND:BITS` of `QuantizedCache`.
+    """What `--caches` names: `dynamic`, `fp16`, a budget of `SpectrumCache`, `CODEC:BUDGET` for one of another codec,
+    `plan:BUDGET` for one by the probe's plan, `typical:BUDGET` for one by `typical_plan`, or `BACKEND:BITS` of
+    `QuantizedCache`.
 
     Args:
         name: With `capacity` also `static` and `static-flex`, for `StaticCache` under sdpa and flex_attention.
@@ -63,20 +65,20 @@ def cache_maker(
     backend, colon, bits = name.partition(":")
     if colon and bits.isdigit():
         return lambda: QuantizedCache(backend=backend, config=model.config, nbits=int(bits))
-    plan, number = backend if colon else "", name.rpartition(":")[2]
+    kind, number = backend if colon else DEFAULT_CODEC, name.rpartition(":")[2]
     try:
         budget = float(number)
     except ValueError:
-        plan, budget = "unknown", 0.0
-    if plan == "plan":
-        return lambda: SpectrumCache.from_model(model, tokenizer, budget, codec="spectrum2", max_cache_len=capacity)
-    if plan == "typical":
+        kind, budget = "unknown", 0.0
+    if kind == "plan":
+        return lambda: SpectrumCache.from_model(model, tokenizer, budget, max_cache_len=capacity)
+    if kind == "typical":
         policy = typical_plan(model.config.num_hidden_layers, budget)
-        return lambda: SpectrumCache(model.config, policy=policy, codec="spectrum2", max_cache_len=capacity)
-    if plan:
-        known = f"{BASELINE}, fp16, a budget such as 0.3, plan:0.2, typical:0.2, quanto:4"
+        return lambda: SpectrumCache(model.config, policy=policy, max_cache_len=capacity)
+    if kind not in CODECS:
+        known = f"{BASELINE}, fp16, a budget such as 0.3, spectrum:0.3, plan:0.2, typical:0.2, quanto:4"
         raise ValueError(f"cache {name!r}: choose {known}; with --compile also {' or '.join(STATIC)}")
-    return lambda: SpectrumCache(config=model.config, budget=budget, max_cache_len=capacity)
+    return lambda: SpectrumCache(config=model.config, budget=budget, codec=kind, max_cache_len=capacity)
 
 
 def typical_plan(layers: int, budget: float) -> Calibrated:

@@ -28,6 +28,7 @@ from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_f
 from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.whole_file import write_whole
 from spectrumkv_hf.transfer.prefix_store import PrefixStore
+from spectrumkv_kernels import DEFAULT_CODEC
 
 QUESTION = "What pulls the water of the sea?"
 KEY = "SPECTRUMKV_STORE_KEY"
@@ -152,7 +153,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024, help="of the context, 64 or more")
     parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
     parser.add_argument("--budget", type=float, help="fraction of the FP16 bytes; default: the policy's own")
-    parser.add_argument("--codec", default="spectrum", help="of the cache")
+    parser.add_argument("--codec", default=DEFAULT_CODEC, help="of the cache")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens of the answer")
     parser.add_argument("--rounds", type=int, default=5, help="that are counted")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")

@@ -1,6 +1,6 @@
 """Generate the same answer over exact and compressed KV caches, and show what compression saves and costs.
 
-python examples/generate.py --budgets 0.5 0.3 --plot tiers.png
+python examples/generate.py --budgets 0.5 0.25 --plot tiers.png
 """
 
 import argparse
@@ -29,6 +29,7 @@ from spectrumkv_hf.evaluation.report.tables import HelpFormatter, check_folders,
 from spectrumkv_hf.evaluation.subjects.methods import Tiered, cache_memory
 from spectrumkv_hf.evaluation.subjects.models import add_model_arguments, load_from
 from spectrumkv_hf.evaluation.subjects.text import text_windows
+from spectrumkv_hf.policy import Calibrated
 from spectrumkv_hf.probe.passage import passage
 from spectrumkv_hf.support.extras import required
 from spectrumkv_hf.support.whole_file import write_whole
@@ -164,8 +165,8 @@ def plot_tiers(path: Path, cache: SpectrumCache, title: str) -> None:
     figure, [axes] = new_figure(f"Bits per token after prefill: {title}{grey}", width=10, height=4)
     axes.set_facecolor("lightgrey")
     image = axes.imshow(rows.numpy(), aspect="auto", origin="lower", interpolation="nearest", vmin=0, vmax=16)
-    legend = figure.colorbar(image, ax=axes, ticks=[0, 4, 8, 16], label="mean over the KV heads")
-    legend.ax.set_yticklabels(["dropped", "INT4", "INT8", "FP16"])
+    legend = figure.colorbar(image, ax=axes, ticks=[0, 2, 4, 8, 16], label="mean over the KV heads")
+    legend.ax.set_yticklabels(["dropped", "INT2", "INT4", "INT8", "FP16"])
     axes.set(xlabel="token of the prompt", ylabel="layer")
     save(figure, path)
 
@@ -173,12 +174,14 @@ def plot_tiers(path: Path, cache: SpectrumCache, title: str) -> None:
 def notes(model: PreTrainedModel, caches: list[SpectrumCache], repeats: int) -> list[str]:
     """What the numbers mean and what they do not."""
     policy = caches[0].policy
+    meaning = "the mean nominal cost of the tokens, INT8 1/2 and INT4 1/4 of FP16"
+    if isinstance(policy, Calibrated):
+        meaning = "the share of FP16's bytes that compressed tokens take, scales and positions included"
     found = [
         f"Times: a LogitsProcessor's clock in generate(), caches in turn, {repeats} rounds after a short warm-up; "
         "medians. Other load on the machine shows in them. Prefill includes the compression and generate()'s set-up.",
         "KV MiB is everything the cache stores after generation, scales, positions and exact tokens included; times "
-        "smaller: than the model's own exact cache. The budget is the mean nominal cost of the tokens, INT8 1/2 and "
-        "INT4 1/4 of FP16.",
+        f"smaller: than the model's own exact cache. The budget is {meaning}.",
         f"A longer text saves more: the last {policy.recent_window} tokens and up to 64 that wait to be compressed are "
         "exact and outside the budget.",
         "KL and perplexity are of one window of text: enough to see a difference between caches, not to rank them.",
@@ -198,8 +201,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="default: to summarise a text on the tides, 1700 tokens")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3], help="fractions of the FP16 bytes")
-    parser.add_argument("--policy", default="sink_protect", help="a policy of spectrumkv_hf.POLICIES")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25], help="fractions of the FP16 bytes")
+    parser.add_argument("--policy", help="of spectrumkv_hf.POLICIES; default: the plan of a probe")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=2, help="counted rounds of generation")
     parser.add_argument("--text-file", type=Path, help="held-out text, UTF-8; default: the examples' passage")
@@ -216,13 +219,16 @@ def main() -> None:
         if args.max_new_tokens < 1 or args.repeats < 1 or args.context < 1 or args.continuation < 2:
             raise ValueError("--max-new-tokens, --repeats and --context are 1 or more, --continuation is 2 or more")
         check_folders(args.plot, args.json)
+        if args.policy:  # complains before the model is loaded
+            for budget in args.budgets:
+                get_policy(args.policy, budget)
         if args.plot:
             required("matplotlib.figure", "--plot")
-        policies = {f"SpectrumCache b={b:g}": get_policy(args.policy, b) for b in args.budgets}
         text = args.text_file.read_text(encoding="utf-8") if args.text_file else passage()
         model, tokenizer = load_from(args)
         windows = text_windows(tokenizer, text, args.context + args.continuation)
-        caches = [SpectrumCache(config=model.config, policy=policy) for policy in policies.values()]
+        caches = [SpectrumCache.from_model(model, tokenizer, b, args.policy) for b in args.budgets]
+        policies = {f"SpectrumCache b={b:g}": cache.policy for b, cache in zip(args.budgets, caches, strict=True)}
     except (ImportError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectrumkv_hf import wire
-from spectrumkv_hf.policy import Policy
+from spectrumkv_hf.policy import Policy, get_policy
+from spectrumkv_hf.policy.calibrated import LayerShares
 from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.wire import patch
-from spectrumkv_kernels import CODECS
+from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 if TYPE_CHECKING:
     from spectrumkv_hf.probe.auto import Probe
@@ -20,7 +21,7 @@ class SpectrumCache(TieredCache):
     """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
 
     Drop-in for the cache of `model.generate(...)`: prefill attends over exact keys and values, then tokens move
-    into FP16, INT8 and INT4 tiers, and decoding reads those directly.
+    into tiers of 16, 8, 4, 3 and 2 bits, as the policy says, and decoding reads those directly.
 
     One cache a conversation: like every cache of Transformers it takes what it holds for the beginning of the next
     prompt. Make a new one for another prompt, or call `reset()`.
@@ -31,7 +32,7 @@ class SpectrumCache(TieredCache):
             for them (see `summary`).
         policy: Name of a policy (`spectrumkv_hf.POLICIES`) or a policy. `"fp16"` is lossless.
         budget: Mean nominal cost per token, as a fraction of FP16; None: the policy's default.
-        codec: `"spectrum"`; `"spectrum2"`, which has tiers of 3 and 2 bits and fewer bytes beside the codes; or
+        codec: `"spectrum2"`; `"spectrum"`, which has no tiers of 3 and 2 bits and more bytes beside the codes; or
             `"absmax"` for the paper's.
         model: The model that will use the cache. Its config is compared with `config`, RoPE included, and files of the
             cache tell its weights from others'.
@@ -59,31 +60,31 @@ class SpectrumCache(TieredCache):
         tokenizer: Any = None,
         budget: float | None = None,
         policy: str | Policy | None = None,
-        codec: str = "spectrum",
+        codec: str = DEFAULT_CODEC,
         probe: "str | Probe | None" = "auto",
         max_cache_len: int | None = None,
         **policy_options: Any,
     ) -> Self:
         """A cache for `model` by the policy that a probe names at `budget`.
 
-        The model is probed when this process, and the disk, hold no verdict on it (`spectrumkv_hf.probe`); that takes
-        a few forwards of 640 tokens, under a progress bar (`transformers.utils.logging.disable_progress_bar()` turns it
-        off). The policy is `sink_protect`, with a floor for layers or at a higher budget where it would otherwise cost
-        more than the probe's loss; a warning says so. Without a verdict, for a model that can't be probed, it is
-        `sink_protect` as it is, with a warning.
+        The model is probed when this process, and the disk, hold no verdict on it (`spectrumkv_hf.probe`), under a
+        progress bar (`transformers.utils.logging.disable_progress_bar()` turns it off). The probe plans: it measures
+        what rounding each layer costs, which takes a forward of 128 tokens for each layer over three texts of 896, and
+        the policy is `calibrated`, which gives each layer its own shares of tokens in 8, 4, 3 and 2 bits so that all
+        bytes together are `budget` of FP16. For a model that can't be probed it is `sink_protect`, with a warning.
 
-        With the codec `spectrum2` the probe plans: it measures what rounding each layer costs, which takes a forward of
-        128 tokens for each layer over three texts of 896, and the policy is `calibrated`, which gives each layer its
-        own shares of tokens in 8, 4, 3 and 2 bits so that all bytes together are `budget` of FP16.
+        With another codec than `spectrum2` the probe calibrates, by a few forwards of 640 tokens, and the policy is
+        `sink_protect`, with a floor for layers or at a higher budget where it would otherwise cost more than the
+        probe's loss; a warning says so.
 
         Args:
             model: The model that will use the cache, with its weights.
             tokenizer: Its tokenizer, for the text that the probe reads; None: it reads random tokens.
-            budget: Mean nominal cost of a token, as a fraction of FP16, and with a plan all bytes that tiered tokens
-                take; None: .5, or that of `policy`.
+            budget: All bytes that tiered tokens take, as a fraction of FP16; of other policies than a plan the mean
+                nominal cost of a token. None: .5, or that of `policy`.
             policy: Name of a policy or a policy, with which nothing is probed; None: the probe chooses it.
             codec: As in the class.
-            probe: `"auto"`: for `spectrum2` the plan, else the calibration. `"plan"`, by which the policy is
+            probe: `"auto"`: with `spectrum2` the plan, else the calibration. `"plan"`, by which the policy is
                 `calibrated`; `"calibration"`; `"paper"`, by whose verdict the policy is `adaptive`; a `PlanProbe`,
                 `CalibrationProbe` or `PaperProbe` of the cache's codec; None for no probe.
             max_cache_len: As in the class.
@@ -100,8 +101,11 @@ class SpectrumCache(TieredCache):
                 raise TypeError("floors come from the probe: give a policy too, or probe=None")
             if probe == "auto":
                 probe = "plan" if codec in CODECS and CODECS[codec].balanced else "calibration"
-            least = "two_tier" if getattr(probe, "kind", probe) in ("paper", "plan") else "sink_protect"
             # Complains before anything is measured.
+            kind = getattr(probe, "kind", probe)
+            if kind == "plan":
+                get_policy("calibrated", budget, layers={0: LayerShares.shares}, **policy_options)
+            least = "two_tier" if kind in ("paper", "plan") else "sink_protect"
             cls(model.config, least, budget, codec, max_cache_len=max_cache_len, **policy_options)
             if probe is None:
                 policy = "sink_protect"

@@ -16,7 +16,7 @@ from .codec.quantize import (
     saturated,
     unpack,
 )
-from .codec.reference import CODECS, Codec, take
+from .codec.reference import CODECS, DEFAULT_CODEC, Codec, take
 from .operations import (
     affine_flaws,
     attention_scores,
@@ -40,7 +40,7 @@ from .segment import Segment
 from .wire.tier_map import map_bits, map_width, pack_map
 
 __all__ = [
-    "CODECS", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws",
+    "CODECS", "DEFAULT_CODEC", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws",
     "attention_scores", "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode",
     "encode_tiers", "fit_frame", "fitting_weights", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map",
     "partition", "quantize", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention",

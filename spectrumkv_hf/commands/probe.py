@@ -14,15 +14,15 @@ from spectrumkv_hf.probe.calibration import CalibrationProbe
 from spectrumkv_hf.probe.paper import PaperProbe
 from spectrumkv_hf.probe.plan import PlanProbe
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, PaperVerdict, PlanVerdict, Verdict
-from spectrumkv_kernels import CODECS
+from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `run` reads."""
     add_model_arguments(parser, positional=True)
-    parser.add_argument("--probe", choices=PROBES, default=CalibrationProbe.kind, help="default: calibration")
+    parser.add_argument("--probe", choices=PROBES, help="default: plan, for codecs that have none calibration")
     parser.add_argument(
-        "--codec", choices=CODECS, help="default: spectrum; for a plan spectrum2, for the paper's probe absmax"
+        "--codec", choices=CODECS, help=f"default: {DEFAULT_CODEC}; for the paper's probe {PaperProbe.codec}"
     )
     parser.add_argument(
         "--budget", type=float, action="append", help="also name the policy at this budget (repeatable)"
@@ -49,17 +49,19 @@ def probe_from(args: argparse.Namespace) -> Probe:
     Raises:
         ValueError: a value out of range, or an option of the other probe.
     """
+    codec = CODECS[args.codec or DEFAULT_CODEC]
+    chosen = args.probe or (PlanProbe.kind if codec.balanced else CalibrationProbe.kind)
     names = {
         "calibration": ("loss", "context", "continuation"),
         "plan": ("context", "continuation"),
         "paper": ("tokens",),
     }
     for kind, options in names.items():
-        foreign = [n for n in options if n not in names[args.probe] and getattr(args, n) is not None]
-        if kind != args.probe and foreign:
+        foreign = [n for n in options if n not in names[chosen] and getattr(args, n) is not None]
+        if kind != chosen and foreign:
             raise ValueError(f"--{foreign[0]} is an option of --probe {kind}")
-    given = {name: getattr(args, name) for name in ("codec", *names[args.probe])}
-    return PROBES[args.probe](**{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(args, name) for name in ("codec", *names[chosen])}
+    return PROBES[chosen](**{name: value for name, value in given.items() if value is not None})
 
 
 def run(args: argparse.Namespace) -> None:

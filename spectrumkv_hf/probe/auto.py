@@ -95,13 +95,13 @@ def probe_model(
     Args:
         model: A decoder. Its modes, gradients and the random state are left as they are.
         tokenizer: Its tokenizer; None: calibrate on random tokens.
-        probe: What to measure; None: `CalibrationProbe()`.
+        probe: What to measure; None: `PlanProbe()`.
         fresh: Measure also where a verdict is remembered.
 
     Raises:
         ProbeError: the model can't be probed.
     """
-    probe = probe or CalibrationProbe()
+    probe = probe or PlanProbe()
     if model.config.is_encoder_decoder:
         raise ProbeError(f"{type(model).__name__} is an encoder-decoder: the probe continues a text, as decoders do")
     ids = probe.inputs(model, tokenizer)

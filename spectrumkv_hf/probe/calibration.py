@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spectrumkv_hf.policy import FP16, INT4, INT8, Tier
 from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, check_least, check_length, token_ids
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, LayerError, TierReport
-from spectrumkv_kernels import CODECS
+from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 DEFAULT_LOSS = 0.01
 """Nats. Between what INT4 costs three models of 135M to 500M parameters with this codec, .0025 to .0085, and with the
@@ -34,7 +34,7 @@ class CalibrationProbe:
         ValueError: a value out of range.
     """
 
-    codec: str = "spectrum"
+    codec: str = DEFAULT_CODEC
     loss: float = DEFAULT_LOSS
     context: int = 512
     continuation: int = 128

@@ -12,7 +12,7 @@ from spectrumkv_hf.policy.calibrated import ERRORS
 from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, check_least, check_length, token_ids
 from spectrumkv_hf.probe.passage import TEXTS
 from spectrumkv_hf.probe.verdict import LayerPlan, PlanVerdict
-from spectrumkv_kernels import CODECS
+from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 QUANTILES = 64
 """Equal shares of the tokens whose weight a plan knows."""
@@ -38,7 +38,7 @@ class PlanProbe:
         ValueError: a value out of range.
     """
 
-    codec: str = "spectrum2"
+    codec: str = DEFAULT_CODEC
     context: int = 896
     continuation: int = 128
     texts: tuple[str, ...] = TEXTS

@@ -33,7 +33,7 @@ from spectrumkv_hf.tiered.rope import rotary_of
 from spectrumkv_hf.tiered.schedule import Confirmations, SharedRanking
 from spectrumkv_hf.tiered.sliding_layer import SlidingSpectrumLayer
 from spectrumkv_hf.tiered.store import TAIL_STEP
-from spectrumkv_kernels import CODECS
+from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class TieredCache(Cache):
         config: PreTrainedConfig,
         policy: str | Policy = "sink_protect",
         budget: float | None = None,
-        codec: str = "spectrum",
+        codec: str = DEFAULT_CODEC,
         model: torch.nn.Module | None = None,
         max_cache_len: int | None = None,
         **policy_options: Any,

@@ -51,6 +51,7 @@ from spectrumkv_hf.wire.frame import WireError
 from spectrumkv_hf.wire.mac import KeyRefused, check_key
 from spectrumkv_hf.wire.stock import is_linear
 from spectrumkv_hf.wire.write import FrameWriter
+from spectrumkv_kernels import DEFAULT_CODEC
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class PrefixStore:
         model: torch.nn.Module | PreTrainedConfig,
         policy: str | Policy = "sink_protect",
         budget: float | None = None,
-        codec: str = "spectrum",
+        codec: str = DEFAULT_CODEC,
         *,
         adapter: str | None = None,
         salt: str = "",

@@ -60,11 +60,11 @@ def test_tables(capsys):
         and "policy at b=0.3: sink_protect b=0.3, fp16" in said
         and "stored in" in said
     )
-    assert "yes" in run(capsys, *SHORT).split("int4")[1]
+    assert "yes" in run(capsys, *SHORT, "--codec", "spectrum").split("int4")[1]
 
 
 def test_plan(capsys, probed):
-    plan = [*SHORT, "--probe", "plan", "--budget", "0.35", "--budget", "0.5"]
+    plan = [*SHORT, "--budget", "0.35", "--budget", "0.5"]
     said = run(capsys, *plan)
     assert "codec spectrum2, 40 tokens over the cache of 200 (random tokens), 3 layers tiered" in said
     assert "KL at 2 bits" in said and "b=0.35" in said and "policy at b=0.5: calibrated b=0.5" in said
@@ -101,7 +101,8 @@ def test_the_papers_probe(capsys, monkeypatch, found, verdict):
     [
         (["--probe", "paper", "--loss", "0.1"], "--loss is an option of --probe calibration"),
         (["--tokens", "100"], "--tokens is an option of --probe paper"),
-        (["--loss", "-1"], "loss is a positive number"),
+        (["--loss", "0.1"], "--loss is an option of --probe calibration"),
+        (["--probe", "calibration", "--loss", "-1"], "loss is a positive number"),
         (["--context", "5000"], "the model takes 1024 tokens"),
     ],
 )

@@ -15,6 +15,7 @@ from spectrumkv_hf.evaluation.report.results import Results
 from spectrumkv_hf.evaluation.report.tables import markdown_table
 from spectrumkv_hf.evaluation.subjects.methods import at_budgets, family_of, parse_method
 from spectrumkv_hf.probe.divergence import mean_kl, mean_loss
+from spectrumkv_kernels import DEFAULT_CODEC
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
@@ -99,7 +100,7 @@ def test_summary_has_the_error_of_the_windows():
 def test_methods_by_name(spec, fields):
     method = parse_method(spec, recent_window=7)
     assert {key: getattr(method.policy, key) for key in fields} == fields
-    assert method.codec == ("absmax" if "paper" in spec or "absmax" in spec else "spectrum")
+    assert method.codec == ("absmax" if "paper" in spec or "absmax" in spec else DEFAULT_CODEC)
     assert method.spec == spec
 
 

@@ -13,14 +13,15 @@ from families import FAMILIES, config, model, prompt
 from outliers import healthy, with_outliers
 
 from spectrumkv_hf import SpectrumCache, cache_argument
-from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, SinkProtect
-from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, ProbeError, auto, paper, probe_model
+from spectrumkv_hf.policy import FP16, INT4, INT8, Adaptive, Calibrated, SinkProtect
+from spectrumkv_hf.probe import CalibrationProbe, PaperProbe, PlanProbe, ProbeError, auto, paper, probe_model
 from spectrumkv_hf.probe.calibration import LADDER
 from spectrumkv_hf.probe.divergence import mean_kl
 from spectrumkv_hf.probe.measurement import Coding, Measurement
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, TierReport
 from spectrumkv_hf.tiered.cache import TieredCache
 from spectrumkv_hf.tiered.layer import SpectrumLayer
+from spectrumkv_kernels import DEFAULT_CODEC
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
@@ -129,10 +130,11 @@ class TestOutliers:
 
 
 class TestMeasurement:
-    def test_uniform_tiers_equal_a_tiered_cache(self):
+    @pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+    def test_uniform_tiers_equal_a_tiered_cache(self, codec):
         m, ids = healthy(), prompt(240)
         with torch.no_grad():
-            measured = Measurement(m, ids, 200, "spectrum")
+            measured = Measurement(m, ids, 200, codec)
             for tier, budget in ((INT8, 0.5), (INT4, 0.25)):
                 recoded = measured.kl(dict.fromkeys(measured.tiered, Coding(tier, tier)))
                 assert recoded == pytest.approx(measured.policy_kl(budget), rel=1e-3)
@@ -150,18 +152,19 @@ class TestMeasurement:
         assert 0 < max(kl[INT4, FP16], kl[FP16, INT4]) < kl[INT4, INT4]
         assert kl[INT4, FP16] != kl[FP16, INT4]
 
-    def test_errors_are_those_of_the_attention_output(self):
+    @pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
+    def test_errors_are_those_of_the_attention_output(self, codec):
         """Against attention written out, on the keys, values and queries of a layer."""
         m, ids, n = healthy(), prompt(240), 32
         with torch.no_grad():
-            measured = Measurement(m, ids, 200, "spectrum")
+            measured = Measurement(m, ids, 200, codec)
             errors = measured.attention_errors((INT4,))[INT4]
             cache = copy.deepcopy(measured._cache)
             seen = []
             cache.layers[2].on_attention.add(seen.append)
             measured._continued(cache)
             keys, values = cache.layers[2].keys, cache.layers[2].values
-            coded = SpectrumCache(m.config, SinkProtect(budget=0.25, recent_window=0))
+            coded = SpectrumCache(m.config, SinkProtect(budget=0.25, recent_window=0), codec=codec)
             m(ids[:, :200], **cache_argument(coded))
             coded_keys, coded_values = keys.clone(), values.clone()
             coded_keys[:, :, :200], coded_values[:, :, :200] = coded.layers[2].keys, coded.layers[2].values
@@ -223,7 +226,7 @@ class TestMeasurement:
     @pytest.mark.parametrize("loss", [3e-5, 3e-4, 1e-3])
     def test_the_ladder_and_the_floors_are_measured(self, loss):
         m = healthy()
-        found = calibrated(m, loss=loss)
+        found = calibrated(m, loss=loss, codec="spectrum")
         assert found.int4.kl > loss >= found.int4.kl_floored and found.int4.unsafe
         assert found.plain_budget in LADDER and found.plain_kl <= loss
         with torch.no_grad():
@@ -286,26 +289,32 @@ class TestFromModel:
         with pytest.raises(TypeError):
             SpectrumCache.from_model(m)  # the one that would have probed
 
-    def test_probes_once(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("options", "probe", "policy"),
+        [({}, PlanProbe, Calibrated), ({"codec": "spectrum"}, CalibrationProbe, SinkProtect)],
+    )
+    def test_probes_once(self, options, probe, policy, monkeypatch):
         m, ran = healthy(), []
-        measure = CalibrationProbe.measure
-        monkeypatch.setattr(CalibrationProbe, "measure", lambda *args: ran.append(1) or measure(*args))
-        policies = {SpectrumCache.from_model(m, budget=b).policy for b in (0.3, 0.3, 0.5)}
-        assert policies == {SinkProtect(budget=0.3), SinkProtect(budget=0.5)} and len(ran) == 1
+        measure = probe.measure
+        monkeypatch.setattr(probe, "measure", lambda *args: ran.append(1) or measure(*args))
+        policies = [SpectrumCache.from_model(m, budget=b, **options).policy for b in (0.3, 0.3, 0.5)]
+        assert [(type(each), each.budget) for each in policies] == [(policy, 0.3), (policy, 0.3), (policy, 0.5)]
+        assert policies[0] == policies[1] and len(ran) == 1
         monkeypatch.setattr(auto, "_remembered", {})  # another process
-        SpectrumCache.from_model(m, budget=0.3)
+        assert SpectrumCache.from_model(m, budget=0.3, **options).policy == policies[0]
         assert len(ran) == 1
 
     def test_bad_arguments_are_refused_before_anything_runs(self, monkeypatch):
         monkeypatch.setattr(auto, "probe_model", None)
         m = model("llama", "sdpa")
         for options, error, message in (
-            ({"budget": 0.2}, ValueError, "from 0.25 to 1"),
+            ({"budget": 0.05}, ValueError, "from 0.125 to 1"),
+            ({"budget": 0.2, "codec": "spectrum"}, ValueError, "from 0.25 to 1"),
             ({"codec": "zip"}, ValueError, "unknown codec 'zip'"),
             ({"colour": "red"}, TypeError, "no option colour"),
             ({"floors": {0: "int8"}}, TypeError, "floors come from the probe"),
             ({"probe": "luck"}, ValueError, "unknown probe 'luck': choose from auto, calibration, pap"),
-            ({"probe": PaperProbe()}, ValueError, "measures codec 'absmax', the cache has 'spectrum'"),
+            ({"probe": PaperProbe()}, ValueError, "measures codec 'absmax', the cache has 'spectrum2'"),
         ):
             with pytest.raises(error, match=message):
                 SpectrumCache.from_model(m, **options)
@@ -344,7 +353,7 @@ class TestFromModel:
             return [prompts.answer if found[type(cache)].pop(0) == "y" else "nothing"]
 
         monkeypatch.setattr(paper, "ask", ask)
-        probe = PaperProbe(codec="spectrum", tokens=400)
+        probe = PaperProbe(codec=DEFAULT_CODEC, tokens=400)
         cache = SpectrumCache.from_model(healthy(), Characters(), budget=0.3, probe=probe)
         assert cache.policy == expected
         assert ("calibrating instead" in caplog.text) == (expected.name != "adaptive")
@@ -377,7 +386,7 @@ class TestState:
 
     def test_also_after_an_error(self, monkeypatch):
         m = copy.deepcopy(healthy()).train()
-        monkeypatch.setattr(CalibrationProbe, "measure", lambda *args: 1 / 0)
+        monkeypatch.setattr(PlanProbe, "measure", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             probe_model(m)
         assert all(module.training for module in m.modules()) and torch.is_grad_enabled()

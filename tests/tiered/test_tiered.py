@@ -250,24 +250,33 @@ class TestMemory:
         ("policy", "budget"), [("sink_protect", 0.3), ("sink_protect", 0.5), ("balanced", 0.5), ("two_tier", 0.3)]
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_stored_bytes_are_those_predicted(self, policy, budget, dtype):
+    @pytest.mark.parametrize(
+        ("codec", "scales"),
+        [("spectrum", 2 * 2 * 2), ("spectrum2", 2)],  # scale and zero point in float16, a scale of a byte
+    )
+    def test_stored_bytes_are_those_predicted(self, policy, budget, dtype, codec, scales):
         m = copy.deepcopy(model("llama", "sdpa")).to(dtype)
-        cache = SpectrumCache(m.config, policy=policy, budget=budget)
+        cache = SpectrumCache(m.config, policy=policy, budget=budget, codec=codec)
         generate(m, prompt(500, batch=2), cache, max_new_tokens=200)
         heads, dim, rows = 2, 16, 2
         predicted = 0
-        for layer in cache.layers:
+        for index, layer in enumerate(cache.layers):
             counts = cache.policy.counts(layer.store.tail_start)
             for tier in TIERS:
                 if counts.get(tier) and tier.bits:
                     assert len(layer.store.arenas[tier]) == counts[tier]
                     element = dtype.itemsize if tier.bits == 16 else tier.bits / 8
-                    scales = 0 if tier.bits == 16 else 2 * 2 * 2  # scale and zero of key and value, float16
-                    predicted += counts[tier] * rows * heads * (2 * dim * element + scales + 4)
+                    coded = 2 * dim * element + (scales if tier.bits < 16 else 0)
+                    positions = 4 * counts[tier]
+                    where = (cache.tier_map()[index] == tier.bits).nonzero()[:, -1].view(rows, heads, -1)
+                    if codec == "spectrum2" and where.diff(dim=-1).max() < 256:  # 64 steps of a byte, from a first one
+                        positions = min(positions, -(-counts[tier] // 64) * (64 + 4))
+                    predicted += rows * heads * (counts[tier] * coded + positions)
+            predicted += rows * heads * 4 * (dim if codec == "spectrum" else 3 * dim + 1)  # the frame
             assert layer.store.tail_length <= 64 + 64
             predicted += 128 * rows * heads * 2 * dim * dtype.itemsize  # the tail's buffers
         assert reachable(cache) == cache.memory().stored
-        assert abs(reachable(cache) / predicted - 1) < 0.02
+        assert reachable(cache) == predicted
 
     def test_report_adds_up(self):
         m = model("gemma3", "sdpa", **sizes("gemma3"))
@@ -344,15 +353,16 @@ class TestMemory:
         layer = 900 * 2 * 2 * 16 * 4  # keys and values of one layer in float32
         assert 0 < peak < layer
 
-    def test_positions_and_scales_are_counted(self):
+    @pytest.mark.parametrize(("codec", "affine", "positions"), [("spectrum", 4, 300 * 4), ("spectrum2", 1, 5 * 68)])
+    def test_positions_and_scales_are_counted(self, codec, affine, positions):
         m = model("llama", "sdpa")
-        cache = SpectrumCache(m.config, policy="uniform_int4", recent_window=0)
+        cache = SpectrumCache(m.config, policy="uniform_int4", codec=codec, recent_window=0)
         with torch.no_grad():
             m(prompt(300), past_key_values=cache)
         parts = cache.memory().parts
         assert parts["int4.keys.codes"] == 2 * 300 * 2 * 8
-        assert parts["int4.values.affine"] == 2 * 300 * 2 * 2 * 2
-        assert parts["int4.positions"] == 2 * 300 * 2 * 4
+        assert parts["int4.values.affine"] == 2 * 300 * 2 * affine
+        assert parts["int4.positions"] == 2 * 2 * positions
 
 
 def reachable(thing, seen=None):
@@ -481,7 +491,7 @@ def test_shared_kv_layers_read_exact_values_in_the_same_forward():
         first = [m(prompt(200), past_key_values=cache).logits for cache in caches]
         assert torch.equal(*first)
         later = [m(prompt(1, seed=2), past_key_values=cache).logits for cache in caches]
-    assert 1e-7 < relative(later[1], later[0]) < 0.02
+    assert 1e-7 < relative(later[1], later[0]) < 0.04
     tiered = [layer for layer in caches[1].layers if isinstance(layer, SpectrumLayer)]
     assert all(layer.store.arenas for layer in tiered)
 

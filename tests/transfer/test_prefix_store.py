@@ -270,7 +270,7 @@ def test_by_config(place):
         (lambda: filled(prompt(TOKENS, batch=2)), ValueError, "a batch of one, got a cache of 2 rows"),
         (lambda: filled(prompt(TOKENS - 1)), ValueError, "holds 299, got 300"),
         (lambda: filled(prompt(TOKENS), budget=0.5), ValueError, "the store is for .* got"),
-        (lambda: filled(prompt(TOKENS), codec="absmax"), ValueError, "codec 'spectrum', got .* 'absmax'"),
+        (lambda: filled(prompt(TOKENS), codec="absmax"), ValueError, "codec 'spectrum2', got .* 'absmax'"),
         (lambda: filled(prompt(TOKENS), family="qwen3"), ValueError, "another model"),
         (
             lambda: filled(prompt(TOKENS), model=changed(families.model("llama"))),

@@ -59,6 +59,7 @@ CODECS = {
         Codec("absmax", center=False, hadamard=False, symmetric=True),  # the paper's
     )
 }
+DEFAULT_CODEC = "spectrum2"
 
 
 def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ PERPLEXITIES = (
             "sink_protect:0.3",
             "sink_protect:0.3::attention_value",
             "sink_protect:0.25",
-            "sink_protect:0.25:spectrum2",
+            "sink_protect:0.25:spectrum",
             "calibrated:0.3",
             "calibrated:0.25",
             "calibrated:0.2",

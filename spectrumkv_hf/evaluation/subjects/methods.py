@@ -14,6 +14,7 @@ from spectrumkv_hf.probe import PlanProbe, PlanVerdict, probe_model
 from spectrumkv_hf.probe.paper import RELEASED
 from spectrumkv_hf.spectrum_cache import SpectrumCache
 from spectrumkv_hf.tiered.memory import MemoryReport, storage_bytes
+from spectrumkv_kernels import DEFAULT_CODEC
 
 
 def cache_memory(cache: Cache) -> MemoryReport:
@@ -75,7 +76,7 @@ class Tiered(Method):
         codec: Of the cache.
     """
 
-    def __init__(self, spec: str, policy: Policy, codec: str = "spectrum") -> None:
+    def __init__(self, spec: str, policy: Policy, codec: str = DEFAULT_CODEC) -> None:
         super().__init__(spec)
         self.policy, self.codec, self.budget = policy, codec, policy.budget
 
@@ -183,7 +184,7 @@ def parse_method(spec: str, recent_window: int | None = None) -> Method:
     options |= dict(_option(spec, field) for field in named)
     if name == Calibrated.name:
         return Planned(spec, Calibrated.budget if value is None else value, codec or "spectrum2", options)
-    return Tiered(spec, get_policy(name, value, **options), codec or "spectrum")
+    return Tiered(spec, get_policy(name, value, **options), codec or DEFAULT_CODEC)
 
 
 def _option(spec: str, field: str) -> tuple[str, int | float]:
