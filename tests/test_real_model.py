@@ -36,7 +36,7 @@ def smollm2(installed):
 
 def test_generate_example(installed, tmp_path):
     arguments = ["--max-new-tokens", "4", "--repeats", "1", "--context", "200", "--continuation", "16"]
-    arguments += ["--prompt", passage()[:2000], "--policy", "sink_protect"]  # a plan and the whole take minutes
+    arguments += ["--prompt", passage()[:2600], "--policy", "sink_protect"]  # a plan and the whole take minutes
     plot, report = tmp_path / "tiers.png", tmp_path / "report.json"
     command = [sys.executable, ROOT / "examples/generate.py", *arguments, "--plot", plot, "--json", report]
     result = subprocess.run(command, capture_output=True, text=True)
