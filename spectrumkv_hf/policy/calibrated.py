@@ -81,7 +81,7 @@ class Calibrated(Policy):
     positions and frames.
 
     What sinks and frames take beyond the shares is saved again, by each layer in proportion to what it can save. So the
-    whole keeps to its bytes however short the context is, unless all is in the least tier.
+    whole keeps to its bytes however short the context is, unless hardly any layer has more than one tier.
 
     Attributes:
         layers: `Shares` of each tiered layer, by its index: pairs, or a mapping, held as pairs in the order of layers.

@@ -28,7 +28,7 @@ Probe = CalibrationProbe | PaperProbe | PlanProbe
 PROBES: dict[str, type[Probe]] = {probe.kind: probe for probe in (CalibrationProbe, PaperProbe, PlanProbe)}
 """Kinds of probe by name."""
 
-VERSION = 1
+VERSION = 2
 """Of what the probes measure: a change makes stored verdicts stale."""
 
 POLICY_OF = {

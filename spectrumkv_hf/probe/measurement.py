@@ -70,17 +70,16 @@ class Measurement:
     def __init__(
         self, model: PreTrainedModel, ids: torch.Tensor, context: int, codec: str, weigh: bool = False
     ) -> None:
-        """Fill the caches with the first `context` of `ids`, `[1, tokens]`; with `weigh`, see `weights`.
+        """Fill the caches with the first `context` of `ids`, `[1, tokens]`; with `weigh`, for `ranked_power`.
 
         Raises:
             ProbeError: no layer of the model is tiered.
         """
         self._model, self._codec = model, codec
-        self.weights: dict[int, torch.Tensor] = {}
-        """Attention that each token of a layer's prompt gets, float32 `[kv_heads, tokens]`."""
+        self._scores: dict[int, torch.Tensor] = {}  # by which a layer ranks its last tokens, [kv_heads, tokens]
         self._context, self._rest = ids[:, :context], ids[:, context:]
         # The control: every token goes through an arena, none is coded.
-        self._cache = self._prefilled(Greedy(budget=1.0, recent_window=0), self._weigh if weigh else None)
+        self._cache = self._prefilled(Greedy(budget=1.0, recent_window=0), self._rank if weigh else None)
         layers = [layer for layer in self._cache.layers if isinstance(layer, SpectrumLayer)]
         for layer in layers:
             layer.settle()
@@ -102,13 +101,46 @@ class Measurement:
             remove()
         return cache
 
-    def _weigh(self, seen: Attention) -> None:
+    def _rank(self, seen: Attention) -> None:
         layer = seen.layer
         found = attention_scores(
             seen.query, layer.store.tail[0], scale=seen.scale, mask=seen.mask, window=layer.window,
             softcap=seen.softcap, sinks=seen.sinks,
         )  # fmt: skip
-        self.weights.setdefault(layer.layer_idx, found[0])
+        self._scores.setdefault(layer.layer_idx, found[0])
+
+    def ranked_power(self, sinks: int) -> dict[int, torch.Tensor]:
+        """How heavily errors of tokens weigh, by layer, from the one that ranks first to the last, float64 `[tokens]`.
+
+        A token's error reaches the output by the attention it gets, so its square weighs by the square of that: here
+        the mean over the continuation's queries, summed over heads. Each KV head ranks its tokens by the attention of
+        the context, as a cache does. Layers whose attention could not be watched are missing.
+
+        Args:
+            sinks: First tokens, which stay exact and are left out.
+        """
+        power: dict[int, torch.Tensor] = {}
+        tokens = self._context.shape[1]
+
+        def watch(seen: Attention) -> None:
+            store, index = seen.layer.store, seen.layer.layer_idx
+            start = store.first_kept if seen.mask is None else store.length - seen.mask.shape[-1]
+            found = _attention_power(seen, store.dense(start)[0])[:, : tokens - start]
+            # Layers that share these keys and values add their queries.
+            power[index] = power[index] + found if index in power else found
+
+        cache = copy.deepcopy(self._cache)
+        for index in self._scores:
+            cache.layers[index].on_attention.add(watch)
+        self._continued(cache)
+        ranked = {}
+        for index, found in power.items():
+            first = max(sinks, tokens - found.shape[1], tokens - self._scores[index].shape[1])
+            held = first - tokens  # negative: of the last tokens, those that a window holds and that are no sinks
+            if held < 0:
+                order = self._scores[index][:, held:].argsort(-1, descending=True)
+                ranked[index] = found[:, held:].gather(-1, order).double().sum(0).cpu()
+        return ranked
 
     def layer(self, index: int) -> SpectrumLayer:
         """A tiered layer of the cache, which is not to be changed."""
@@ -173,6 +205,31 @@ class Measurement:
             ]
             for tier in tiers
         }
+
+
+def _attention_power(seen: Attention, keys: torch.Tensor) -> torch.Tensor:
+    """Mean over the queries of the squared attention that keys get, summed over a group's heads, `[kv_heads, tokens]`.
+
+    Args:
+        keys: All that the queries saw, `[1, kv_heads, tokens, head_dim]`.
+    """
+    queries, (kv_heads, tokens) = seen.query.shape[2], keys.shape[1:3]
+    scores = (seen.query.float() * seen.scale).unflatten(1, (kv_heads, -1)) @ keys.float().unsqueeze(2).mT
+    scores = scores.flatten(1, 2)  # [1, heads, queries, tokens]
+    if seen.softcap is not None:
+        scores = (scores / seen.softcap).tanh() * seen.softcap
+    if seen.mask is None:
+        ahead = torch.arange(tokens - queries, tokens, device=keys.device)[:, None]
+        ahead = ahead - torch.arange(tokens, device=keys.device)
+        scores = scores.masked_fill((ahead < 0) | (ahead >= (seen.layer.window or tokens)), -torch.inf)
+    elif seen.mask.dtype == torch.bool:
+        scores = scores.masked_fill(~seen.mask, -torch.inf)
+    else:
+        scores = scores + seen.mask
+    if seen.sinks is not None:
+        scores = torch.cat((scores, seen.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
+    found = scores.softmax(-1)[..., :tokens].square().mean(2)
+    return found[0].unflatten(0, (kv_heads, -1)).sum(1)
 
 
 def _recoded(layer: SpectrumLayer, arena: Arena, coding: Coding) -> Arena:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrumkv_hf.policy import INT2
-from spectrumkv_hf.policy.calibrated import ERRORS
+from spectrumkv_hf.policy.calibrated import ERRORS, Calibrated
 from spectrumkv_hf.probe.measurement import Coding, Measurement, ProbeError, check_least, check_length, token_ids
 from spectrumkv_hf.probe.passage import TEXTS
 from spectrumkv_hf.probe.verdict import LayerPlan, PlanVerdict
@@ -16,8 +16,6 @@ from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 QUANTILES = 64
 """Equal shares of the tokens whose weight a plan knows."""
-EVEN = 0.1
-"""Weight that every token has, in the mean of all: attention that comes later does not fall where the prompt's did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,8 @@ class PlanProbe:
 
     Each layer by itself is coded in 2 bits, the others stay exact, and the next-token KL over that cache is measured.
     Over the layers of a model it spans three orders of magnitude, and nothing that is known without measuring orders
-    them. What a token adds to the error of its layer goes by the square of the attention that it gets.
+    them. What a token adds to the error of its layer goes by the square of the attention that it gets from the text
+    that follows, at the rank that the text before has given it: later attention does not fall where the prompt's did.
 
     Attributes:
         codec: Of the cache; it balances.
@@ -55,8 +54,8 @@ class PlanProbe:
         check_least(self, "a whole number", context=64, continuation=1)
 
     def forwards(self, model: PreTrainedModel) -> int:
-        """Of the model: a text takes three over the exact cache, and one for each layer that has a cache."""
-        return len(self.texts) * (3 + model.config.get_text_config(decoder=True).num_hidden_layers)
+        """Of the model: a text takes four over the exact cache, and one for each layer that has a cache."""
+        return len(self.texts) * (4 + model.config.get_text_config(decoder=True).num_hidden_layers)
 
     def inputs(self, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
         """Ids of the beginnings of all texts, `[texts, tokens]`.
@@ -75,19 +74,20 @@ class PlanProbe:
             ProbeError: no layer of the model is tiered, or it gives no numbers to compare.
         """
         began = time.perf_counter()
-        found: list[tuple[dict[int, float], dict[int, torch.Tensor]]] = []
+        losses: dict[int, list[float]] = {}
+        weights: dict[int, list[torch.Tensor]] = {}
         for text in ids:
             measured = Measurement(model, text[None], self.context, self.codec, weigh=True)
-            losses = {i: measured.kl({i: Coding(INT2, INT2)}) for i in measured.tiered}
-            sinks = {i: measured.layer(i).policy.sinks for i in measured.tiered}
-            found.append((losses, {i: _weights(measured.weights.get(i), sinks[i]) for i in measured.tiered}))
+            power = measured.ranked_power(Calibrated.sinks)
+            for index in measured.tiered:
+                losses.setdefault(index, []).append(measured.kl({index: Coding(INT2, INT2)}))
+                weights.setdefault(index, []).append(_at_equal_shares(power.get(index)))
         layers = []
         for index in measured.tiered:
             layer = measured.layer(index)
-            loss = sum(losses[index] for losses, _ in found) / len(found)
+            loss = sum(losses[index]) / len(ids)
             if not loss < float("inf"):
                 raise ProbeError(f"the model gives no numbers to compare: layer {index} in 2 bits costs {loss:g} nats")
-            weights = torch.stack([weights[index] for _, weights in found]).mean(0)
             keys, values = layer.store.tail
             layers.append(
                 LayerPlan(
@@ -96,7 +96,7 @@ class PlanProbe:
                     key_dim=keys.shape[-1],
                     value_dim=values.shape[-1],
                     sensitivity=max(loss, 0.0) / ERRORS[INT2],
-                    weights=tuple(weights.tolist()),
+                    weights=tuple(_decreasing(torch.stack(weights[index]).mean(0).tolist())),
                 )
             )
         return PlanVerdict(
@@ -109,18 +109,23 @@ class PlanProbe:
         )
 
 
-def _weights(attention: torch.Tensor | None, sinks: int) -> torch.Tensor:
-    """Weights of tokens' errors at `QUANTILES` equal shares, from the greatest down, float64; their mean is 1.
-
-    Args:
-        attention: That tokens get, `[kv_heads, tokens]`; None where it is not known: all weigh alike.
-        sinks: First tokens, which stay exact.
-    """
-    if attention is None or attention.shape[-1] <= sinks:
+def _at_equal_shares(power: torch.Tensor | None) -> torch.Tensor:
+    """Means of `[tokens]` at `QUANTILES` equal shares of them, float64, over the mean of all; None: all weigh alike."""
+    if power is None or not power.sum() > 0:
         return torch.ones(QUANTILES, dtype=torch.float64)
-    square = attention[:, sinks:].double().square().cpu()
-    mean = square.mean(-1, keepdim=True)
-    even = (square / mean.where(mean > 0, 1.0) + EVEN) / (1 + EVEN)
-    ranked = even.sort(-1, descending=True).values.mean(0)
-    found = torch.nn.functional.adaptive_avg_pool1d(ranked[None], QUANTILES)[0]
+    found = torch.nn.functional.adaptive_avg_pool1d(power[None], QUANTILES)[0]
     return found / found.mean()
+
+
+def _decreasing(weights: list[float]) -> list[float]:
+    """The nearest weights that do not grow, by least squares: neighbours that do are averaged (isotonic regression).
+
+    A cache gives tokens their tiers by rank, so a weight that is greater at a lower rank would buy bits for others.
+    """
+    blocks: list[tuple[float, int]] = []
+    for weight in weights:
+        blocks.append((weight, 1))
+        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
+            (last, more), (before, some) = blocks.pop(), blocks.pop()
+            blocks.append(((before * some + last * more) / (some + more), some + more))
+    return [weight for weight, count in blocks for _ in range(count)]

@@ -1,10 +1,12 @@
 """The probe that plans a budget of bytes, and caches by its plans."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
-from families import left_padded, model, prompt
+from families import FAMILIES, left_padded, model, prompt
+from reference import error
 
 from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.policy import INT2, Calibrated, SinkProtect
@@ -12,7 +14,9 @@ from spectrumkv_hf.policy.calibrated import ERRORS, PLANNED
 from spectrumkv_hf.probe import PlanProbe, PlanVerdict, auto, probe_model
 from spectrumkv_hf.probe.divergence import logits_over, mean_kl
 from spectrumkv_hf.probe.measurement import Coding, Measurement
+from spectrumkv_hf.probe.plan import _decreasing
 
+RANKED = tuple(0.96**i for i in range(64))
 SHORT = {"context": 200, "continuation": 30, "texts": ("passage", "code")}
 
 
@@ -58,6 +62,36 @@ def test_sensitivities_are_those_of_each_layer_alone():
         assert list(layer.weights) == sorted(layer.weights, reverse=True) and layer.weights[0] > 1
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral"])
+def test_errors_weigh_by_the_square_of_the_attention_that_follows(family):
+    """Against the probabilities that Transformers returns, with windows, a softcap and sinks."""
+    sizes = {"sliding_window": 150} if "sliding_window" in FAMILIES[family][1] else {}
+    m, ids, context, sinks = model(family, "eager", **sizes), prompt(240), 200, 4
+    with torch.no_grad():
+        measured = Measurement(m, ids, context, "spectrum2", weigh=True)
+        found = measured.ranked_power(sinks)
+        attentions = m(ids, output_attentions=True).attentions
+    assert [*found] == measured.tiered
+    for index, power in found.items():
+        window = measured.layer(index).window
+        first = max(sinks, context - window + 1) if window else sinks
+        expected = attentions[index][0, :, context:, first:context].double().square().mean(1)
+        expected = expected.unflatten(0, (m.config.num_key_value_heads, -1)).sum(1)
+        order = measured._scores[index][:, first - context :].argsort(-1, descending=True)
+        assert power.shape == (context - first,) and power.sum() > 0
+        assert error(power, expected.gather(-1, order).sum(0)) < 1e-5
+
+
+def test_weights_that_do_not_grow():
+    for given, expected in (
+        ([3.0, 2.0, 1.0], [3.0, 2.0, 1.0]),
+        ([3.0, 1.0, 2.0, 0.0], [3.0, 1.5, 1.5, 0.0]),
+        ([1.0, 2.0, 3.0, 6.0], [3.0] * 4),
+        ([4.0, 0.0, 0.0, 3.0], [4.0, 1.0, 1.0, 1.0]),
+    ):
+        assert _decreasing(given) == pytest.approx(expected)
+
+
 def test_a_layer_that_does_not_matter_gets_the_fewest_bits():
     verdict = planned(deaf(wide(), 1))
     assert verdict.layers[1].sensitivity < 1e-3 * verdict.layers[0].sensitivity
@@ -69,7 +103,9 @@ def test_a_layer_that_does_not_matter_gets_the_fewest_bits():
 @pytest.mark.parametrize("budget", [0.2, 0.25, 0.35])
 def test_the_bytes_of_what_is_tiered_are_the_budget(family, budget):
     m = wide(family)
-    policy = planned(m).policy(budget, recent_window=8)
+    found = planned(m)
+    layers = tuple(replace(layer, weights=RANKED) for layer in found.layers)  # which random weights do not tell apart
+    policy = replace(found, layers=layers).policy(budget, recent_window=8)
     for tokens in (400, 900):
         cache = SpectrumCache(m.config, policy=policy, codec="spectrum2")
         with torch.no_grad():
