@@ -172,11 +172,13 @@ class LayerCost(NamedTuple):
         weights: Of the tokens' errors, from the most to the least important, at equal shares of the tokens; their mean
             is 1.
         overhead: Bytes of a token beside its codes, as a fraction of its FP16 bytes.
+        exact: Bytes of a token that stays exact, likewise: 2 in a float32 model.
     """
 
     sensitivity: float
     weights: Sequence[float]
     overhead: float
+    exact: float = 1.0
 
 
 def allocate(layers: Sequence[LayerCost], budget: float, tiers: Sequence[Tier] = PLANNED) -> list[Shares]:
@@ -197,8 +199,10 @@ def allocate(layers: Sequence[LayerCost], budget: float, tiers: Sequence[Tier] =
     """
     weights = torch.tensor([layer.weights for layer in layers], dtype=torch.float64)
     sensitivity = torch.tensor([max(layer.sensitivity, 0.0) for layer in layers], dtype=torch.float64)
-    bits = torch.tensor([float(tier.cost) for tier in tiers], dtype=torch.float64)
-    cost = bits + torch.tensor([[layer.overhead] for layer in layers], dtype=torch.float64)  # [layers, tiers]
+    cost = torch.tensor(
+        [[(each.exact if tier == FP16 else float(tier.cost)) + each.overhead for tier in tiers] for each in layers],
+        dtype=torch.float64,
+    )
     least = float(cost[:, -1].mean())
     if budget < least:
         raise ValueError(f"tiers of {tiers[-1].bits} bits take {least:.3f} of the FP16 bytes, got budget={budget:g}")

@@ -97,6 +97,7 @@ class PlanProbe:
                     value_dim=values.shape[-1],
                     sensitivity=max(loss, 0.0) / ERRORS[INT2],
                     weights=tuple(_decreasing(torch.stack(weights[index]).mean(0).tolist())),
+                    exact=keys.element_size() / 2,
                 )
             )
         return PlanVerdict(

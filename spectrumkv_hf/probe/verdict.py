@@ -162,6 +162,7 @@ class LayerPlan:
         key_dim, value_dim: Channels of its heads.
         sensitivity: Next-token KL against the exact cache, nats, per unit of relative squared error of all its tokens.
         weights: What tokens at equal shares of the ranking add to it, the most important first; their mean is 1.
+        exact: Bytes of a number that stays exact, over those of FP16.
     """
 
     layer: int
@@ -170,6 +171,7 @@ class LayerPlan:
     value_dim: int
     sensitivity: float
     weights: tuple[float, ...]
+    exact: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,9 @@ class PlanVerdict(Stored):
         for window in {layer.window for layer in self.layers}:
             group = [layer for layer in self.layers if layer.window == window]
             fit = [t for t in PLANNED if not any(d % divisor(t.bits) for g in group for d in (g.key_dim, g.value_dim))]
-            costs = [LayerCost(g.sensitivity, g.weights, BESIDE / (2 * (g.key_dim + g.value_dim))) for g in group]
+            costs = [
+                LayerCost(g.sensitivity, g.weights, BESIDE / (2 * (g.key_dim + g.value_dim)), g.exact) for g in group
+            ]
             planned = allocate(costs, budget, fit)
             shares |= {layer.layer: found for layer, found in zip(group, planned, strict=True)}
         return Calibrated(budget=budget, layers=tuple(sorted(shares.items())), **options)

@@ -29,6 +29,12 @@ def test_a_plan_takes_the_bytes_of_its_budget(budget, overhead):
     assert sum(cost(shares, overhead) for shares in plan) / len(plan) == pytest.approx(budget, abs=1e-9)
 
 
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
+def test_exact_tokens_of_a_float32_model_take_twice_the_bytes(budget):
+    (plan,) = allocate([LayerCost(1.0, WEIGHTS, 0.0, exact=2.0)], budget)
+    assert cost(plan, 0) + plan[PLANNED.index(FP16)] == pytest.approx(budget, abs=1e-9)
+
+
 def test_sensitive_layers_and_heavy_tokens_get_the_bits():
     calm, touchy = LayerCost(0.01, WEIGHTS, 0.0), LayerCost(1.0, WEIGHTS, 0.0)
     low, high = allocate([calm, touchy], 0.25)

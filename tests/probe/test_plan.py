@@ -100,7 +100,7 @@ def test_a_layer_that_does_not_matter_gets_the_fewest_bits():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
-@pytest.mark.parametrize("budget", [0.2, 0.25, 0.35])
+@pytest.mark.parametrize("budget", [0.2, 0.25, 0.35, 0.5])
 def test_the_bytes_of_what_is_tiered_are_the_budget(family, budget):
     m = wide(family)
     found = planned(m)
