@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from spectrumkv_hf.probe.auto import Probe
 
 
+def usual_probe(codec: str) -> str:
+    """The kind of probe that names the policy for a codec where none is asked for: plans need one that balances."""
+    return "plan" if codec in CODECS and CODECS[codec].balanced else "calibration"
+
+
 class SpectrumCache(TieredCache):
     """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
 
@@ -100,7 +105,7 @@ class SpectrumCache(TieredCache):
             if probe is not None and "floors" in policy_options:
                 raise TypeError("floors come from the probe: give a policy too, or probe=None")
             if probe == "auto":
-                probe = "plan" if codec in CODECS and CODECS[codec].balanced else "calibration"
+                probe = usual_probe(codec)
             # Complains before anything is measured.
             kind = getattr(probe, "kind", probe)
             if kind == "plan":

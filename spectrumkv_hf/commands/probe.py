@@ -14,6 +14,7 @@ from spectrumkv_hf.probe.calibration import CalibrationProbe
 from spectrumkv_hf.probe.paper import PaperProbe
 from spectrumkv_hf.probe.plan import PlanProbe
 from spectrumkv_hf.probe.verdict import CalibrationVerdict, PaperVerdict, PlanVerdict, Verdict
+from spectrumkv_hf.spectrum_cache import usual_probe
 from spectrumkv_kernels import CODECS, DEFAULT_CODEC
 
 
@@ -49,8 +50,7 @@ def probe_from(args: argparse.Namespace) -> Probe:
     Raises:
         ValueError: a value out of range, or an option of the other probe.
     """
-    codec = CODECS[args.codec or DEFAULT_CODEC]
-    chosen = args.probe or (PlanProbe.kind if codec.balanced else CalibrationProbe.kind)
+    chosen = args.probe or usual_probe(args.codec or DEFAULT_CODEC)
     names = {
         "calibration": ("loss", "context", "continuation"),
         "plan": ("context", "continuation"),

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from spectrumkv_hf.attention.masks import causal_mask
 from spectrumkv_hf.policy import FP16, Greedy, Policy, SinkProtect, Tier
 from spectrumkv_hf.probe.divergence import logits_over, mean_kl
 from spectrumkv_hf.probe.passage import TEXTS, text
@@ -218,14 +219,12 @@ def _attention_power(seen: Attention, keys: torch.Tensor) -> torch.Tensor:
     scores = scores.flatten(1, 2)  # [1, heads, queries, tokens]
     if seen.softcap is not None:
         scores = (scores / seen.softcap).tanh() * seen.softcap
-    if seen.mask is None:
-        ahead = torch.arange(tokens - queries, tokens, device=keys.device)[:, None]
-        ahead = ahead - torch.arange(tokens, device=keys.device)
-        scores = scores.masked_fill((ahead < 0) | (ahead >= (seen.layer.window or tokens)), -torch.inf)
-    elif seen.mask.dtype == torch.bool:
-        scores = scores.masked_fill(~seen.mask, -torch.inf)
-    else:
-        scores = scores + seen.mask
+    mask = seen.mask
+    if mask is None:
+        mask = causal_mask(seen.query, tokens)
+        if seen.layer.window:
+            mask = mask.triu(tokens - queries - seen.layer.window + 1)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if seen.sinks is not None:
         scores = torch.cat((scores, seen.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
     found = scores.softmax(-1)[..., :tokens].square().mean(2)

@@ -13,7 +13,7 @@ from spectrumkv_hf.policy import INT2, Calibrated, SinkProtect
 from spectrumkv_hf.policy.calibrated import ERRORS, PLANNED
 from spectrumkv_hf.probe import PlanProbe, PlanVerdict, auto, probe_model
 from spectrumkv_hf.probe.divergence import logits_over, mean_kl
-from spectrumkv_hf.probe.measurement import Coding, Measurement
+from spectrumkv_hf.probe.measurement import Coding, Measurement, _attention_power
 from spectrumkv_hf.probe.plan import _decreasing
 
 RANKED = tuple(0.96**i for i in range(64))
@@ -62,14 +62,16 @@ def test_sensitivities_are_those_of_each_layer_alone():
         assert list(layer.weights) == sorted(layer.weights, reverse=True) and layer.weights[0] > 1
 
 
+@pytest.mark.parametrize("attention", ["eager", "spectrumkv"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral"])
-def test_errors_weigh_by_the_square_of_the_attention_that_follows(family):
+def test_errors_weigh_by_the_square_of_the_attention_that_follows(family, attention):
     """Against the probabilities that Transformers returns, with windows, a softcap and sinks."""
     sizes = {"sliding_window": 150} if "sliding_window" in FAMILIES[family][1] else {}
-    m, ids, context, sinks = model(family, "eager", **sizes), prompt(240), 200, 4
+    ids, context, sinks = prompt(240), 200, 4
     with torch.no_grad():
-        measured = Measurement(m, ids, context, "spectrum2", weigh=True)
+        measured = Measurement(model(family, attention, **sizes), ids, context, "spectrum2", weigh=True)
         found = measured.ranked_power(sinks)
+        m = model(family, "eager", **sizes)
         attentions = m(ids, output_attentions=True).attentions
     assert [*found] == measured.tiered
     for index, power in found.items():
@@ -80,6 +82,26 @@ def test_errors_weigh_by_the_square_of_the_attention_that_follows(family):
         order = measured._scores[index][:, first - context :].argsort(-1, descending=True)
         assert power.shape == (context - first,) and power.sum() > 0
         assert error(power, expected.gather(-1, order).sum(0)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_without_a_mask_attention_is_causal_and_keeps_to_the_window(family):
+    sizes = {"sliding_window": 150} if "sliding_window" in FAMILIES[family][1] else {}
+    m, compared = model(family, "eager", **sizes), []
+
+    def compare(seen):
+        keys = seen.layer.store.dense(seen.layer.store.length - seen.mask.shape[-1])[0]
+        compared.append([_attention_power(each, keys) for each in (seen._replace(mask=None), seen)])
+
+    with torch.no_grad():
+        cache = SpectrumCache(m.config, policy="uniform_int8", recent_window=8)
+        for layer in cache.layers:
+            layer.on_attention.add(compare)
+        for part in prompt(240).split(200, dim=1):
+            m(part, **cache_argument(cache))
+    assert len(compared) == 2 * m.config.num_hidden_layers
+    for ours, theirs in compared:
+        assert error(ours, theirs) < 1e-6
 
 
 def test_weights_that_do_not_grow():
@@ -100,12 +122,13 @@ def test_a_layer_that_does_not_matter_gets_the_fewest_bits():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
-@pytest.mark.parametrize("budget", [0.2, 0.25, 0.35, 0.5])
-def test_the_bytes_of_what_is_tiered_are_the_budget(family, budget):
+@pytest.mark.parametrize(("budget", "ranked"), [(0.25, False), (0.35, False), (0.2, True), (0.25, True), (0.5, True)])
+def test_the_bytes_of_what_is_tiered_are_the_budget(family, budget, ranked):
     m = wide(family)
     found = planned(m)
-    layers = tuple(replace(layer, weights=RANKED) for layer in found.layers)  # which random weights do not tell apart
-    policy = replace(found, layers=layers).policy(budget, recent_window=8)
+    if ranked:  # at .2 these random models, which hardly tell tokens apart, would have them all in one tier
+        found = replace(found, layers=tuple(replace(layer, weights=RANKED) for layer in found.layers))
+    policy = found.policy(budget, recent_window=8)
     for tokens in (400, 900):
         cache = SpectrumCache(m.config, policy=policy, codec="spectrum2")
         with torch.no_grad():

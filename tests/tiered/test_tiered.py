@@ -475,7 +475,8 @@ def test_families_outside_the_interface_are_right():
     assert all(len(layer.store.arenas[FP16]) > 200 for layer in cache.layers)
 
 
-def test_shared_kv_layers_read_exact_values_in_the_same_forward():
+@pytest.mark.parametrize(("codec", "most"), [("spectrum", 0.02), ("spectrum2", 0.03)])
+def test_shared_kv_layers_read_exact_values_in_the_same_forward(codec, most):
     """Gemma-3n: later layers attend to an earlier layer's keys; the first token must still be exact."""
     settings = {
         "vocab_size": 97, "vocab_size_per_layer_input": 97, "hidden_size": 64, "intermediate_size": 96,
@@ -486,12 +487,13 @@ def test_shared_kv_layers_read_exact_values_in_the_same_forward():
     }  # fmt: skip
     torch.manual_seed(0)
     m = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**settings)).eval()
-    caches = [DynamicCache(config=m.config), SpectrumCache(m.config, policy="uniform_int8", recent_window=4)]
+    ours = SpectrumCache(m.config, policy="uniform_int8", codec=codec, recent_window=4)
+    caches = [DynamicCache(config=m.config), ours]
     with torch.no_grad():
         first = [m(prompt(200), past_key_values=cache).logits for cache in caches]
         assert torch.equal(*first)
         later = [m(prompt(1, seed=2), past_key_values=cache).logits for cache in caches]
-    assert 1e-7 < relative(later[1], later[0]) < 0.04
+    assert 1e-7 < relative(later[1], later[0]) < most
     tiered = [layer for layer in caches[1].layers if isinstance(layer, SpectrumLayer)]
     assert all(layer.store.arenas for layer in tiered)
 
