@@ -82,7 +82,7 @@ def cache_maker(
 
 
 def typical_plan(layers: int, budget: float) -> Calibrated:
-    """A plan for a model without a tokenizer, or whose weights are random: as a probe's, by numbers as it found them.
+    """A plan for a model without a tokenizer, or whose weights are random: by numbers as a probe found them once.
 
     Sensitivities spread evenly, by their logarithms, over three orders of magnitude, in an order that mixes them. One
     token in 64 gets most of the attention: about 47 times the mean, the others from .3 to .1 of it.
