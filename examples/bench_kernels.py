@@ -59,10 +59,12 @@ CASES = {
     "b=.3": Case(CODECS["spectrum"], {8: 0.2, 4: 0.8}),
     "8 bits": Case(CODECS["spectrum2"], {8: 1.0}),
     "4 bits": Case(CODECS["spectrum2"], {4: 1.0}),
-    "[.25]": Case(CODECS["spectrum2"], {8: 0.08, 4: 0.59, 3: 0.24, 2: 0.09}),
-    "[.20]": Case(CODECS["spectrum2"], {8: 0.04, 4: 0.24, 3: 0.4, 2: 0.32}),
+    "2 bits": Case(CODECS["spectrum2"], {2: 1.0}),
+    "[.25]": Case(CODECS["spectrum2"], {8: 0.2, 4: 0.24, 3: 0.15, 2: 0.41}),
+    "[.20]": Case(CODECS["spectrum2"], {8: 0.07, 4: 0.26, 3: 0.09, 2: 0.58}),
+    "[.15]": Case(CODECS["spectrum2"], {8: 0.02, 4: 0.14, 3: 0.13, 2: 0.37, 1: 0.34}),
 }
-"""The last two are the mean shares of a probe's plans for SmolLM2-135M, whose single layers have two to four tiers."""
+"""The last three are the mean shares of plans for SmolLM2-135M, whose single layers have two to five tiers."""
 SINKS, TAIL = 4, 96
 L2_BYTES = 128 << 20
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

@@ -25,8 +25,9 @@ INT8 = Tier("int8", 8, Fraction(1, 2))
 INT4 = Tier("int4", 4, Fraction(1, 4))
 INT3 = Tier("int3", 3, Fraction(3, 16))
 INT2 = Tier("int2", 2, Fraction(1, 8))
+INT1 = Tier("int1", 1, Fraction(1, 16))
 DROPPED = Tier("dropped", 0, Fraction(0))
-TIERS = (FP16, INT8, INT4, INT3, INT2, DROPPED)
+TIERS = (FP16, INT8, INT4, INT3, INT2, INT1, DROPPED)
 """From the most to the least precise: the most important tokens take the first."""
 
 IMPORTANCE = ("attention", "attention_value", "kv_norm", "positional", "recency", "random")

@@ -214,7 +214,8 @@ class PlanVerdict(Stored):
         shares: dict[int, Shares] = {}
         for window in {layer.window for layer in self.layers}:
             group = [layer for layer in self.layers if layer.window == window]
-            fit = [t for t in PLANNED if not any(d % divisor(t.bits) for g in group for d in (g.key_dim, g.value_dim))]
+            dims = {dim for each in group for dim in (each.key_dim, each.value_dim)}
+            fit = tuple(tier for tier in PLANNED if not any(dim % divisor(tier.bits) for dim in dims))
             costs = [
                 LayerCost(g.sensitivity, g.weights, BESIDE / (2 * (g.key_dim + g.value_dim)), g.exact) for g in group
             ]

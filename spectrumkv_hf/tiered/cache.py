@@ -83,6 +83,11 @@ class TieredCache(Cache):
             raise ValueError(f"max_cache_len is a number of tokens, 1 or more, or None, got {max_cache_len!r}")
         self.policy = get_policy(policy, budget, **policy_options)
         self.codec = CODECS[codec]
+        if short := [tier.name for tier in self.policy.tiers if 0 < tier.bits < self.codec.least_bits]:
+            raise ValueError(
+                f"codes of codec {codec!r} have {self.codec.least_bits} bits or more, and the policy has a tier "
+                f"{short[0]}: choose {DEFAULT_CODEC!r}"
+            )
         self._capacity = max_cache_len
         self._unread = 0  # steps at most since the length was last known
         self._known = 0

@@ -45,7 +45,7 @@ def request(
     Args:
         cache: Of the receiver.
         layer: Index of a tiered layer.
-        tier: Where the tokens are to go, one of `TARGETS`: `"fp16"`, `"int8"`, `"int4"` or `"int3"`.
+        tier: Where the tokens are to go, one of `TARGETS`: `"fp16"`, `"int8"`, `"int4"`, `"int3"` or `"int2"`.
         positions: Slots of the tokens, in all rows and heads; None: all. Those that already lie as high are left out.
         source: Only tokens of this tier, one below `tier`; `"dropped"` for those that a policy has dropped. None: all
             tiers below.

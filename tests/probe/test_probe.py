@@ -308,7 +308,7 @@ class TestFromModel:
         monkeypatch.setattr(auto, "probe_model", None)
         m = model("llama", "sdpa")
         for options, error, message in (
-            ({"budget": 0.05}, ValueError, "from 0.125 to 1"),
+            ({"budget": 0.05}, ValueError, "from 0.0625 to 1"),
             ({"budget": 0.2, "codec": "spectrum"}, ValueError, "from 0.25 to 1"),
             ({"codec": "zip"}, ValueError, "unknown codec 'zip'"),
             ({"colour": "red"}, TypeError, "no option colour"),

@@ -243,7 +243,7 @@ def poke(name, byte):
 
 FORGED = {
     "no tier": ({"edit": lambda m: m.update(tier=5)}, "tokens are not lifted to 5 bits"),
-    "lowest tier": ({"edit": lambda m: m.update(tier=2)}, "tokens are not lifted to 2 bits"),
+    "lowest tier": ({"edit": lambda m: m.update(tier=1)}, "tokens are not lifted to 1 bits"),
     "a lower tier": ({"edit": lambda m: m.update(tier=4)}, "'keys.codes' has shape"),
     "another tier": ({"edit": lambda m: m.update(tier=16)}, "no tensor 'keys'"),
     "beyond the arenas": ({"edit": lambda m: m.update(tokens=m["tokens"] + 1)}, "'tokens' is"),
@@ -330,7 +330,7 @@ def test_requests_for_nothing_or_nonsense():
     assert request(cache, 0, "fp16", positions=[299]) is None
     assert request(cache, 0, "fp16", positions=[]) is None
     for kwargs, message in (
-        ({"tier": "int2"}, "lifted to fp16, int8, int4, int3; got 'int2'"),
+        ({"tier": "int1"}, "lifted to fp16, int8, int4, int3, int2; got 'int1'"),
         ({"tier": "dropped"}, "got 'dropped'"),
         ({"tier": "int8", "source": "fp16"}, "source is a tier below 'int8'"),
         ({"tier": "int8", "positions": [300]}, "positions are from 0 to 299"),

@@ -288,6 +288,7 @@ class Reader {
         if (segment.bits == 4) unpack_tokens<4>(segment, t, count);
         if (segment.bits == 3) unpack_tokens<3>(segment, t, count);
         if (segment.bits == 2) unpack_tokens<2>(segment, t, count);
+        if (segment.bits == 1) unpack_tokens<1>(segment, t, count);
         Int turns = p.turns(), width = p.width();
         for (Int k = 0; turns && k < count; ++k) {
             const float *angles = p.angles + (place(positions[k]) - run * FINE) * turns;

@@ -121,8 +121,10 @@ def _affine(stored, token, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _plane(words, lowest, j: tl.constexpr, BITS: tl.constexpr):
-    """The `j`th code of every word; `lowest` is read for codes of 3 bits only."""
-    if BITS == 3:
+    """The `j`th code of every word; of codes of 3 bits `lowest` has a part, of 1 bit all."""
+    if BITS == 1:
+        x = plane(lowest, 8 * (j % 2), 1 << (2 * (j // 2)))
+    elif BITS == 3:
         x = plane_of_three(words, lowest, 8 * (j % 2), 1 << (2 * (j // 2)))
     else:
         x = plane(words, 8 * (j % 2), (2**BITS - 1) << (BITS * (j // 2)))
@@ -282,8 +284,10 @@ def attend_kernel(
                     acc = dot(v, p.to(v.dtype), acc * alpha)
                 tl.store(out + dv[:, None], acc, mask=real[None, :] & (dv < DV)[:, None])
             else:
-                # Of codes of 3 bits these are the words of the upper two; those of the lowest lie behind them.
-                B: tl.constexpr = 2 if BITS[i] == 3 else BITS[i]
+                # Of codes of 3 bits these are the words of the upper two; those of the lowest lie behind them. Codes of
+                # 1 bit are such lowest bits alone: so no plane has fewer channels than an operand is padded to.
+                LOWEST: tl.constexpr = BITS[i] == 3 or BITS[i] == 1
+                B: tl.constexpr = 2 if LOWEST else BITS[i]
                 WK: tl.constexpr = D * B // 16
                 WV: tl.constexpr = DV * B // 16
                 KEY: tl.constexpr = D * BITS[i] // 16
@@ -310,7 +314,7 @@ def attend_kernel(
                 C: tl.constexpr = min(ROWS_PAD, R)
                 term = first + tl.arange(0, C)
                 zeros = tl.zeros([N, R], tl.float32)
-                if BITS[i] == 3:
+                if LOWEST:
                     # 0 or -1 by the half of the words. It comes from memory, since the compiler brings loads into the
                     # layout of operands before what is computed from them, but not what it counts itself.
                     half = (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16))
@@ -322,12 +326,13 @@ def attend_kernel(
                     live = token < count
                     # What is read for places past the last token counts for nothing; it has to be there to be read.
                     place = tl.minimum(token, count - 1)
-                    k = tl.load(keys + place[:, None] * KEY + wk[None, :], mask=(wk < WK)[None, :], other=0)
-                    kl = k
-                    if BITS[i] == 3:
+                    k, kl = 0, 0
+                    if BITS[i] != 1:
+                        k = tl.load(keys + place[:, None] * KEY + wk[None, :], mask=(wk < WK)[None, :], other=0)
+                    if LOWEST:
                         kl = tl.load(
-                            keys + place[:, None] * KEY + (WK + wk % (WK // 2))[None, :], mask=(wk < WK)[None, :],
-                            other=0,
+                            keys + place[:, None] * KEY + (KEY - WK // 2 + wk % (WK // 2))[None, :],
+                            mask=(wk < WK)[None, :], other=0,
                         )  # fmt: skip
                         kl = shifted(kl, key_half)
                     ks, kz = _affine(key_affine, place, SYMMETRIC, BITS[i])
@@ -369,12 +374,13 @@ def attend_kernel(
                     total = total * alpha + p
                     w = (p * vs[:, None]).to(tl.float16)
                     zeros = zeros * alpha + (w.to(tl.float32) if SYMMETRIC else p * vz[:, None])
-                    v = tl.load(values + place[None, :] * VALUE + wv[:, None], mask=(wv < WV)[:, None], other=0)
-                    vl = v
-                    if BITS[i] == 3:
+                    v, vl = 0, 0
+                    if BITS[i] != 1:
+                        v = tl.load(values + place[None, :] * VALUE + wv[:, None], mask=(wv < WV)[:, None], other=0)
+                    if LOWEST:
                         vl = tl.load(
-                            values + place[None, :] * VALUE + (WV + wv % (WV // 2))[:, None], mask=(wv < WV)[:, None],
-                            other=0,
+                            values + place[None, :] * VALUE + (VALUE - WV // 2 + wv % (WV // 2))[:, None],
+                            mask=(wv < WV)[:, None], other=0,
                         )  # fmt: skip
                         vl = shifted(vl, value_half)
                     new = ()

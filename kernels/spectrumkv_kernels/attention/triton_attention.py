@@ -38,9 +38,9 @@ TURNED = 16
 """Query rows that are rotated together."""
 SHARE_BYTES = 1 << 14
 """A program reads this much at least."""
-TILE = {16: 16, 8: 64, 4: 64, 3: 64, 2: 64}
+TILE = {16: 16, 8: 64, 4: 64, 3: 64, 2: 64, 1: 64}
 """Tokens of an iteration, by bits."""
-TIME = {16: 3, 8: 6, 4: 4, 3: 6, 2: 4}
+TIME = {16: 3, 8: 6, 4: 4, 3: 6, 2: 4, 1: 4}
 """How long an iteration takes, by bits; of one to another."""
 STAGES = 3
 """Depth of the pipeline of loads."""

@@ -8,10 +8,11 @@ import torch
 from ..backend.tensor_cache import keep
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (1, 2, 3, 4, 8)
 """Bits of a code."""
-STEPS = {2: 0.9957, 3: 0.586, 4: 0.3352}
-"""Of uniform codes, in units of the root mean square: where the squared error of a normal variable is least."""
+STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352}
+"""Of uniform codes, in units of the root mean square: where the squared error of a normal variable is least. Codes of 1
+bit are signs, whatever the step."""
 TRIED = (0.85, 1.0, 1.15)
 """Multiples of that step, of which each vector takes the best: for 64 channels of 4 bits the squared error falls by
 13 %, and five of them would bring 3 % more."""
@@ -119,11 +120,13 @@ def quantize(x: torch.Tensor, bits: int, symmetric: bool = False) -> Quantized:
 
     Args:
         x: float32 `[..., channels]`.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8; without a zero point 2 or more, since one level alone is left of two.
         symmetric: Without a zero point.
     """
     _check(bits)
     top = 2**bits - 1
+    if symmetric and bits == 1:
+        raise ValueError("symmetric codes have 2 bits or more, got 1")
     if symmetric:
         offset = 2 ** (bits - 1)
         most = x.abs().amax(-1)
@@ -156,7 +159,7 @@ def quantize_unbiased(x: torch.Tensor, bits: int) -> Quantized:
 
     Args:
         x: float32 `[..., channels]`, in a unit in which the variance of channels is near 1.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
     """
     _check(bits)
     middle, table = 2 ** (bits - 1), scales(bits, x.device)

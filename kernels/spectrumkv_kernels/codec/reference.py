@@ -34,6 +34,11 @@ class Codec:
     balanced: bool = False
     version: int = 1
 
+    @property
+    def least_bits(self) -> int:
+        """Of a code: symmetric codes that round to a multiple of their scale need one more for the sign."""
+        return 2 if self.symmetric and not self.balanced else 1
+
     def frame_size(self, key_dim: int, value_dim: int) -> int:
         """Numbers of a layer's frame, for a row and KV head; 0: there is none."""
         return frame_size(self.balanced, key_dim, value_dim) if self.center else 0
@@ -105,7 +110,7 @@ def encode(
         keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
         values: `[batch, kv_heads, tokens, value_dim]`.
         positions: int32 `[batch, kv_heads, n]`; slots of the tokens that are taken.
-        bits: Width of a code, 2, 3, 4 or 8.
+        bits: Width of a code, `codec.least_bits` to 4, or 8.
         codec: What to do before rounding.
         frame: Of the layer, float32 `[batch, kv_heads, codec.frame_size]`: `key_mean`, or where the codec balances
             `fit_frame`; None where it does not centre.

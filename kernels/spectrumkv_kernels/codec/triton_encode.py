@@ -21,7 +21,7 @@ from .reference import Codec
 from .triton_codec import fits, frame_numbers, load_scale, rotation_of, widths_of
 from .triton_quantize import store_codes
 
-TIERS = 5
+TIERS = 6
 """Most tiers of one launch."""
 COUNTS, ROOMS = ([f"{name}{tier}" for tier in range(TIERS)] for name in ("count", "room"))
 TILE, START = tl.constexpr(segment.TILE), tl.constexpr(segment.START)
@@ -103,8 +103,8 @@ def _pack_positions(order, positions, packed, flag, token, inside, n):
 def _encode_kernel(
     keys, values, order, frame, table, flags,
     segments,  # of each tier, exact ones first: keys, their scales, values, their scales, positions
-    count0, count1, count2, count3, count4,
-    room0, room1, room2, room3, room4,  # tokens from row to row
+    count0, count1, count2, count3, count4, count5,
+    room0, room1, room2, room3, room4, room5,  # tokens from row to row
     start, heads, order_row,
     key_batch, key_head, key_token, value_batch, value_head, value_token,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -116,8 +116,8 @@ def _encode_kernel(
     HADAMARD: tl.constexpr, FRAME: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens of all tiers x batch x heads, keys and values."""
-    counts = (count0, count1, count2, count3, count4)
-    rooms = (room0, room1, room2, room3, room4)
+    counts = (count0, count1, count2, count3, count4, count5)
+    rooms = (room0, room1, room2, room3, room4, room5)
     all_blocks = 0
     for i in tl.static_range(len(BITS)):
         all_blocks += tl.cdiv(tl.cdiv(counts[i], TILE) * TILE, TOKENS)
@@ -207,7 +207,7 @@ def encode(
     start: int | None = None,
 ) -> tuple[Quantized, Quantized]:
     """As `codec.encode`. Reads the tokens once."""
-    if not fits(rotary, bits, keys, values):
+    if bits < codec.least_bits or not fits(rotary, bits, keys, values):
         return twin.encode(keys, values, positions, bits, codec, frame, rotary, start)
     k, v = (_codes(positions.shape, side.shape[-1], bits, codec.affine, side.device) for side in (keys, values))
     where = Segment(bits, k, v, positions)  # the last is not written to
@@ -234,6 +234,7 @@ def encode_tiers(
     """As `codec.encode_tiers`, in one launch."""
     rooms = [n if there is None else rows_apart(there) for n, there in zip(counts, out, strict=True)]
     known = keys.dtype == values.dtype and all(fits(rotary, width, keys, values) for width in {8, *bits} - {16})
+    known &= min(bits) >= codec.least_bits
     if not known or len(bits) > TIERS or None in rooms or 16 in bits[1:]:
         return twin.encode_tiers(
             keys, values, order, counts, bits, codec, frame, rotary, start, flags, out, packs

@@ -17,31 +17,31 @@ from .triton_quantize import sound
 
 BLOCK = 1024
 """Tokens that a program looks at at a time."""
-TIERS = 6
+TIERS = 7
 """Most tiers."""
 
 
-@triton.jit(do_not_specialize=["tokens", "total", "end0", "end1", "end2", "end3", "end4"])
-def rank_kernel(ranked, tiers, tokens, total, end0, end1, end2, end3, end4, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "total", "end0", "end1", "end2", "end3", "end4", "end5"])
+def rank_kernel(ranked, tiers, tokens, total, end0, end1, end2, end3, end4, end5, BLOCK: tl.constexpr):
     """The tier of each token, uint8 `[rows, tokens]`, by its place in `ranked`, and at which ranks tiers end."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < total
     row = place // tokens * tokens
     rank = place - row
     tier = (rank >= end0).to(tl.uint8) + (rank >= end1).to(tl.uint8) + (rank >= end2).to(tl.uint8)
-    tier += (rank >= end3).to(tl.uint8) + (rank >= end4).to(tl.uint8)
+    tier += (rank >= end3).to(tl.uint8) + (rank >= end4).to(tl.uint8) + (rank >= end5).to(tl.uint8)
     token = tl.load(ranked + place, mask=inside, other=0)
     tl.store(tiers + row + token, tier, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "start", "end0", "end1", "end2", "end3", "end4"])
-def order_kernel(tiers, order, tokens, start, end0, end1, end2, end3, end4, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "start", "end0", "end1", "end2", "end3", "end4", "end5"])
+def order_kernel(tiers, order, tokens, start, end0, end1, end2, end3, end4, end5, BLOCK: tl.constexpr):
     """Positions of each tier's tokens behind those of the tiers before it, `[rows, tokens]`. Grid: rows, tiers."""
     row = tl.program_id(0).to(tl.int64)
     tiers += row * tokens
     order += row * tokens
     mine = tl.program_id(1)
-    ends = (end0, end1, end2, end3, end4)
+    ends = (end0, end1, end2, end3, end4, end5)
     found = 0
     for tier in tl.static_range(len(ends)):
         found = tl.where(mine == tier + 1, ends[tier], found)

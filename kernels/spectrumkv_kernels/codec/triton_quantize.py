@@ -17,7 +17,7 @@ CONSTANTS = {
     "top": {bits: 2**bits - 1 for bits in quantize.WIDTHS},
     # Binary logarithm of the scale that the byte 0 stands for.
     "smallest": {bits: math.log2(quantize.unit(bits)) - quantize.ONE / quantize.OCTAVE for bits in quantize.WIDTHS},
-    "symmetric": {bits: 1 / (2 ** (bits - 1) - 1) for bits in quantize.WIDTHS},  # of the largest channel
+    "symmetric": {bits: 1 / (2 ** (bits - 1) - 1) for bits in quantize.WIDTHS if bits > 1},  # of the largest channel
     "asymmetric": {bits: 1 / (2**bits - 1) for bits in quantize.WIDTHS},  # of the distance of the outermost channels
     "step": quantize.STEPS | {8: 0.0},
 }

@@ -15,7 +15,7 @@ from spectrumkv_kernels.rotation.rotary import LARGEST_TABLE
 from spectrumkv_kernels.segment import pack_positions
 
 ALL_TIERS = ((16, 5), (8, 7), (4, 11), (2, 3), (16, 4))
-ALL_WIDTHS = (*ALL_TIERS, (3, 9))
+ALL_WIDTHS = (*ALL_TIERS, (3, 9), (1, 6))
 CODEC = {
     **CODECS,
     "rotated": Codec("rotated", center=False, hadamard=True, symmetric=False),
@@ -124,9 +124,11 @@ def build(
 ):
     """Tokens scattered over `tiers`, pairs of bits and count, in another way for every row and head.
 
-    `dropped` positions are nowhere. With `fillers`, up to 2 places of each row, head and tier are empty.
+    `dropped` positions are nowhere. With `fillers`, up to 2 places of each row, head and tier are empty. Tiers for
+    which the codec has no codes are left out.
     """
     codec, rotary = CODEC[codec], Rotary(frequencies(head_dim // 2 - head_dim // 8), interleaved)
+    tiers = [(bits, count) for bits, count in tiers if bits >= codec.least_bits]
     mean = randn(batch, kv_heads, head_dim, seed=seed + 1)
     frame = frame_for(codec, mean, value_dim or head_dim, seed)
     length = sum(count for _, count in tiers) + dropped
@@ -240,17 +242,20 @@ def test_tier_combinations(tiers, codec):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("empty", [16, 8, 4, 3, 2])
+@pytest.mark.parametrize("empty", [16, 8, 4, 3, 2, 1])
 def test_empty_segments(empty, codec):
     tiers = [(bits, 0 if bits == empty else count) for bits, count in ALL_WIDTHS]
     check(build(tiers, codec=codec), randn(1, 4, 3, 16))
 
 
+@pytest.mark.parametrize("bits", [3, 1])
 @pytest.mark.parametrize("codec", CODEC)
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 80, 128, 136, 200])
-def test_codes_of_three_bits(head_dim, codec):
+def test_codes_of_three_bits_and_one(head_dim, codec, bits):
     """Head dims of which an eighth is more and less than vectors hold."""
-    case = build(((3, 37),), codec=codec, head_dim=head_dim, batch=2)
+    if bits < CODEC[codec].least_bits:
+        pytest.skip("the codec has none")
+    case = build(((bits, 37),), codec=codec, head_dim=head_dim, batch=2)
     check(case, randn(2, 6, 1, head_dim, seed=3), 3e-6)
     check(build(ALL_WIDTHS, codec=codec, head_dim=head_dim), randn(1, 4, 3, head_dim, seed=4), 3e-6)
 
@@ -290,7 +295,7 @@ def test_every_part_of_a_frame_counts(part):
 
 
 @pytest.mark.parametrize("byte", [0, 1, 127, 128, 200, 254, 255])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_one_byte_scales(bits, byte):
     """From the smallest to the largest one."""
     case = build(((bits, 40),), codec="spectrum2", head_dim=24)

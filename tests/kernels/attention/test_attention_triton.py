@@ -91,7 +91,7 @@ def test_codecs(codec, interleaved, device):
     check(case, randn(3, 4, 1, 32, seed=7), device)
 
 
-ALL_WIDTHS = ((16, 5), (8, 67), (4, 41), (3, 70), (2, 35), (16, 9))
+ALL_WIDTHS = ((16, 5), (8, 67), (4, 41), (3, 70), (2, 35), (1, 75), (16, 9))
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_frames_and_one_byte_scales(dims, dtype, device, no_twin):
     check(case, randn(1, 6, 1, dims[0], seed=3).to(dtype), device)
 
 
-@pytest.mark.parametrize("bits", [(8,), (4,), (3,), (2,), (3, 2), (3, 16), (16,)], ids=str)
+@pytest.mark.parametrize("bits", [(8,), (4,), (3,), (2,), (1,), (3, 2), (2, 1), (3, 16), (1, 16), (16,)], ids=str)
 @pytest.mark.parametrize("codec", ["spectrum", "spectrum2"])
 def test_widths(codec, bits, device, no_twin):
     case = build([(b, 70) for b in bits], codec=codec, head_dim=48, value_dim=32, batch=2)
@@ -117,7 +117,7 @@ def test_widths(codec, bits, device, no_twin):
 @pytest.mark.parametrize("count", [1, 63, 65, 129])
 def test_counts_around_tiles_of_few_bits(count, codec, device, monkeypatch, no_twin):
     monkeypatch.setattr(attention_triton, "SHARE_BYTES", 1)
-    case = build(((3, count), (2, count + 1), (16, 1)), codec=codec, batch=2, head_dim=32, value_dim=16)
+    case = build(((3, count), (2, count + 1), (1, count + 1), (16, 1)), codec=codec, batch=2, head_dim=32, value_dim=16)
     check(case, randn(2, 4, 1, 32, seed=8), device)
 
 

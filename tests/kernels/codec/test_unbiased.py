@@ -16,7 +16,7 @@ from spectrumkv_kernels.codec.quantize import (
     unit,
 )
 
-BITS = (2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 8)
 
 
 def randn(*shape, seed=0):
@@ -47,7 +47,7 @@ def test_products_with_what_was_coded_are_right(channels, bits):
     assert bool(((ratio - 1).abs() < (2.0 ** (0.5 / 32) - 1 if bits < 8 else 0.01) + 1e-5).all())
 
 
-EXPECTED = {2: 0.131, 3: 0.036, 4: 0.0095, 8: 3.8e-5}
+EXPECTED = {1: 0.573, 2: 0.131, 3: 0.036, 4: 0.0095, 8: 3.8e-5}
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -56,7 +56,7 @@ def test_squared_error_of_normal_vectors(bits):
     assert error(dequantize(quantize_unbiased(x, bits), bits), x) ** 2 < EXPECTED[bits]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_no_step_near_the_one_taken_is_better_by_much(bits):
     """Of 40 steps in the range, the best is at most 9 % better in squared error, on the mean."""
     x = randn(200, 64).double()
@@ -147,8 +147,13 @@ def test_channels_that_codes_take():
         quantize_unbiased(torch.ones(2, 12), 3)
 
 
-@pytest.mark.parametrize("bits", [-4, 0, 1, 5, 16])
+def test_symmetric_codes_have_a_level_on_either_side():
+    with pytest.raises(ValueError, match="symmetric codes have 2 bits or more, got 1"):
+        quantize(torch.ones(2, 8), 1, symmetric=True)
+
+
+@pytest.mark.parametrize("bits", [-4, 0, 5, 16])
 def test_wrong_bits(bits):
     for function in (quantize, quantize_unbiased):
-        with pytest.raises(ValueError, match=rf"2, 3, 4 or 8 bits can be packed, got {bits}"):
+        with pytest.raises(ValueError, match=rf"1, 2, 3, 4 or 8 bits can be packed, got {bits}"):
             function(torch.ones(2, 8), bits)
