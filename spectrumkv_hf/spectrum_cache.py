@@ -26,7 +26,7 @@ class SpectrumCache(TieredCache):
     """A KV cache that gives each token a precision by its importance, so that the whole fits a byte budget.
 
     Drop-in for the cache of `model.generate(...)`: prefill attends over exact keys and values, then tokens move
-    into tiers of 16, 8, 4, 3 and 2 bits, as the policy says, and decoding reads those directly.
+    into tiers of 16, 8, 4, 3, 2 and 1 bits, as the policy says, and decoding reads those directly.
 
     One cache a conversation: like every cache of Transformers it takes what it holds for the beginning of the next
     prompt. Make a new one for another prompt, or call `reset()`.
