@@ -33,7 +33,6 @@ from spectrumkv_kernels import (
     dense,
     encode_tiers,
     fit_frame,
-    key_mean,
     split_frame,
     tiered_attention,
 )
@@ -210,12 +209,9 @@ def timed_read(query: torch.Tensor, layer: Any, token: tuple[Any, Any], repeats:
 def compress(
     keys: torch.Tensor, values: torch.Tensor, order: torch.Tensor, counts: dict[int, int], codec: Codec, rotary: Rotary
 ) -> None:
-    """Mean of the keys and the rest of the frame, then all tiers: `order` as in `encode_tiers`, `counts` by bits."""
-    device, positions = keys.device, torch.arange(keys.shape[2], device=keys.device)
-    frame = key_mean.on(device.type)(keys, positions, rotary)
-    if codec.balanced:
-        frame = fit_frame(keys, values, positions, rotary, frame)
-    flags = torch.zeros(1 + len(counts), dtype=torch.bool, device=device)
+    """The frame, then all tiers: `order` as in `encode_tiers`, `counts` by bits."""
+    frame = fit_frame(keys, values, 0, rotary, codec.balanced)
+    flags = torch.zeros(1 + len(counts), dtype=torch.bool, device=keys.device)
     packs = [codec.balanced] * len(counts)
     encode_tiers(
         keys, values, order, list(counts.values()), list(counts), codec, frame, rotary, 0, flags, [None] * len(counts),

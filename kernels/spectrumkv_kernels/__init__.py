@@ -5,7 +5,7 @@ in plain PyTorch specifies it.
 """
 
 from .backend.tensor_cache import clear_caches
-from .codec.frame import split_frame
+from .codec.frame import key_mean, split_frame
 from .codec.quantize import (
     FLOAT16_MAX,
     Quantized,
@@ -26,9 +26,8 @@ from .operations import (
     encode,
     encode_tiers,
     fit_frame,
-    fitting_weights,
-    key_mean,
     partition,
+    query_power,
     tier_positions,
     tiered_attention,
     write_sums,
@@ -42,7 +41,7 @@ from .wire.tier_map import map_bits, map_width, pack_map
 __all__ = [
     "CODECS", "DEFAULT_CODEC", "FLOAT16_MAX", "Codec", "Quantized", "Rotary", "Segment", "affine_flaws",
     "attention_scores", "clear_caches", "decode", "dense", "dequantize", "digest_sums", "divisor", "encode",
-    "encode_tiers", "fit_frame", "fitting_weights", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map",
-    "partition", "quantize", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention",
+    "encode_tiers", "fit_frame", "hadamard", "key_mean", "map_bits", "map_width", "pack", "pack_map", "partition",
+    "quantize", "query_power", "real_tokens", "saturated", "split_frame", "take", "tier_positions", "tiered_attention",
     "unpack", "write_sums",
 ]  # fmt: skip

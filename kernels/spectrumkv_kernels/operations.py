@@ -12,28 +12,22 @@ from .scores import reference as scores
 from .wire import affine, checksum, tier_map
 
 
-def _triton_key_mean() -> Callable[..., Any]:
-    from .codec import triton_codec
-
-    return triton_codec.key_mean
-
-
 def _triton_fit_frame() -> Callable[..., Any]:
     from .codec import triton_frame
 
     return triton_frame.fit_frame
 
 
+def _triton_query_power() -> Callable[..., Any]:
+    from .codec import triton_frame
+
+    return triton_frame.query_power
+
+
 def _triton_partition() -> Callable[..., Any]:
     from .codec import triton_partition
 
     return triton_partition.partition
-
-
-def _triton_fitting_weights() -> Callable[..., Any]:
-    from .codec import triton_partition
-
-    return triton_partition.fitting_weights
 
 
 def _triton_encode() -> Callable[..., Any]:
@@ -119,10 +113,9 @@ def _cpp_affine_flaws() -> Callable[..., Any]:
     return cpp_affine.affine_flaws
 
 
-key_mean = Operation(codec.key_mean, triton=_triton_key_mean)
 fit_frame = Operation(frame.fit_frame, triton=_triton_fit_frame)
+query_power = Operation(frame.query_power, triton=_triton_query_power)
 partition = Operation(tiers.partition, triton=_triton_partition)
-fitting_weights = Operation(tiers.fitting_weights, triton=_triton_fitting_weights)
 encode = Operation(codec.encode, triton=_triton_encode)
 encode_tiers = Operation(codec.encode_tiers, triton=_triton_encode_tiers)
 decode = Operation(codec.decode, triton=_triton_decode)

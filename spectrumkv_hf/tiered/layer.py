@@ -17,7 +17,15 @@ from spectrumkv_hf.tiered.listeners import Listeners
 from spectrumkv_hf.tiered.schedule import Confirmations, OpenUpdate, SharedRanking, Stage
 from spectrumkv_hf.tiered.static_store import Plan, StaticStore, Step, undecodable
 from spectrumkv_hf.tiered.store import TAIL_STEP, Arena, TieredStore, Tiering
-from spectrumkv_kernels import Codec, Rotary, attention_scores, divisor, real_tokens, tiered_attention
+from spectrumkv_kernels import (
+    Codec,
+    Rotary,
+    attention_scores,
+    divisor,
+    query_power,
+    real_tokens,
+    tiered_attention,
+)
 from spectrumkv_kernels.static import library
 from spectrumkv_kernels.static.layout import LENGTH
 from spectrumkv_kernels.static.operations import append as append_step
@@ -51,28 +59,6 @@ def _warn_of_lost_gradients() -> None:
         "learnt through cached tokens is lost. To generate or to score, run the model under torch.no_grad(); to train "
         "it, pass use_cache=False."
     )
-
-
-MEASURED_QUERIES = 1024
-"""Queries by whose power keys are balanced, at most; they are taken at equal distances."""
-
-
-def _power(query: torch.Tensor, kv_heads: int, pads: torch.Tensor | None) -> torch.Tensor:
-    """`E[q^2]` of each channel over the queries of each KV head, `[batch, kv_heads, dim]`.
-
-    Args:
-        query: `[batch, heads, queries, dim]`.
-        kv_heads: How many there are.
-        pads: Queries at the start of each row that are padding, `[batch]`; None: there are none.
-    """
-    every = -(-query.shape[2] // MEASURED_QUERIES)
-    power = query[:, :, ::every].float().square()
-    if pads is None:
-        mean = power.mean(2)
-    else:
-        real = torch.arange(0, query.shape[2], every, device=query.device) >= pads[:, None]
-        mean = (power * real[:, None, :, None]).sum(2) / real.sum(-1).clamp(min=1)[:, None, None]
-    return mean.unflatten(1, (kv_heads, -1)).mean(2)
 
 
 class Attention(NamedTuple):
@@ -604,7 +590,7 @@ class SpectrumLayer(CacheLayerMixin):
         begins = self.store.frame is None or pads is not None
         if self.codec.balanced and begins and self._due():
             first = self.store.length - query.shape[2]
-            self._open.query_power = _power(query, self.kv_heads, None if pads is None else pads - first)
+            self._open.query_power = query_power(query, self.kv_heads, None if pads is None else pads - first)
         reads = self.policy.importance in READS_QUERIES and keys is not None and fits and tokens > TAIL_STEP
         if reads and keys is not None and self._due():
             score = attention_scores

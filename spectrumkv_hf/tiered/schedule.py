@@ -40,7 +40,7 @@ class OpenUpdate:
         stage: What is left to do for it.
         scores: Attention that the tail's tokens got, float32 `[batch, kv_heads, tail_length]`; None where it is not
             known.
-        query_power: `E[q^2]` of its queries, float32 `[batch, kv_heads, head_dim]`, where the codec balances keys.
+        query_power: Of its queries, as `query_power` gives it, where the codec balances keys.
     """
 
     tokens: int = 0

@@ -19,8 +19,6 @@ from spectrumkv_kernels import (
     encode,
     encode_tiers,
     fit_frame,
-    fitting_weights,
-    key_mean,
     partition,
     saturated,
     take,
@@ -408,11 +406,8 @@ class TieredStore:
             return self.frame
         keys, values = self.tail
         least = sinks if self.tail_length > sinks else 0
-        counted = fitting_weights(keys, values if self.codec.balanced else None, self.tail_start, least, self.pads)
-        positions = _counting(self.tail_start, self.length, self.device)
-        frame = key_mean(keys, positions, self.rotary, counted)
-        if self.codec.balanced:
-            frame = fit_frame(keys, values, positions, self.rotary, frame, counted, query_power)
+        start, balanced = self.tail_start, self.codec.balanced
+        frame = fit_frame(keys, values, start, self.rotary, balanced, least, self.pads, query_power)
         if self.frame is not None and begins is not None:
             frame = torch.where(begins[:, None, None], frame, self.frame)
         return frame

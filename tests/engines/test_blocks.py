@@ -15,8 +15,9 @@ from spectrumkv_hf.policy import FP16, INT4, INT8, TIERS
 from spectrumkv_hf.policy.importance import kv_norm
 from spectrumkv_hf.wire.frame import WireError
 from spectrumkv_kernels import CODECS, Rotary, dequantize
+from spectrumkv_kernels.codec.frame import key_mean
 from spectrumkv_kernels.codec.quantize import quantize
-from spectrumkv_kernels.codec.reference import encode, key_mean
+from spectrumkv_kernels.codec.reference import encode
 from spectrumkv_kernels.rotation.hadamard import hadamard
 from spectrumkv_kernels.wire.tier_map import pack_map
 

@@ -14,7 +14,6 @@ EVERY = {
     "test_counts_around_tiles_of_few_bits": 2,
     "test_dense_where_every_position_has_a_token": 2,
     "test_dense_with_dropped_tokens": 2,
-    "test_key_mean": 3,
     "test_repeated_calls_are_bit_equal": 3,
     "test_many_splits_of_the_keys": 2,
 }

@@ -17,6 +17,7 @@ from test_attention import CODEC, Case, build, randn
 from spectrumkv_kernels import Quantized, Rotary, Segment
 from spectrumkv_kernels.attention import cpp as attention_cpp
 from spectrumkv_kernels.backend import build_cpp
+from spectrumkv_kernels.codec import frame
 from spectrumkv_kernels.codec import reference as codec
 from spectrumkv_kernels.scores import reference as scores
 from spectrumkv_kernels.wire import checksum
@@ -30,6 +31,7 @@ from triton.runtime import interpreter  # noqa: E402
 from spectrumkv_kernels.attention import triton_attention as attention_triton
 from spectrumkv_kernels.codec import triton_codec as codec_triton
 from spectrumkv_kernels.codec import triton_encode as encode_triton
+from spectrumkv_kernels.codec import triton_frame as frame_triton
 from spectrumkv_kernels.scores import triton_scores as scores_triton
 from spectrumkv_kernels.wire import triton_checksum as checksum_triton
 
@@ -191,7 +193,9 @@ def repeated(stored):
     return stored.expand(MANY, *stored.shape[1:]).contiguous()
 
 
-LAST = {"_encode_kernel": 1, "_dense_kernel": 2, "sums_kernel": 1, "mean_kernel": 1}
+LAST = {"_dense_kernel": 2} | dict.fromkeys(
+    ("_encode_kernel", "sums_kernel", "mean_kernel", "power_kernel", "size_kernel"), 1
+)
 
 
 @pytest.mark.parametrize("name", ["spectrum", "absmax"])
@@ -203,9 +207,10 @@ def test_codecs_of_more_rows_and_heads_than_a_grid_axis(name, launches):
     for kernel, count in LAST.items():
         launches.last(kernel, count)
     one = [t[-1:] for t in (keys, values, positions)]
-    mean = codec_triton.key_mean(keys, positions[0, 0], rotary)
-    expected = codec.key_mean(one[0], positions[0, 0], rotary)
-    assert error(mean[-1, -1], expected[0, -1]) < 1e-5
+    for balanced in (True, False):
+        expected = frame.fit_frame(*one[:2], 0, rotary, balanced)
+        found = frame_triton.fit_frame(keys, values, 0, rotary, balanced)
+        assert error(found[-1, -1], expected[0, -1]) < 1e-5
     mean = expected.expand(batch, -1, -1) if CODEC[name].center else None
     options = CODEC[name], mean, rotary
     alone = CODEC[name], None if mean is None else mean[-1:], rotary
@@ -242,7 +247,7 @@ def test_codecs_of_tokens_far_apart(start, launches):
         strict=True,
     ):
         assert all(map(torch.equal, x, y))
-    x, y = (codec_triton.key_mean(k, positions[0, 0], rotary) for k in (far[0], keys))
+    x, y = (frame_triton.fit_frame(*sides, 0, rotary, True) for sides in (far, (keys, values)))
     assert torch.equal(x, y)
     out = codec_triton.dense(
         [Segment(16, *far, positions)], 0, 10, torch.float32, CODEC["spectrum"], mean, rotary, complete=True

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from spectrumkv_hf import SpectrumCache, cache_argument
 from spectrumkv_hf.policy import FP16, INT4, INT8, Calibrated, SinkProtect, UniformInt4
 from spectrumkv_hf.tiered.store import TieredStore
-from spectrumkv_kernels import CODECS, Rotary, fit_frame, key_mean
+from spectrumkv_kernels import CODECS, Rotary, fit_frame, query_power
 
 SHARES = (0.02, 0.18, 0.3, 0.3, 0.2)
 EVEN = dict.fromkeys(range(8), SHARES)
@@ -152,19 +152,16 @@ def test_windows_balance_keys_by_the_queries_too(length):
 
     def take(attention):
         layer = attention.layer
-        power = attention.query[0].square().mean(1).unflatten(0, (layer.kv_heads, -1)).mean(1)
-        seen[layer.layer_idx] = power, *(t.clone() for t in layer.store.tail)
+        seen[layer.layer_idx] = query_power(attention.query, layer.kv_heads), *(t.clone() for t in layer.store.tail)
 
     for layer in cache.layers:
         layer.on_attention.add(take)
     forward(m, cache, ids)
     for layer in cache.layers:
         power, keys, values = seen[layer.layer_idx]
-        positions, counted = torch.arange(length), (torch.arange(length) >= 4)[None]
-        mean = key_mean(keys, positions, layer.rotary, counted)
-        expected = fit_frame(keys, values, positions, layer.rotary, mean, counted, power[None])
-        assert close(layer.store.frame, expected, 1e-5)
-        assert not close(layer.store.frame, fit_frame(keys, values, positions, layer.rotary, mean, counted), 1e-2)
+        arguments = keys, values, 0, layer.rotary, True, 4
+        assert close(layer.store.frame, fit_frame(*arguments, query_power=power), 1e-5)
+        assert not close(layer.store.frame, fit_frame(*arguments), 1e-2)
 
 
 @pytest.mark.parametrize(("head_dim", "most"), [(64, 0.262), (128, 0.256)])

@@ -89,6 +89,11 @@ def special(arg: Any) -> Any:
     return None if arg is None else trait(arg)
 
 
+def alignments(tensors: Sequence[torch.Tensor | None]) -> tuple[int | None, ...]:
+    """What of tensors decides which code is compiled, where their types are known."""
+    return tuple([None if tensor is None else tensor.data_ptr() % 16 for tensor in tensors])
+
+
 class Launcher:
     """A kernel with its constants. A call is `kernel[grid](**tensors, **numbers, **constants, **options)`.
 
@@ -170,16 +175,18 @@ class Launcher:
         return kernel[grid](*values, *numbers.values(), *self._values, **self._options)
 
 
+Launch = tuple[Launcher, tuple[int, ...], tuple[str, ...], Mapping[str, Any]]
+"""Of a `Series`: the launcher, the grid of three numbers, the names of its tensors, and its numbers."""
+
+
 class Series:
     """Launches of kernels one after the other, of which all but the tensors is kept.
 
     Args:
-        launches: Of each the launcher, the grid of three numbers, the names of its tensors, and its numbers.
+        launches: In their order.
     """
 
-    def __init__(
-        self, launches: Sequence[tuple[Launcher, tuple[int, ...], tuple[str, ...], Mapping[str, Any]]]
-    ) -> None:
+    def __init__(self, launches: Sequence[Launch]) -> None:
         self._launches = launches
         self._compiles = all(launcher.compiles for launcher, *_ in launches)
         self._ready: dict[Any, list[Any]] = {}
@@ -197,7 +204,7 @@ class Series:
             key = device, driver.active.get_current_stream(device), known
             if (ready := self._ready.get(key)) is not None:
                 for (run, behind), given in zip(ready, tensors, strict=True):
-                    run(*[tensor.data_ptr() for tensor in given], *behind)
+                    run(*[None if tensor is None else tensor.data_ptr() for tensor in given], *behind)
                 return
         for (launcher, grid, names, numbers), given in zip(self._launches, tensors, strict=True):
             launcher(grid, dict(zip(names, given, strict=True)), numbers, known)

@@ -5,13 +5,16 @@ from typing import NamedTuple
 import torch
 
 from ..rotation.rotary import Rotary
+from .quantize import sound
 
 CREDIT = 4
 """Tokens with the mean power of all channels that are added to those there are, so that few tell little."""
 FLOOR = 1e-4
 """Least power of a channel, in the mean of all."""
 FITTED = 4096
-"""Tokens, at equal distances, by which a frame is fitted at most."""
+"""Tokens, at equal distances, by whose powers a frame is fitted at most; means are those of all."""
+MEASURED = 1024
+"""Queries by whose power keys are balanced at most."""
 
 
 class Frame(NamedTuple):
@@ -40,16 +43,94 @@ def split_frame(frame: torch.Tensor, key_dim: int) -> Frame:
     return Frame(*frame.split([key_dim, key_dim, frame.shape[-1] - 2 * key_dim - 1, 1], dim=-1))
 
 
+def key_mean(
+    keys: torch.Tensor, positions: torch.Tensor, rotary: Rotary, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`mean_t R(-t) k_t`, float32 `[batch, kv_heads, head_dim]`.
+
+    Args:
+        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
+        positions: integers `[tokens]`.
+        rotary: The rotation of the model.
+        weights: `[batch or 1, kv_heads or 1, tokens]`, 0 for tokens to leave out, whatever is in them. Heads without
+            any weight have the mean 0.
+    """
+    flat = rotary.rotate(keys.float(), positions, inverse=True)
+    if weights is None:
+        return flat.mean(-2)
+    weights = weights.float().unsqueeze(-1)
+    total = weights.sum(-2)
+    return (flat * weights).masked_fill(weights == 0, 0.0).sum(-2) / total.where(total > 0, 1.0)
+
+
+def fitted_by(
+    keys: torch.Tensor, values: torch.Tensor | None, start: int, least: int, pads: torch.Tensor | None = None
+) -> torch.Tensor:
+    """By which tokens a frame is fitted, bool `[batch, kv_heads, tokens]`; arguments as in `fit_frame`."""
+    index = torch.arange(start, start + keys.shape[2], device=keys.device)
+    counted = ((index if pads is None else index - pads[:, None, None]) >= least) & sound(keys)
+    return counted if values is None else counted & sound(values)
+
+
+def query_power(query: torch.Tensor, kv_heads: int, pads: torch.Tensor | None = None) -> torch.Tensor:
+    """`E[q^2]` of each channel over the queries of each KV head, in the unit of a row, as a sum of parts.
+
+    Args:
+        query: `[batch, heads, queries, dim]`, of which `MEASURED` at most are taken, at equal distances.
+        kv_heads: How many there are.
+        pads: Queries at the start of each row that are padding, `[batch]`; None: there are none.
+
+    Returns:
+        float32 `[batch, kv_heads, parts, dim]`.
+    """
+    every = -(-query.shape[2] // MEASURED)
+    power = query[:, :, ::every].float().square()
+    if pads is not None:
+        real = torch.arange(0, query.shape[2], every, device=query.device) >= pads[:, None]
+        power = power.masked_fill(~real[:, None, :, None], 0.0)
+    return power.sum(2).unflatten(1, (kv_heads, -1)).sum(2, keepdim=True)
+
+
 def fit_frame(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    rotary: Rotary,
+    balanced: bool,
+    least: int = 0,
+    pads: torch.Tensor | None = None,
+    query_power: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The frame in which rounding these tokens does least harm, float32 `[batch, kv_heads, frame_size]`.
+
+    Each head's is fitted by its tokens that float16 holds: one that is not finite would spoil all others.
+
+    Args:
+        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
+        values: `[batch, kv_heads, tokens, value_dim]`.
+        start: Position of the first token.
+        rotary: The rotation of the model.
+        balanced: The codec balances; otherwise the frame is the mean of keys.
+        least: Tokens at the start of each row that are left out.
+        pads: Positions at the start of each row that are padding, `[batch]`; None: there are none.
+        query_power: Of the queries that will read, as `query_power` gives it, in any unit; None: of channels alike.
+    """
+    positions = torch.arange(start, start + keys.shape[2], device=keys.device)
+    counted = fitted_by(keys, values if balanced else None, start, least, pads)
+    mean = key_mean(keys, positions, rotary, counted)
+    return balanced_frame(keys, values, positions, rotary, mean, counted, query_power) if balanced else mean
+
+
+def balanced_frame(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
     rotary: Rotary,
     mean: torch.Tensor,
-    weights: torch.Tensor | None = None,
+    counted: torch.Tensor,
     query_power: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The frame in which rounding these tokens does least harm, float32 `[batch, kv_heads, frame_size]`.
+    """`fit_frame` where the codec balances.
 
     A logit's error is the sum over channels `c` of `q_c` times the error of key channel `c`. After the Hadamard matrix
     all channels have the same error, in units of the power of all scaled channels: with scales `1 / b_c` it is
@@ -61,37 +142,31 @@ def fit_frame(
     are a thousand times as large as others leave the scales as they were.
 
     Args:
-        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
-        values: `[batch, kv_heads, tokens, value_dim]`.
+        keys, values, rotary, query_power: As in `fit_frame`.
         positions: integers `[tokens]`.
-        rotary: The rotation of the model.
         mean: `key_mean` of the tokens, float32 `[batch, kv_heads, head_dim]`.
-        weights: `[batch or 1, tokens]`, 0 for tokens to leave out, whatever is in them. A row without any has the mean
-            0 and the scale 1.
-        query_power: `E[q^2]` of the queries that will read, `[batch, kv_heads, head_dim]`, in any unit; None: of
-            channels alike.
+        counted: Which tokens count, bool `[batch, kv_heads, tokens]`. A head without any has the mean 0 and the scale
+            1.
     """
-    every = -(-keys.shape[2] // FITTED)
-    keys, values, positions = keys[:, :, ::every], values[:, :, ::every], positions[::every]
-    counted = keys.new_ones(1, keys.shape[2], dtype=torch.float32) if weights is None else weights[:, ::every].float()
-    counted = counted[:, None, :, None]
-    total = counted.sum(2)
-    share = counted / total.where(total > 0, 1.0).unsqueeze(2)
+    counted = counted.unsqueeze(-1)
+    values = values.float().masked_fill(~counted, 0.0)
+    value_mean = values.sum(2) / counted.sum(2).clamp(min=1)
 
-    left_out = counted == 0
-    residual = (keys.float() - rotary.rotate(mean.unsqueeze(-2), positions)).square().masked_fill(left_out, 0.0)
+    every = -(-keys.shape[2] // FITTED)
+    keys, values, counted = keys[:, :, ::every], values[:, :, ::every], counted[:, :, ::every]
+    positions = positions[::every]
+    total = counted.sum(2).float()
+    share = counted / total.where(total > 0, 1.0).unsqueeze(2)
+    residual = (keys.float() - rotary.rotate(mean.unsqueeze(-2), positions)).square().masked_fill(~counted, 0.0)
     size = residual.mean(-1, keepdim=True)
     power = rotary.paired((residual / size.where(size > 0, 1.0) * share).sum(2))
     whole = power.mean(-1, keepdim=True)
     steady = ((total * power + CREDIT * whole) / (total + CREDIT)).clamp(min=FLOOR * whole)
-    wanted = torch.ones_like(power) if query_power is None else rotary.paired(query_power.float())
+    wanted = torch.ones_like(power) if query_power is None else rotary.paired(query_power.float().sum(2))
     mostly = wanted.mean(-1, keepdim=True)
     wanted = wanted.clamp(min=FLOOR * mostly).where((mostly > 0) & mostly.isfinite(), 1.0)
     balance = (wanted / steady).pow(0.25).where(whole > 0, 1.0)
     key_scale = _usual((residual * balance.square().unsqueeze(2)).mean(-1, keepdim=True), share) / balance
-
-    values = values.float().masked_fill(left_out, 0.0)
-    value_mean = (values * share).sum(2)
     spread = (values - value_mean.unsqueeze(2)).square().mean(-1, keepdim=True)
     return torch.cat((mean, key_scale, value_mean, _usual(spread, share)), dim=-1)
 

@@ -209,11 +209,8 @@ def saturated(quantized: Quantized) -> torch.Tensor:
 
 
 def sound(states: torch.Tensor) -> torch.Tensor:
-    """Which tokens of `[batch, kv_heads, tokens, dim]` float16 holds in all heads, bool `[batch, tokens]`.
-
-    By the others no frame is fitted: one token that is not finite would spoil every other.
-    """
-    return (states.abs().amax(-1).float() <= FLOAT16_MAX).all(1)  # NaN compares false; bfloat16 would round the bound
+    """Which vectors float16 holds, bool `[...]` of `[..., dim]`."""
+    return states.abs().amax(-1).float() <= FLOAT16_MAX  # NaN compares false; bfloat16 would round the bound
 
 
 def any_saturated(quantized: Quantized) -> torch.Tensor:

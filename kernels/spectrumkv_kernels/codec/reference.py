@@ -74,26 +74,6 @@ def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.gather(tensor, 2, index)
 
 
-def key_mean(
-    keys: torch.Tensor, positions: torch.Tensor, rotary: Rotary, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`mean_t R(-t) k_t`, float32 `[batch, kv_heads, head_dim]`.
-
-    Args:
-        keys: `[batch, kv_heads, tokens, head_dim]`, after RoPE.
-        positions: integers `[tokens]`.
-        rotary: The rotation of the model.
-        weights: `[batch or 1, tokens]`, 0 for tokens to leave out, whatever is in them. A row without any weight has
-            the mean 0.
-    """
-    flat = rotary.rotate(keys.float(), positions, inverse=True)
-    if weights is None:
-        return flat.mean(-2)
-    weights = weights.float()[:, None, :, None]
-    total = weights.sum(-2)
-    return (flat * weights).masked_fill(weights == 0, 0.0).sum(-2) / total.where(total > 0, 1.0)
-
-
 def encode(
     keys: torch.Tensor,
     values: torch.Tensor,

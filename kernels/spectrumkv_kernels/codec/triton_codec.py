@@ -1,4 +1,4 @@
-"""Triton twins of `codec.reference`: what reads codes, and the mean of keys."""
+"""Triton twins of `codec.reference`: what reads codes."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import Launcher, cdiv, launch, next_power_of_2, on_device, shared, strides_of
+from ..backend.launch_triton import Launcher, cdiv, next_power_of_2, on_device, shared
 from ..rotation.rotary import Rotary
 from ..rotation.triton_hadamard import hadamard, join_quarters
 from ..rotation.triton_rotary import rotated_mean, turns
@@ -14,13 +14,10 @@ from ..segment import Segment, contiguous_rows
 from . import reference as twin
 from .quantize import WIDTHS, Quantized, divisor
 from .reference import Codec
-from .triton_mean import mean_kernel, sums_kernel
 from .triton_quantize import load_affine, load_codes
 
 ELEMENTS = 4096
 """Of a block of tokens and channels, for 4 warps."""
-SPLIT = 512
-"""Tokens that one program of `key_mean` sums up."""
 SEGMENTS = 4
 """Most segments that one launch reads."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,42 +146,6 @@ def fits(rotary: Rotary, bits: int, *tensors: torch.Tensor) -> bool:
     """Whether the kernels can do it; what they can't is the twin's, errors included."""
     whole = bits in WIDTHS and all(t.shape[-1] % divisor(bits) == 0 for t in tensors)
     return whole and all(t.dtype in DTYPES for t in tensors) and 2 * len(rotary.inv_freq) <= tensors[0].shape[-1]
-
-
-def key_mean(
-    keys: torch.Tensor, positions: torch.Tensor, rotary: Rotary, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """As `codec.key_mean`. Reads the keys once; splits of the tokens are summed in a fixed order."""
-    batch, heads, tokens, dim = keys.shape
-    if not fits(rotary, 8, keys) or not keys.numel():
-        return twin.key_mean(keys, positions, rotary, weights)
-    keys, positions = contiguous_rows(keys), positions.contiguous()
-    table, rotation = rotation_of(rotary, True, keys.device)
-    width, splits = next_power_of_2(dim), cdiv(tokens, SPLIT)
-    if weights is None:
-        total = torch.full((batch,), float(tokens), device=keys.device)
-    else:
-        weights = weights.float().expand(batch, -1).contiguous()
-        total = weights.sum(-1)
-    sums = torch.empty(batch, heads, splits, 2, width, dtype=torch.float32, device=keys.device)
-    mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
-    sizes, block = {"DIM": dim, "WIDTH": width, **rotation}, max(1, ELEMENTS // 2 // width)
-    with on_device(keys):
-        launch(
-            sums_kernel,
-            (splits * batch * heads,),
-            {"keys": keys, "positions": positions, "weights": weights, "table": table, "sums": sums},
-            {"tokens": tokens, "heads": heads, **strides_of("key", keys.stride()[:3])},
-            {**sizes, "TOKENS": min(block, SPLIT), "SPLIT": SPLIT},
-        )
-        launch(
-            mean_kernel,
-            (batch * heads,),
-            {"sums": sums, "total": total, "mean": mean},
-            {"splits": splits, "heads": heads},
-            {**sizes, "SPLITS": block},
-        )
-    return mean
 
 
 def decode(

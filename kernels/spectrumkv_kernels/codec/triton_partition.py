@@ -1,4 +1,4 @@
-"""Triton twins of `codec.partition`."""
+"""Triton twin of `codec.partition`."""
 
 # mypy: allow-untyped-defs
 
@@ -9,11 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend.launch_triton import cdiv, launch, on_device, strides_of
-from ..segment import contiguous_rows
+from ..backend.launch_triton import cdiv, launch, on_device
 from . import partition as twin
-from .triton_codec import DTYPES, widths_of
-from .triton_quantize import sound
 
 BLOCK = 1024
 """Tokens that a program looks at at a time."""
@@ -52,32 +49,6 @@ def order_kernel(tiers, order, tokens, start, end0, end1, end2, end3, end4, end5
         found += tl.sum(ours, 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "start", "least"])
-def weights_kernel(
-    keys, values, pads, weights, tokens, start, least, heads,
-    key_batch, key_head, key_token, value_batch, value_head, value_token,
-    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Grid: blocks of tokens x batch."""
-    blocks = tl.cdiv(tokens, TOKENS)
-    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    inside = token < tokens
-    index = start + token
-    if pads is not None:
-        index -= tl.load(pads + batch).to(tl.int32)
-    counted = inside & (index >= least)
-    keys += batch * key_batch
-    values += batch * value_batch
-    at = token.to(tl.int64)
-    for head in range(heads):
-        counted = sound(keys + head * key_head + at * key_token, counted, KEY_DIM, KEY_WIDTH)
-        if VALUE_DIM:
-            counted = sound(values + head * value_head + at * value_token, counted, VALUE_DIM, VALUE_WIDTH)
-    tl.store(weights + batch * tokens + token, counted.to(tl.float32), mask=inside)
-
-
 def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> torch.Tensor:
     """As `codec.partition.partition`."""
     batch, heads, tokens = score.shape
@@ -104,25 +75,3 @@ def partition(score: torch.Tensor, counts: Sequence[int], start: int = 0) -> tor
             {"BLOCK": BLOCK},
         )
     return order
-
-
-def fitting_weights(
-    keys: torch.Tensor, values: torch.Tensor | None, start: int, least: int, pads: torch.Tensor | None = None
-) -> torch.Tensor:
-    """As `codec.partition.fitting_weights`."""
-    batch, heads, tokens, _ = keys.shape
-    sides = (keys,) if values is None else (keys, values)
-    if any(side.dtype not in DTYPES or not side.numel() for side in sides):
-        return twin.fitting_weights(keys, values, start, least, pads)
-    keys = contiguous_rows(keys)
-    values = keys if values is None else contiguous_rows(values)
-    sizes = widths_of(keys.shape[-1], values.shape[-1])
-    if len(sides) == 1:
-        sizes["VALUE_DIM"] = 0
-    weights = torch.empty(batch, tokens, device=keys.device)
-    numbers = {"tokens": tokens, "start": start, "least": least, "heads": heads}
-    numbers |= {**strides_of("key", keys.stride()[:3]), **strides_of("value", values.stride()[:3])}
-    tensors = {"keys": keys, "values": values, "pads": pads, "weights": weights}
-    with on_device(keys):
-        launch(weights_kernel, (cdiv(tokens, sizes["TOKENS"]) * batch,), tensors, numbers, sizes)
-    return weights

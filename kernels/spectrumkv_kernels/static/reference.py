@@ -4,7 +4,7 @@ import torch
 
 from ..codec.quantize import Quantized
 from ..codec.reference import take
-from ..operations import encode, fit_frame, fitting_weights, key_mean, tiered_attention
+from ..operations import encode, fit_frame, tiered_attention
 from ..segment import Segment
 from .layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 
@@ -170,10 +170,7 @@ def _settle_frame(
     if not bool(rows.any()):
         return
     least = layout.sinks if positions.numel() > layout.sinks else 0
-    counted = fitting_weights(keys, values if layout.codec.balanced else None, start, least, views.pads)
-    frame = key_mean(keys, positions, layout.rotary, counted)
-    if layout.codec.balanced:
-        frame = fit_frame(keys, values, positions, layout.rotary, frame, counted)
+    frame = fit_frame(keys, values, start, layout.rotary, layout.codec.balanced, least, views.pads)
     views.frame.copy_(torch.where(rows[:, None, None], frame, views.frame))
 
 

@@ -61,27 +61,23 @@ def _norms(x, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _tokens(
-    ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+    ring_keys, ring_values, first, row, base, length, pad, ring, least,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, FITTED: tl.constexpr,
 ):  # fmt: skip
     """Tokens from position `first` on: their positions, their places in the tail of the row's head, and by which of
-    them a frame is fitted, which are all but sinks, padding, and those unsound in any head."""
+    them a frame is fitted, which are all but sinks, padding, and those that float16 does not hold."""
     at = first + tl.arange(0, TOKENS)
-    place = (at - base) % ring
-    top = row // heads * heads
-    counted = (at < length) & (at - pad >= least)
-    for head in range(heads):
-        source = (top + head) * ring + place
-        counted = sound(ring_keys + source * KEY_DIM, counted, KEY_DIM, KEY_WIDTH)
-        if FITTED:
-            counted = sound(ring_values + source * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
-    return at, row * ring + place, counted
+    place = row * ring + (at - base) % ring
+    counted = sound(ring_keys + place * KEY_DIM, (at < length) & (at - pad >= least), KEY_DIM, KEY_WIDTH)
+    if FITTED:
+        counted = sound(ring_values + place * VALUE_DIM, counted, VALUE_DIM, VALUE_WIDTH)
+    return at, place, counted
 
 
 @triton.jit
 def _settle_frame(
-    ring_keys, ring_values, frame, table, row, base, start, length, pad, heads, ring, sinks,
+    ring_keys, ring_values, frame, table, row, base, start, length, pad, ring, sinks,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr, FITTED: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +93,7 @@ def _settle_frame(
     tokens = tl.zeros([TOKENS], tl.float32)
     for first in range(start, length, TOKENS):
         at, source, counted = _tokens(
-            ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+            ring_keys, ring_values, first, row, base, length, pad, ring, least,
             KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, FITTED,
         )  # fmt: skip
         x = ring_keys + (source * KEY_DIM)[:, None]
@@ -120,7 +116,7 @@ def _settle_frame(
         value_sums = tl.zeros([TOKENS, VALUE_WIDTH], tl.float32)
         for first in range(start, length, TOKENS):
             at, source, counted = _tokens(
-                ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+                ring_keys, ring_values, first, row, base, length, pad, ring, least,
                 KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, FITTED,
             )  # fmt: skip
             x = ring_keys + (source * KEY_DIM)[:, None]
@@ -146,7 +142,7 @@ def _settle_frame(
         value_weight = tl.zeros([TOKENS], tl.float32)
         for first in range(start, length, TOKENS):
             at, source, counted = _tokens(
-                ring_keys, ring_values, first, row, base, length, pad, heads, ring, least,
+                ring_keys, ring_values, first, row, base, length, pad, ring, least,
                 KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, TOKENS, FITTED,
             )  # fmt: skip
             x = ring_keys + (source * KEY_DIM)[:, None]
@@ -282,7 +278,7 @@ def _tier(
     if FRAME:  # noqa: SIM102  # one condition is for the compiler, the other for the device
         if pad >= start:  # nothing of this row was tiered yet
             _settle_frame(
-                ring_keys, ring_values, frame, table, row, base, start, length, pad, heads, ring, sinks, KEY_DIM,
+                ring_keys, ring_values, frame, table, row, base, start, length, pad, ring, sinks, KEY_DIM,
                 KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, PAIRS, INTERLEAVED, TOKENS // 2 if TOKENS > 1 else 1, FITTED,
             )  # fmt: skip
     score = _scores(

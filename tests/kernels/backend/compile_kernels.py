@@ -77,12 +77,12 @@ for head_dim, codec, tiers, fillers, widths, options in (
         continue
     codec_triton.dense(case.segments, 0, case.length, torch.bfloat16, *fields.values())
     keys, positions = randn(1, 2, 40, head_dim).bfloat16(), torch.arange(40, dtype=torch.int32)
-    codec_triton.key_mean(keys, positions, case.rotary)
+    balanced = codec == "spectrum2"
+    pads, power = torch.tensor([3]), frame_triton.query_power(randn(1, 4, 90, head_dim).bfloat16(), 2)
+    frame_triton.fit_frame(keys, keys, 2, case.rotary, False)
+    if balanced:
+        frame_triton.fit_frame(keys, keys, 2, case.rotary, True, 4, pads, power)
     partition_triton.partition(randn(1, 2, 40), [4, 0, 36])
-    if codec == "spectrum2":
-        partition_triton.fitting_weights(keys, keys, 0, 4)
-        mean, power = randn(1, 2, head_dim), randn(1, 2, head_dim)
-        frame_triton.fit_frame(keys, keys, positions, case.rotary, mean, positions[None] > 3, power)
     each, flags = positions.expand(1, 2, -1).contiguous(), torch.zeros(4, dtype=torch.bool)
     share, tiers = [4, 18, 18], [16, *widths]
     counts, packs = share[: len(tiers)], [codec == "spectrum2" and bits < 16 for bits in tiers]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 KERNELS = """
-    attend_kernel prepare_kernel merge_kernel _encode_kernel _dense_kernel sums_kernel mean_kernel digest_kernel
-    power_kernel size_kernel frame_kernel rank_kernel order_kernel weights_kernel _normalisers_kernel _join_kernel
-    _mass_kernel
+    attend_kernel prepare_kernel merge_kernel _encode_kernel _dense_kernel digest_kernel
+    sums_kernel mean_kernel power_kernel size_kernel query_kernel rank_kernel order_kernel
+    _normalisers_kernel _join_kernel _mass_kernel
     append_kernel
 """
 

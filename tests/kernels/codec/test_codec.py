@@ -3,9 +3,9 @@ import torch
 from reference import error, frame_for, frequencies, rotated, rounding_bound, sylvester
 
 from spectrumkv_kernels import CODECS, Quantized, Rotary, dequantize
-from spectrumkv_kernels.codec.frame import split_frame
+from spectrumkv_kernels.codec.frame import key_mean, split_frame
 from spectrumkv_kernels.codec.quantize import quantize_unbiased
-from spectrumkv_kernels.codec.reference import decode, encode, key_mean
+from spectrumkv_kernels.codec.reference import decode, encode
 
 BITS = (2, 4, 8)
 PAIRING = pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
@@ -130,7 +130,7 @@ def weighted(weights, seed=0):
     flat = randn(*weights.shape[:1], 2, 13, 10, seed=seed)
     keys = rotated(rotary, flat, positions).float()
     w = weights.double()[:, None, :, None]
-    return key_mean(keys, positions, rotary, weights), (flat * w).sum(-2) / w.sum(-2)
+    return key_mean(keys, positions, rotary, weights.unsqueeze(1)), (flat * w).sum(-2) / w.sum(-2)
 
 
 def test_key_mean_leaves_out_tokens_without_weight():

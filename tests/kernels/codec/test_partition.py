@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from spectrumkv_kernels.codec import partition as reference
-from spectrumkv_kernels.codec.quantize import sound
 
 triton_partition = pytest.importorskip("spectrumkv_kernels.codec.triton_partition")
 
@@ -44,33 +43,3 @@ def test_each_tier_takes_the_best_that_are_left(tokens, counts, implementation, 
             for count, part in zip(counts, found, strict=True):
                 taken, ranked = ranked[:count], ranked[count:]
                 assert part[row, head].tolist() == [100 + i for i in sorted(taken)]
-
-
-@BOTH
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dims", [(64, 64), (10, 6), (24, None)])
-def test_frames_are_fitted_by_tokens_that_are_sound(dims, dtype, padded, implementation, device):
-    tokens, start, least = 75, 6, 4
-    keys = randn(2, 3, tokens + 2, dims[0]).to(dtype)[:, :, :tokens]
-    values = None if dims[1] is None else randn(2, tokens, 3, dims[1], seed=1).to(dtype).transpose(1, 2)
-    keys[0, 1, 20, 3], keys[1, 2, 40, -1] = torch.nan, -torch.inf
-    if dtype != torch.float16:
-        keys[0, 0, 33, 0] = 65536.0  # what float16 does not hold
-        keys[0, 0, 34, 0] = 65280.0  # of which bfloat16 has no nearer one
-    if values is not None:
-        values[1, 0, 50, 2] = torch.inf
-    pads = torch.tensor([0, 9]) if padded else None
-    place = lambda t: None if t is None else t.to(device)  # noqa: E731
-    weights = implementation.fitting_weights(place(keys), place(values), start, least, place(pads)).cpu()
-    expected = torch.ones(2, tokens, dtype=torch.bool)
-    expected[0, 20] = expected[1, 40] = False
-    if dtype != torch.float16:
-        expected[0, 33] = False
-    if values is not None:
-        expected[1, 50] = False
-    if padded:
-        expected[1, : 9 + least - start] = False
-    assert weights.dtype == torch.float32
-    assert torch.equal(weights, expected.float())
-    assert torch.equal(sound(keys) | ~expected, torch.ones_like(expected))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from reference import assert_one_byte_scales, error, frequencies, rotated
 
-from spectrumkv_kernels import CODECS, Codec, Quantized, Rotary, fit_frame, split_frame, unpack
+from spectrumkv_kernels import CODECS, Codec, Quantized, Rotary, split_frame, unpack
 from spectrumkv_kernels.codec import reference as codec
+from spectrumkv_kernels.codec.frame import balanced_frame
 from spectrumkv_kernels.static import reference
 from spectrumkv_kernels.static.layout import BASE, BLOCK, LENGTH, REFUSED, STATE, TICKET, Layout, Room
 
@@ -127,23 +128,25 @@ class Layer:
                     continue
                 stop = start + BLOCK + layout.recent_window + 1
                 first = max(start, pad + (layout.sinks if stop - start > layout.sinks else 0))
-                states = (self.keys, self.values) if layout.codec.balanced else (self.keys,)
-                sound = [
-                    t for t in range(first, stop)
-                    if all(bool((side[row, :, t].double().abs() <= 65504).all()) for side in states)
-                ]  # fmt: skip
-                kept = self.keys[row, :, sound].double()
-                at = -torch.tensor(sound)
-                mean = rotated_back(layout.rotary, kept, at).sum(-2) / max(1, len(sound))
-                if layout.codec.balanced and not sound:
-                    mean = split_frame(torch.zeros(expected[row].shape), layout.key_dim)
-                    mean.key_scale.fill_(1), mean.value_scale.fill_(1)
-                    mean = torch.cat(mean, -1)
-                elif layout.codec.balanced:  # whose own test compares with float64
-                    values = self.values[row, :, sound].float()
-                    mean = fit_frame(kept[None].float(), values[None], -at, layout.rotary, mean[None].float())[0]
-                expected[row] = mean
+                for head in range(layout.kv_heads):
+                    expected[row, head] = self.frame_of(row, head, range(first, stop))
         return expected
+
+    def frame_of(self, row, head, tokens):
+        layout = self.layout
+        sides = (self.keys, self.values) if layout.codec.balanced else (self.keys,)
+        sound = [t for t in tokens if all(bool((s[row, head, t].double().abs() <= 65504).all()) for s in sides)]
+        kept, at = self.keys[row, head, sound].double()[None], torch.tensor(sound)
+        mean = rotated_back(layout.rotary, kept, -at).sum(-2) / max(1, len(sound))
+        if not layout.codec.balanced:
+            return mean[0]
+        if not sound:
+            parts = split_frame(torch.zeros(1, self.frame.shape[-1]), layout.key_dim)
+            parts.key_scale.fill_(1), parts.value_scale.fill_(1)
+            return torch.cat(parts, -1)[0]
+        values, counted = self.values[row, head, sound].float(), torch.ones(1, 1, len(sound), dtype=torch.bool)
+        frame = balanced_frame(kept[None].float(), values[None, None], at, layout.rotary, mean[None].float(), counted)
+        return frame[0, 0]  # the function's own test compares with float64
 
     def chosen(self):
         """Positions that the blocks leave to each arena, by row and head: a list for each arena."""
