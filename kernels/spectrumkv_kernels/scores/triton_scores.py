@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..attention.triton_dot import LOG2E
-from ..backend.launch_triton import cdiv, launch, next_power_of_2, on_device, strides_of
+from ..backend.launch_triton import Launch, Launcher, Series, alignments, cdiv, next_power_of_2, on_device, strides_of
 from ..segment import contiguous_rows
 from . import reference as twin
 from .reference import probe_rows, real_tokens
@@ -24,6 +25,9 @@ SPLIT = 1024
 
 JOINED = 256
 """Rows of probes whose normalisers a program joins."""
+
+PARTS = 4
+"""So many splits' normalisers the second pass joins itself; more are joined in a launch between."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -77,14 +81,14 @@ def _places(rows, p, probes, offset):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _normalisers_kernel(
-    query, keys, rows, mask, lse, scale, softcap, window, hidden, tokens, probes, offset, span,
+    query, keys, rows, mask, parts, scale, softcap, window, hidden, tokens, probes, offset, span,
     query_batch: tl.int64, query_head: tl.int64, query_token: tl.int64,
     key_batch: tl.int64, key_head: tl.int64, key_token,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of each row's scores over `span` of the keys, `lse` `[splits, batch * kv_heads, rows]`."""
+    """Log-sum-exp of each row's scores over `span` of the keys, `parts` `[splits, batch * kv_heads, rows]`."""
     row_blocks = tl.cdiv(probes * GROUP, BLOCK_R)
     row_block, pair = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
     pairs, split = tl.num_programs(0) // row_blocks, tl.program_id(1)
@@ -117,7 +121,7 @@ def _normalisers_kernel(
         new_top = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
         top = new_top
-    out = lse + (split * pairs + pair) * probes * GROUP + r
+    out = parts + (split * pairs + pair) * probes * GROUP + r
     tl.store(out, (top + tl.log2(total)) * LN2, mask=p < probes)
 
 
@@ -125,8 +129,8 @@ def _normalisers_kernel(
 def _join_kernel(
     parts, sinks, lse, splits, total, probes, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Log-sum-exp of the splits' `parts`, `[splits, total]`, and of the head's sink, for each row; infinity where a row
-    sees nothing, so that it has no probability. Grid: blocks of rows."""
+    """Log-sum-exp of the splits' `parts`, `[splits, total]`, and of the head's sink, for each row. Grid: blocks of
+    rows."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < total
     top = tl.full([BLOCK], -3e38, tl.float32)  # finite: -inf - -inf would be NaN
@@ -140,19 +144,45 @@ def _join_kernel(
         new_top = tl.maximum(top, part)
         weight = weight * tl.exp(top - new_top) + tl.exp(part - new_top)
         top = new_top
-    tl.store(lse + r, tl.where(weight > 0, top + tl.log(weight), float("inf")), mask=inside)
+    tl.store(lse + r, tl.where(weight > 0, top + tl.log(weight), float("-inf")), mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def _joined(parts, sink, inside, splits, total, PARTS: tl.constexpr):
+    """Log-sum-exp of `PARTS` splits' normalisers at most, which lie `total` apart, and of a sink, for each row;
+    infinity where a row sees nothing, so that it has no probability.
+
+    Args:
+        parts: Where those of the first split lie, `[rows]`.
+        sink: Logits of the rows' sinks, or None.
+    """
+    split = tl.arange(0, PARTS)
+    there = (split < splits)[:, None] & inside[None, :]
+    part = tl.load(parts[None, :] + (split * total)[:, None], mask=there, other=float("-inf"))
+    top = tl.maximum(tl.max(part, 0), -3e38)  # finite: -inf - -inf would be NaN
+    if sink is not None:
+        top = tl.maximum(top, sink)
+    weight = tl.sum(tl.exp(part - top[None, :]), 0)
+    if sink is not None:
+        weight += tl.exp(sink - top)
+    return tl.where(weight > 0, top + tl.log(tl.where(weight > 0, weight, 1.0)), float("inf"))
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "splits", "total"])
 def _mass_kernel(
-    query, keys, rows, mask, lse, out, scale, softcap, window, hidden, tokens, probes, offset, mask_heads,
+    query, keys, rows, mask, parts, sinks, out, scale, softcap, window, hidden, tokens, probes, offset, mask_heads,
+    splits, total,
     query_batch: tl.int64, query_head: tl.int64, query_token: tl.int64,
     key_batch: tl.int64, key_head: tl.int64, key_token,
     mask_batch: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Mean probability of a block of keys, `out` `[batch * kv_heads, tokens]`."""
+    """Mean probability of a block of keys, `out` `[batch * kv_heads, tokens]`.
+
+    Args:
+        parts: Normalisers of the rows, `[splits, total]`.
+    """
     blocks = tl.cdiv(tokens, BLOCK_N)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // KV_HEADS, pair % KV_HEADS
@@ -160,7 +190,7 @@ def _mass_kernel(
     k_at = keys + batch * key_batch + head * key_head + n[:, None].to(tl.int64) * key_token + d[None, :]
     k = tl.load(k_at, mask=(n < tokens)[:, None] & (d < D)[None, :], other=0.0)
     rows += batch * probes
-    lse += pair * probes * GROUP
+    parts += pair * probes * GROUP
     query += batch * query_batch + head * GROUP * query_head
     if mask is not None:
         mask += batch * mask_batch
@@ -186,7 +216,10 @@ def _mass_kernel(
         r = start + tl.arange(0, BLOCK_R)
         p, g = r // GROUP, r % GROUP
         row, at = _places(rows, p, probes, offset)
-        norm = tl.load(lse + r, mask=p < probes, other=float("inf")) * LOG2E
+        sink = None
+        if sinks is not None:
+            sink = tl.load(sinks + head * GROUP + g)
+        norm = _joined(parts + r, sink, p < probes, splits, total, PARTS) * LOG2E
         q_at = query + (row * query_token + g * query_head)[None, :] + d[:, None]
         q = tl.load(q_at, mask=(row >= 0)[None, :] & (d < D)[:, None], other=0.0)
         mask_at = mask
@@ -250,29 +283,64 @@ def attention_scores(
         query, keys = query.float(), keys.float()
     rows = probe_rows(real_tokens(mask, queries), queries, recent, strided, query.device)
     rows = rows.expand(batch, -1).contiguous()
-    probes, group = rows.shape[1], heads // kv_heads
     query, keys = contiguous_rows(query), contiguous_rows(keys)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    hidden, mask_heads = 0.0, 1
+    hidden = 0.0
     if mask is not None:
         hidden = 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         mask = mask.expand(batch, heads, -1, -1)
         mask_strides = mask.stride()
-        mask_heads = heads if mask.stride(1) else 1
+    sinks = None if sinks is None else sinks.float().contiguous()
+    series, splits, joins = _passes(
+        tuple(query.shape), tuple(keys.shape), query.stride()[:3], keys.stride()[:3], query.dtype, rows.shape[1],
+        None if mask is None else mask.dtype, mask_strides, hidden, scale, softcap, window,
+    )  # fmt: skip
+    device, total = query.device, rows.numel() * heads
+    out = torch.empty(batch, kv_heads, tokens, device=device)
+    parts = torch.empty(splits, total, device=device)
+    launches: list[tuple[torch.Tensor | None, ...]] = [(query, keys, rows, mask, parts)]
+    if joins:
+        joined = torch.empty(total, device=device)
+        launches.append((parts, sinks, joined))
+        parts, sinks = joined, None
+    launches.append((query, keys, rows, mask, parts, sinks, out))
+    with on_device(query):
+        series(launches, alignments(launches[-1]))
+    return out
 
-    block_d = max(next_power_of_2(head_dim), 16)
-    first, second = _blocks(block_d, query.dtype, mask is not None)
+
+@functools.lru_cache(maxsize=64)
+def _passes(
+    shape: tuple[int, ...],
+    keys: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    probes: int,
+    masked: torch.dtype | None,
+    mask_strides: tuple[int, ...],
+    hidden: float,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Series, int, bool]:
+    """The launches of `attention_scores`, in how many splits they take the keys, and whether these are joined by one.
+
+    Args:
+        shape, keys: Of queries and keys.
+        masked: Type of the mask's entries.
+    """
+    (batch, heads, queries, head_dim), (_, kv_heads, tokens, _) = shape, keys
+    group, block_d = heads // kv_heads, max(next_power_of_2(head_dim), 16)
+    first, second = _blocks(block_d, dtype, masked is not None)
     row_blocks, pairs = cdiv(probes * group, first.rows), batch * kv_heads
     splits = min(cdiv(tokens, SPLIT), cdiv(PROGRAMS, row_blocks * pairs))
     span = cdiv(cdiv(tokens, splits), first.keys) * first.keys
     splits = cdiv(tokens, span)
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "BLOCK_D": block_d}
-    total = batch * heads * probes
-    parts = torch.empty(splits, total, device=query.device)
-    lse = torch.empty(total, device=query.device)
-    out = torch.empty(batch, kv_heads, tokens, device=query.device)
-    strides = {**strides_of("query", query.stride()[:3]), **strides_of("key", keys.stride()[:3])}
+    joins, total = splits > PARTS, batch * heads * probes
+    modes = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "BLOCK_D": block_d}
+    strides = {**strides_of("query", query_strides), **strides_of("key", key_strides)}
     strides |= {f"mask_{n}": k for n, k in zip(("batch", "head", "row", "column"), mask_strides, strict=True)}
     numbers = {
         "scale": scale,
@@ -283,29 +351,19 @@ def attention_scores(
         "probes": probes,
         "offset": tokens - queries,
     }
-    tensors = {"query": query, "keys": keys, "rows": rows, "mask": mask}
-    with on_device(query):
-        launch(
-            _normalisers_kernel,
-            (row_blocks * pairs, splits),
-            {**tensors, "lse": parts},
-            {**numbers, "span": span, **strides},
-            {**shape, "BLOCK_R": first.rows, "BLOCK_N": first.keys},
-            **first.options,
-        )
-        launch(
-            _join_kernel,
-            (cdiv(total, JOINED),),
-            {"parts": parts, "sinks": None if sinks is None else sinks.float().contiguous(), "lse": lse},
-            {"splits": splits, "total": total, "probes": probes},
-            {"KV_HEADS": kv_heads, "GROUP": group, "BLOCK": JOINED},
-        )
-        launch(
-            _mass_kernel,
-            (cdiv(tokens, second.keys) * pairs,),
-            {**tensors, "lse": lse, "out": out},
-            {**numbers, "mask_heads": mask_heads, **strides},
-            {**shape, "BLOCK_R": second.rows, "BLOCK_N": second.keys, "BLOCK_P": 32},
-            **second.options,
-        )
-    return out
+    tensors = ("query", "keys", "rows", "mask", "parts")
+    blocks = {"BLOCK_R": first.rows, "BLOCK_N": first.keys}
+    launcher = Launcher(_normalisers_kernel, {**modes, **blocks}, **first.options)
+    launches: list[Launch] = [
+        (launcher, (row_blocks * pairs, splits, 1), tensors, {**numbers, "span": span, **strides})
+    ]
+    if joins:
+        launcher = Launcher(_join_kernel, {"KV_HEADS": kv_heads, "GROUP": group, "BLOCK": JOINED})
+        sizes = {"splits": splits, "total": total, "probes": probes}
+        launches.append((launcher, (cdiv(total, JOINED), 1, 1), ("parts", "sinks", "lse"), sizes))
+    blocks = {"BLOCK_R": second.rows, "BLOCK_N": second.keys, "BLOCK_P": 32, "PARTS": PARTS}
+    launcher = Launcher(_mass_kernel, {**modes, **blocks}, **second.options)
+    numbers["mask_heads"] = heads if mask_strides[1] else 1
+    numbers |= {"splits": 1 if joins else splits, "total": total, **strides}
+    launches.append((launcher, (cdiv(tokens, second.keys) * pairs, 1, 1), (*tensors, "sinks", "out"), numbers))
+    return Series(launches), splits, joins

@@ -83,9 +83,12 @@ def test_no_probes(device):
 
 
 @pytest.mark.parametrize("window", [None, 1, 700, 5000])
-@pytest.mark.parametrize("queries", [20, 2500])
-def test_many_splits_of_the_keys(queries, window, device, monkeypatch):
-    monkeypatch.setattr(scores_triton, "SPLIT", 300)
+@pytest.mark.parametrize(("queries", "split"), [(20, 300), (20, 700), (2500, 300)])
+def test_many_splits_of_the_keys(queries, split, window, device, monkeypatch, request):
+    """More of them than the second pass joins itself, and as many."""
+    monkeypatch.setattr(scores_triton, "SPLIT", split)
+    scores_triton._passes.cache_clear()
+    request.addfinalizer(scores_triton._passes.cache_clear)
     given = inputs(queries, 2500, batch=2)
     check(given, device, window=window, recent=12, strided=12, sinks=randn(4, seed=3), exact=False)
 
