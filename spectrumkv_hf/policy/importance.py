@@ -38,7 +38,10 @@ def importance(
         float32 `[batch, kv_heads, tokens]`; the same for all heads where the scope is not `head`.
     """
     batch, heads, tokens, _ = keys.shape
-    positions = torch.arange(start, start + tokens, device=keys.device)
+
+    def positions() -> torch.Tensor:
+        return torch.arange(start, start + tokens, device=keys.device)
+
     if policy.importance in READS_QUERIES and attention is not None:
         score = attention
         if policy.importance == "attention_value":  # VATP, arXiv 2406.12335, with the 2-norm
@@ -46,15 +49,15 @@ def importance(
     elif policy.importance in (*READS_QUERIES, "kv_norm"):
         score = kv_norm(keys, values)
     elif policy.importance == "positional":
-        score = positional(positions, seen, pads).unsqueeze(1).expand(batch, heads, -1)
+        score = positional(positions(), seen, pads).unsqueeze(1).expand(batch, heads, -1)
     elif policy.importance == "recency":
-        score = positions.float().expand(batch, heads, -1)
+        score = positions().float().expand(batch, heads, -1)
     else:
         shared = policy.scope == "token"
         generator = torch.Generator().manual_seed(policy.seed * 7919 + start + (0 if shared else 104729 * (layer + 1)))
         score = torch.rand(1 if shared else heads, tokens, generator=generator).to(keys.device).expand(batch, heads, -1)
     if policy.decay:
-        score = score * torch.exp(-policy.decay * (seen - positions))
+        score = score * torch.exp(-policy.decay * (seen - positions()))
     if policy.scope != "head":
         score = score.mean(1, keepdim=True).expand(-1, heads, -1)
     return score

@@ -435,7 +435,6 @@ class TieredStore:
             beside: Tiers that other layers have: all then run the same code, which is compiled once.
         """
         before, frame = self._now, self._settled_frame(policy.sinks, query_power)
-        score = score.nan_to_num(nan=0.0)
         made, widths, flags, packing = self._tiered(tokens, policy, score, floor, frame, beside)
         self._now = made
 
@@ -576,12 +575,14 @@ class TieredStore:
         Returns:
             Positions, grouped by tier and ascending in each, int32 `[batch, kv_heads, tokens]`; and each tier's number.
         """
-        row = exempt(lifted(increments(policy, self.tail_start, tokens), floor), _most(exact))
-        if self.tail_start < policy.sinks:
-            score[..., : policy.sinks - self.tail_start] = torch.finfo(score.dtype).max
-        if exact is not None:
-            score = score.masked_fill(exact, torch.inf)
-        return partition(score, [row.get(tier, 0) for tier in TIERS], self.tail_start), row
+        start, leading = self.tail_start, min(max(policy.sinks - self.tail_start, 0), tokens)
+        row = lifted(increments(policy, start, tokens), floor)
+        if exact is not None:  # they come before the sinks
+            row = exempt(row, _most(exact))
+            score = score.nan_to_num(nan=0.0)
+            score[..., :leading] = torch.finfo(score.dtype).max
+            score, leading = score.masked_fill(exact, torch.inf), 0
+        return partition(score, [row.get(tier, 0) for tier in TIERS], start, leading), row
 
     def _assign_padded(
         self, tokens: int, policy: Policy, score: torch.Tensor, floor: Tier | None, exact: torch.Tensor | None
@@ -599,6 +600,7 @@ class TieredStore:
         def counts(had: int, new: int) -> Counts:
             return exempt(lifted(increments(policy, had, new), floor), min(_most(exact), new))
 
+        score = score.nan_to_num(nan=0.0)
         rows = [counts(had, new) for had, new in zip(before, now, strict=True)]
         own = torch.tensor([[row.get(tier, 0) for tier in TIERS] for row in rows])
         most = sizes_of(rows, tokens)

@@ -82,7 +82,8 @@ for head_dim, codec, tiers, fillers, widths, options in (
     frame_triton.fit_frame(keys, keys, 2, case.rotary, False)
     if balanced:
         frame_triton.fit_frame(keys, keys, 2, case.rotary, True, 4, pads, power)
-    partition_triton.partition(randn(1, 2, 40), [4, 0, 36])
+    for tokens in (40, 4100):
+        partition_triton.partition(randn(1, 2, tokens), [4, 0, tokens - 4], 0, 4)
     each, flags = positions.expand(1, 2, -1).contiguous(), torch.zeros(4, dtype=torch.bool)
     share, tiers = [4, 18, 18], [16, *widths]
     counts, packs = share[: len(tiers)], [codec == "spectrum2" and bits < 16 for bits in tiers]
@@ -92,7 +93,8 @@ for head_dim, codec, tiers, fillers, widths, options in (
     encode_triton.encode(keys, keys, each, widths[0], *fields.values())
     codec_triton.dense(segments, 0, 40, torch.bfloat16, *fields.values())
     many = randn(1, 4, 90, head_dim).bfloat16()
-    scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1)
+    scores_triton.attention_scores(many, randn(1, 2, 90, head_dim).bfloat16(), scale=0.1, sinks=randn(4))
+    scores_triton.attention_scores(many, randn(1, 2, 4200, head_dim).bfloat16(), scale=0.1)
 if "all" in sys.argv:  # most query rows of a KV head: 48 heads and 32 queries
     case = build(((16, 5), (4, 71)), head_dim=128, kv_heads=1, dtype=torch.bfloat16)
     fields = {"codec": case.codec, "frame": case.frame, "rotary": case.rotary}

@@ -7,7 +7,7 @@ import pytest
 
 KERNELS = """
     attend_kernel prepare_kernel merge_kernel _encode_kernel _dense_kernel digest_kernel
-    sums_kernel mean_kernel power_kernel size_kernel query_kernel rank_kernel order_kernel
+    sums_kernel mean_kernel power_kernel size_kernel query_kernel count_kernel rank_kernel order_kernel
     _normalisers_kernel _join_kernel _mass_kernel
     append_kernel
 """
