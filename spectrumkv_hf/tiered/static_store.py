@@ -1,6 +1,7 @@
 """A store of fixed capacity, which decoding can change without the host: inside a compiled graph, or a captured one."""
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -176,7 +177,7 @@ class StaticStore(TieredStore):
         if step is None or step.layout != layout or step.buffer.device != device or self._views is None:
             with torch.inference_mode(False):  # tensors that are made there can't be changed outside
                 buffer = torch.empty(layout.size, dtype=torch.uint8, device=device)
-                state = torch.zeros(STATE, dtype=torch.int32, device=device)
+                state = torch.empty(STATE, dtype=torch.int32, device=device)  # all of it is written to publish
             for tensor in (buffer, state):
                 # Captured graphs find them at their address; for another cache one is captured, not compiled, anew.
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -226,16 +227,18 @@ class StaticStore(TieredStore):
     def _joined(self, old: Arena | None, new: Arena) -> Arena:
         whole = self._whole(new.tier)
         assert whole is not None  # the new tokens lie there
-        if old is not None and old.places.data_ptr() != whole.places.data_ptr():
+        if old is None:
+            return new
+        if old.places.data_ptr() != whole.places.data_ptr():
             return super()._joined(old, new)
-        return _narrowed(whole, len(new) + (0 if old is None else len(old)))
+        return _narrowed(whole, len(new) + len(old))
 
     def _shortened(self, tokens: int) -> Contents:
         now, views, left = self._contents, self._views, self.tail_length - tokens
         if views is None or left > self.plan.ring or now.keys.data_ptr() == views.keys.data_ptr():
             return super()._shortened(tokens)
         for ring, held in zip((views.keys, views.values), self.tail, strict=True):
-            ring[:, :, :left].copy_(held[:, :, tokens:])
+            ring.narrow(2, 0, left).copy_(held.narrow(2, tokens, left))
         return now._replace(keys=views.keys, values=views.values, borrowed=False)
 
     def publish(self) -> None:
@@ -271,20 +274,15 @@ class StaticStore(TieredStore):
         tail = now.length - now.tail_start
         for own, given in ((views.keys, now.keys), (views.values, now.values)):
             if own.data_ptr() != given.data_ptr():
-                own[:, :, :tail].copy_(given[:, :, :tail])
+                own.narrow(2, 0, tail).copy_(given.narrow(2, 0, tail))
         if now.frame is not None and now.frame.data_ptr() != views.frame.data_ptr():
             views.frame.copy_(now.frame)
         known = (layout, tables, pads)
         if known != self._tables:
-            if pads is None:
-                views.pads.zero_()
-            else:
-                send(torch.tensor(pads, dtype=torch.int32), views.pads)
-            if tables is not None:
-                kept = [i for i, (tier, _) in enumerate(plan.rooms) if any(r.bits == tier.bits for r in layout.rooms)]
-                totals, own_counts = _columns(tables, tuple(kept), now.keys.device)
-                views.totals[: len(totals)].copy_(totals[: len(views.totals)])
-                views.own[: len(own_counts)].copy_(own_counts[: len(views.own)])
+            rooms = {room.bits for room in layout.rooms}
+            kept = tuple(i for i, (tier, _) in enumerate(plan.rooms) if tier.bits in rooms)
+            start, written = _head(layout, tables, kept, pads, now.keys.device)
+            self.step.buffer.narrow(0, start, len(written)).copy_(written)
             self._tables = known
         state = torch.zeros(STATE, dtype=torch.int32)
         state[LENGTH], state[BASE] = now.length, now.tail_start
@@ -361,7 +359,7 @@ class StaticStore(TieredStore):
 
 def _narrowed(arena: Arena, stop: int, start: int = 0) -> Arena:
     """The tokens of an arena in these places."""
-    return arena.map(lambda t: t[:, :, start:stop])
+    return arena.map(lambda t: t.narrow(2, start, stop - start))
 
 
 def _copy(source: Arena, target: Arena) -> None:
@@ -416,10 +414,33 @@ def _decoded(
     )
 
 
-@keep(64)
-def _columns(tables: _Tables, kept: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`totals` and `own` of the rooms `kept`, on a device: most layers have the same."""
-    return tables.totals[:, kept].to(device), tables.own[:, :, kept].to(device)
+@keep(128)
+def _head(
+    layout: Layout, tables: _Tables | None, kept: tuple[int, ...], pads: tuple[int, ...] | None, device: torch.device
+) -> tuple[int, torch.Tensor]:
+    """What a buffer holds of tables and padding, on a device, and at which byte of it: most layers have the same.
+
+    Args:
+        kept: The rooms of the plan that the layout has.
+    """
+    places = {name: (shape, first) for name, _, shape, first in layout.places}
+    start, end = places["totals"][1], places["frame"][1]
+    head = torch.zeros(end - start, dtype=torch.uint8)
+
+    def write(name: str, numbers: torch.Tensor) -> None:
+        shape, first = places[name]
+        room = head[first - start :].view(torch.int32)[: math.prod(shape)].view(shape)
+        rows = min(len(room), len(numbers))
+        room[:rows] = numbers[:rows]
+
+    if tables is not None:
+        write("totals", tables.totals[:, kept])
+        write("own", tables.own[:, :, kept])
+    if pads is not None:
+        write("pads", torch.tensor(pads, dtype=torch.int32))
+    there = torch.empty(len(head), dtype=torch.uint8, device=device)
+    send(head, there)
+    return start, there
 
 
 def _row(policy: Policy, floor: Tier | None, start: int, pad: int) -> Counts:
