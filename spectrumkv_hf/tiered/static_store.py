@@ -197,9 +197,13 @@ class StaticStore(TieredStore):
 
     def _whole(self, tier: Tier) -> Arena | None:
         """All the room that the buffer has for a tier."""
-        views = self._views
-        room = None if views is None else next((room for room in views.arenas if room.bits == tier.bits), None)
-        return None if room is None else Arena(tier, *room[1:])
+        if self._views is None or self.step is None:
+            return None
+        bits = tier.bits
+        for i, room in enumerate(self.step.layout.rooms):
+            if room.bits == bits:
+                return Arena(tier, *self._views.arenas[i][1:])
+        return None
 
     def _spaces(self, counts: Mapping[Tier, int]) -> dict[Tier, Arena]:
         now, spaces = self._contents, {}
@@ -263,9 +267,9 @@ class StaticStore(TieredStore):
         views = self._lay_out({} if tables is None else tables.most)
         assert self.step is not None
         layout, arenas = self.step.layout, {}
-        for tier in TIERS:
-            arena, whole = now.arenas.get(tier), self._whole(tier)
-            if arena is None or whole is None:
+        for tier, arena in now.arenas.items():
+            whole = self._whole(tier)
+            if whole is None:
                 continue
             if arena.places.data_ptr() != whole.places.data_ptr():
                 _copy(arena, whole)

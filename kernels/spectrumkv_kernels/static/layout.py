@@ -1,10 +1,11 @@
 """Where a layer of fixed capacity keeps what: all its tensors in one buffer, and how full they are in another."""
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 
@@ -44,6 +45,31 @@ class Arena(NamedTuple):
     positions: torch.Tensor
 
 
+class Arenas(Sequence[Arena]):
+    """Arenas that are made when they are asked for: the prompt fills some of a layer's only."""
+
+    def __init__(self, make: Callable[[int], Arena], count: int) -> None:
+        self._make = make
+        self._made: list[Arena | None] = [None] * count
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @overload
+    def __getitem__(self, index: int) -> Arena: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Arena]: ...
+
+    def __getitem__(self, index: int | slice) -> Arena | Sequence[Arena]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        made = self._made[index]
+        if made is None:
+            made = self._made[index] = self._make(index % len(self))
+        return made
+
+
 class Views(NamedTuple):
     """The tensors in a buffer.
 
@@ -60,7 +86,7 @@ class Views(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
-    arenas: tuple[Arena, ...]
+    arenas: Arenas
     totals: torch.Tensor
     own: torch.Tensor
     pads: torch.Tensor
@@ -170,31 +196,33 @@ class Layout:
         return self.places[-1][3]
 
     @functools.cached_property
-    def _strided(self) -> list[tuple[str, torch.dtype, tuple[int, ...], list[int], int]]:
-        """`places` with strides, and the first element in the place of the first byte."""
-        return [
-            (name, dtype, shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))], start // dtype.itemsize)
-            for name, dtype, shape, start in self.places
+    def _strided(self) -> list[list[tuple[torch.dtype, tuple[int, ...], list[int], int]]]:
+        """`places` with strides, and the first element in the place of the first byte: those of the layer, and of each
+        room."""
+        every = [
+            (dtype, shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))], start // dtype.itemsize)
+            for _, dtype, shape, start in self.places
         ]
+        ends = [6, *(3 if bits == 16 else 5 for bits, _ in self.rooms)]
+        return [every[end - size : end] for size, end in zip(ends, itertools.accumulate(ends), strict=True)]
 
     def views(self, buffer: torch.Tensor) -> Views:
         """The tensors in a buffer, uint8 `[size]`."""
         wholes = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype, _, _ in self.places}}
-        found = {
-            name: wholes[dtype].as_strided(shape, strides, first)
-            for name, dtype, shape, strides, first in self._strided
-        }
 
-        def side(bits: int, name: str) -> torch.Tensor | Quantized:
+        def tensors(part: int) -> list[torch.Tensor]:
+            return [
+                wholes[dtype].as_strided(shape, strides, first) for dtype, shape, strides, first in self._strided[part]
+            ]
+
+        def arena(room: int) -> Arena:
+            bits, found = self.rooms[room].bits, tensors(1 + room)
             if bits == 16:
-                return found[f"{bits}.{name}"]
-            return Quantized(found[f"{bits}.{name}.codes"], found[f"{bits}.{name}.affine"])
+                return Arena(bits, *found)
+            return Arena(bits, Quantized(*found[:2]), Quantized(*found[2:4]), found[4])
 
-        arenas = tuple(
-            Arena(bits, side(bits, "keys"), side(bits, "values"), found[f"{bits}.positions"]) for bits, _ in self.rooms
-        )
-        whole = (found[name] for name in ("totals", "own", "pads", "frame"))
-        return Views(found["keys"], found["values"], arenas, *whole)
+        keys, values, totals, own, pads, frame = tensors(0)
+        return Views(keys, values, Arenas(arena, len(self.rooms)), totals, own, pads, frame)
 
 
 _layouts: list[Layout] = []
