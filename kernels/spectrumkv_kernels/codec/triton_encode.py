@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,16 +10,16 @@ import triton
 import triton.language as tl
 
 from .. import segment
-from ..backend.launch_triton import Held, cdiv, launch, on_device, strides_of
+from ..backend.launch_triton import Held, Launcher, Series, alignments, cdiv, on_device, strides_of
 from ..backend.tensor_cache import keep
 from ..rotation.rotary import Rotary
 from ..rotation.triton_hadamard import hadamard, join_quarters
-from ..rotation.triton_rotary import rotated_mean
+from ..rotation.triton_rotary import rotated_mean, turns
 from ..segment import Segment, contiguous_rows
 from . import reference as twin
 from .quantize import Quantized
 from .reference import Codec
-from .triton_codec import fits, frame_numbers, load_scale, rotation_of, widths_of
+from .triton_codec import fits, frame_numbers, load_scale, widths_of
 from .triton_quantize import store_codes
 
 TIERS = 6
@@ -213,7 +214,7 @@ def encode(
     where = Segment(bits, k, v, positions)  # the last is not written to
     positions = positions.contiguous()
     counts = [positions.shape[-1]]
-    _store(keys, values, positions, counts, [where], counts, ["none"], codec, frame, rotary, start, None)
+    _store(keys, values, positions, counts, [where], counts, ("none",), codec, frame, rotary, start, None)
     return k, v
 
 
@@ -233,22 +234,29 @@ def encode_tiers(
 ) -> list[Segment]:
     """As `codec.encode_tiers`, in one launch."""
     rooms = [n if there is None else rows_apart(there) for n, there in zip(counts, out, strict=True)]
-    known = keys.dtype == values.dtype and all(fits(rotary, width, keys, values) for width in {8, *bits} - {16})
-    known &= min(bits) >= codec.least_bits
-    if not known or len(bits) > TIERS or None in rooms or 16 in bits[1:]:
+    known = keys.dtype == values.dtype and None not in rooms and min(bits) >= codec.least_bits
+    if not known or not _known(rotary, tuple(bits), keys.shape[-1], values.shape[-1], keys.dtype):
         return twin.encode_tiers(
             keys, values, order, counts, bits, codec, frame, rotary, start, flags, out, packs
         )  # fmt: skip
     dims, segments = (keys.shape[-1], values.shape[-1]), []
+    rows, dtype, affine, device = order.shape[:2], keys.dtype, codec.affine, order.device
     for width, count, there, packed in zip(bits, counts, out, packs, strict=True):
         if there is None:
             make = _room if count else _nothing
-            there = make((*order.shape[:2], count), width, dims, keys.dtype, codec.affine, packed, order.device)
+            there = make((*rows, count), width, dims, dtype, affine, packed, device)
         segments.append(there)
     if sum(counts):
-        stored = ["packed" if packed else "plain" for packed in packs]
+        stored = tuple(["packed" if packed else "plain" for packed in packs])
         _store(keys, values, order, counts, segments, rooms, stored, codec, frame, rotary, start, flags)
     return segments
+
+
+@functools.lru_cache(maxsize=64)
+def _known(rotary: Rotary, bits: tuple[int, ...], key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether one launch can store tiers of these widths."""
+    sides = [torch.empty(0, dim, dtype=dtype, device="meta") for dim in (key_dim, value_dim)]
+    return all(fits(rotary, b, *sides) for b in {8, *bits} - {16}) and len(bits) <= TIERS and 16 not in bits[1:]
 
 
 def _codes(
@@ -276,10 +284,10 @@ def _room(
         affine: As `Codec.affine`.
         packed: Positions are.
     """
-    k, v = (
+    k, v = [
         torch.empty(*rows, dim, dtype=dtype, device=device) if bits == 16 else _codes(rows, dim, bits, affine, device)
         for dim in dims
-    )
+    ]
     if packed:
         tiles = cdiv(rows[-1], segment.TILE)
         places = torch.empty(*rows[:-1], tiles, segment.START + segment.TILE, dtype=torch.uint8, device=device)
@@ -299,7 +307,7 @@ def _store(
     counts: Sequence[int],
     segments: Sequence[Segment],
     rooms: Sequence[int | None],
-    places: Sequence[str],
+    places: tuple[str, ...],
     codec: Codec,
     frame: torch.Tensor | None,
     rotary: Rotary,
@@ -307,60 +315,94 @@ def _store(
     flags: torch.Tensor | None,
 ) -> None:
     """Store tokens in segments; arguments as the kernel's and those of `encode_tiers`."""
-    batch, heads, tokens = order.shape
-    keys, values = contiguous_rows(keys), contiguous_rows(values)
-    table, rotation = rotation_of(rotary, frame is not None, keys.device)
-    sizes = widths_of(keys.shape[-1], values.shape[-1])
+    keys, values, order = contiguous_rows(keys), contiguous_rows(values), order.contiguous()
+    frame = None if frame is None else frame.contiguous()
+    launches = _launches(
+        tuple(keys.shape), values.shape[-1], (*keys.stride()[:3], *values.stride()[:3]), (keys.dtype, values.dtype),
+        order.shape[-1], tuple(counts), tuple(rooms), tuple([s.bits for s in segments]), places, codec,
+        frame_numbers(frame), rotary, start, flags is None,
+    )  # fmt: skip
+    table = turns(rotary, keys.device) if frame is not None and rotary.inv_freq else None
     tensors = tuple(map(_targets, segments))
+    addresses = tuple([tuple([t.data_ptr() for t in each]) for each in tensors])
+    own = keys, values, order, frame, table, None if flags is None else flags.view(torch.uint8)
+    known = alignments(own), tuple([tuple([address % 16 for address in each]) for each in addresses])
+    with on_device(keys):
+        launches([(*own, Held(tensors, addresses))], known)
+
+
+@functools.lru_cache(maxsize=256)  # layers of a plan have their own counts
+def _launches(
+    shape: tuple[int, ...],
+    value_dim: int,
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    tokens: int,
+    counts: tuple[int, ...],
+    rooms: tuple[int | None, ...],
+    bits: tuple[int, ...],
+    places: tuple[str, ...],
+    codec: Codec,
+    numbers: int,
+    rotary: Rotary,
+    start: int | None,
+    unflagged: bool,
+) -> Series:
+    """The launch of `_store`.
+
+    Args:
+        shape, value_dim, strides, dtypes: Of keys and values.
+        tokens: In a row of `order`.
+        numbers: Of a row's frame.
+        unflagged: There are no flags.
+    """
+    batch, heads, _, key_dim = shape
+    sizes = widths_of(key_dim, value_dim)
     blocks = sum(cdiv(cdiv(n, segment.TILE) * segment.TILE, sizes["TOKENS"]) for n in counts)
     none = [0] * (TIERS - len(counts))
-    numbers = {
+    lengths = {
         **dict(zip(COUNTS, (*counts, *none), strict=True)),
         **dict(zip(ROOMS, (*rooms, *none), strict=True)),
         "start": start,
         "heads": heads,
         "order_row": tokens,
-        **strides_of("key", keys.stride()[:3]),
-        **strides_of("value", values.stride()[:3]),
+        **strides_of("key", strides[:3]),
+        **strides_of("value", strides[3:]),
     }
     modes = {
-        "BITS": tuple(s.bits for s in segments),
-        "PLACES": tuple(places),
+        "BITS": bits,
+        "PLACES": places,
         "ZEROS": codec.affine[0] == 2,
-        "WIDTHS": tuple(s.bits for s in segments if s.bits < 16),
+        "WIDTHS": tuple(width for width in bits if width < 16),
         "HADAMARD": codec.hadamard,
-        "FRAME": frame_numbers(frame),
+        "FRAME": numbers,
+        "PAIRS": len(rotary.inv_freq) if numbers else 0,
+        "INTERLEAVED": rotary.interleaved,
     }
-    with on_device(keys):
-        launch(
-            _encode_kernel,
-            (blocks * batch * heads, 2),
-            {
-                "keys": keys,
-                "values": values,
-                "order": order.contiguous(),
-                "frame": None if frame is None else frame.contiguous(),
-                "table": table,
-                "flags": None if flags is None else flags.view(torch.uint8),
-                "segments": Held(tensors, tuple(tuple(t.data_ptr() for t in each) for each in tensors)),
-            },
-            numbers,
-            {**sizes, **modes, **rotation},
-        )
+    tensors = ("keys", "values", "order", "frame", "table", "flags", "segments")
+    launcher = Launcher(_encode_kernel, {**sizes, **modes})
+    return Series([(launcher, (blocks * batch * heads, 2, 1), tensors, lengths)])
 
 
 def _targets(segment: Segment) -> tuple[torch.Tensor, ...]:
     """Tensors of a segment as the kernel takes them; exact tokens stand in the place of the scales that they lack."""
-    sides = ((s, s) if isinstance(s, torch.Tensor) else s for s in (segment.keys, segment.values))
-    return (*(tensor for side in sides for tensor in side), segment.positions)
+    _, keys, values, positions = segment
+    if isinstance(keys, torch.Tensor):
+        return keys, keys, values, values, positions
+    return (*keys, *values, positions)
 
 
 def rows_apart(segment: Segment) -> int | None:
     """How many tokens the rows of a segment are apart from one another, the same in all its tensors; None where rows
     are not in order, or tokens not beside one another."""
+    return _rows_apart(tuple([(tuple(tensor.shape), tensor.stride()) for tensor in segment.tensors()]))
+
+
+@functools.lru_cache(maxsize=256)
+def _rows_apart(laid_out: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> int | None:
+    """`rows_apart` by the tensors' shapes and strides."""
     rooms = set()
-    for tensor in segment.tensors():
-        shape, strides = tensor.shape, tensor.stride()
+    for shape, strides in laid_out:
         numbers = shape[3] if len(shape) == 4 else 1
         room, rest = divmod(strides[1], numbers)
         beside = (strides[2] == numbers or shape[2] == 1) and (strides[-1] == 1 or numbers == 1)
