@@ -102,8 +102,7 @@ class Expected:
             ValueError: other KV heads or channels.
         """
         _, heads, _, dim = keys.shape
-        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.heads and heads not in self.heads and not (shared and any(n % heads == 0 for n in self.heads)):
+        if self.heads and heads not in self.heads and not (_shared() and any(n % heads == 0 for n in self.heads)):
             raise ValueError(self._wrong(layer, f"{_listed(self.heads)} KV heads", str(heads)))
         if self.dims and dim not in self.dims:
             raise ValueError(self._wrong(layer, f"a head_dim of {_listed(self.dims)}", str(dim)))
@@ -115,6 +114,11 @@ class Expected:
             f"the cache was made for another model: layer {layer} of its {self.config} has {expected}, got {given}. "
             "Make it from model.config"
         )
+
+
+def _shared() -> bool:
+    """Whether workers may share a layer's heads."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _counts(config: PreTrainedConfig, pattern: str, among: Container[str] | None = None) -> set[int]:

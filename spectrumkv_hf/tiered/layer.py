@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from spectrumkv_hf.attention.handle import SpectrumHandle, StaticHandle
 from spectrumkv_hf.attention.masks import causal_mask
-from spectrumkv_hf.policy import FP16, Policy
+from spectrumkv_hf.policy import FP16, Policy, Tier
 from spectrumkv_hf.policy.importance import READS_QUERIES, importance
 from spectrumkv_hf.tiered.listeners import Listeners
 from spectrumkv_hf.tiered.schedule import Confirmations, OpenUpdate, SharedRanking, Stage
@@ -50,6 +50,13 @@ def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _AS_IT_IS
+
+
+@functools.cache
+def _unfit(tiers: tuple[Tier, ...], key_dim: int, value_dim: int) -> int:
+    """Bits of the first tier whose codes do not fill bytes; 0: there is none."""
+    coded = (tier.bits for tier in tiers if tier != FP16)
+    return next((bits for bits in coded if key_dim % divisor(bits) or value_dim % divisor(bits)), 0)
 
 
 @functools.cache
@@ -204,12 +211,12 @@ class SpectrumLayer(CacheLayerMixin):
                 f"keys and values of {' or '.join(str(t) for t in DTYPES)} can be cached, got {key_states.dtype} and "
                 f"{value_states.dtype}"
             )
-        for tier in self.policy.tiers:
-            if tier != FP16 and any(dim % divisor(tier.bits) for dim in (key_states.shape[-1], value_states.shape[-1])):
-                raise ValueError(
-                    f"codes of {tier.bits} bits fill bytes where head_dim is a multiple of {divisor(tier.bits)}, got "
-                    f"{key_states.shape[-1]} for keys and {value_states.shape[-1]} for values"
-                )
+        dims = key_states.shape[-1], value_states.shape[-1]
+        if bits := _unfit(self.policy.tiers, *dims):
+            raise ValueError(
+                f"codes of {bits} bits fill bytes where head_dim is a multiple of {divisor(bits)}, got {dims[0]} for "
+                f"keys and {dims[1]} for values"
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_heads = key_states.shape[1]
         if self.capacity is None:
@@ -498,7 +505,7 @@ class SpectrumLayer(CacheLayerMixin):
                 out = self.read(query, mask, scale, softcap, sinks, store)
                 self.attended(query, None, mask, scale, softcap, sinks)
             return out
-        keys, values = self.dense_for(generation)
+        keys, values = store.dense(start)
         out = on_dense(keys, values, self._without_dropped(mask, query, keys.shape[2]))
         with _own_precision(query.device):
             self.attended(query, keys, mask, scale, softcap, sinks)

@@ -48,7 +48,7 @@ class Arena:
     places: torch.Tensor
 
     def __len__(self) -> int:
-        return self.segment.tokens
+        return (self.keys if isinstance(self.keys, torch.Tensor) else self.keys.codes).shape[2]
 
     @property
     def positions(self) -> torch.Tensor:
@@ -514,12 +514,14 @@ class TieredStore:
         for flag, (tier, segment, size) in enumerate(zip(tiers, segments, sizes, strict=True), start=1):
             if not size:
                 continue
-            places, plain = segment.positions, order.narrow(-1, first, size)
+            places = segment.positions
+            if segment.packed:
+                plain = order.narrow(-1, first, size)
+                if packing_gains(size):
+                    packing.append(Packing(flag, tier, plain))
+                else:
+                    places = owned(plain)
             first += size
-            if segment.packed and packing_gains(size):
-                packing.append(Packing(flag, tier, plain))
-            elif segment.packed:
-                places = owned(plain)
             arena = grown[tier] = self._joined(grown.get(tier), Arena(tier, segment.keys, segment.values, places))
             if packs and not at_once and tier != FP16 and packing_gains(len(arena)):
                 flags[flag] = ~can_pack(arena.places)
@@ -844,7 +846,7 @@ def _with_capacity(now: Contents, held: int, length: int, skip: int = 0) -> Cont
 
 def by_tier(arenas: Iterable[Arena]) -> dict[Tier, Arena]:
     """Arenas by their tiers, the most precise first."""
-    return {arena.tier: arena for arena in sorted(arenas, key=lambda arena: TIERS.index(arena.tier))}
+    return {arena.tier: arena for arena in sorted(arenas, key=lambda arena: -arena.tier.bits)}
 
 
 def _ragged(arenas: Mapping[Tier, Arena]) -> bool:
