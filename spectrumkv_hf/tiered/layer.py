@@ -352,7 +352,7 @@ class SpectrumLayer(CacheLayerMixin):
             ValueError: the shape does not fit the tokens held.
             TypeError: another dtype than theirs.
         """
-        buffer, state, layout, number = self._static
+        buffer, state, layout, number, by_host = self._static
         shape = (layout.batch, layout.kv_heads, 1)
         if key_states.shape != (*shape, layout.key_dim) or value_states.shape != (*shape, layout.value_dim):
             raise ValueError(
@@ -366,7 +366,7 @@ class SpectrumLayer(CacheLayerMixin):
                 f"{value_states.dtype}"
             )
         if torch.compiler.is_compiling():
-            library.append(buffer, state, key_states, value_states, number)
+            (library.append_by_host if by_host else library.append)(buffer, state, key_states, value_states, number)
             self.count = None
         else:
             with torch.no_grad():
@@ -384,10 +384,11 @@ class SpectrumLayer(CacheLayerMixin):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention after `step`; arguments and result as in `spectrumkv_kernels.static.reference.attend`."""
-        buffer, state, layout, number = self._static
+        buffer, state, layout, number, by_host = self._static
         window = self.window if mask is None else None
         if torch.compiler.is_compiling():
-            return library.attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
+            attend = library.attend_by_host if by_host else library.attend
+            return attend(query, buffer, state, number, scale, mask, window, softcap, sinks)
         with _own_precision(query.device):
             return attend_step(
                 query, buffer, state, layout, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks

@@ -75,12 +75,14 @@ class Step(NamedTuple):
         state: int32, how full they are.
         layout: Of the buffer.
         number: Of the layout.
+        by_host: A step reads counts on the host, where there are no kernels for the layout: no CUDA graph can hold it.
     """
 
     buffer: torch.Tensor
     state: torch.Tensor
     layout: Layout
     number: int
+    by_host: bool
 
 
 class StaticStore(TieredStore):
@@ -182,9 +184,8 @@ class StaticStore(TieredStore):
                 # Captured graphs find them at their address; for another cache one is captured, not compiled, anew.
                 torch._dynamo.mark_static_address(tensor, guard=False)
                 torch._dynamo.mark_static(tensor)
-            self.step = Step(buffer, state, layout, number_of(layout))
+            self.step = Step(buffer, state, layout, number_of(layout), by_host=not prepare(buffer, layout))
             self._views, self._tables = layout.views(buffer), ()
-            prepare(buffer, layout)
         self._fitting = wanted
         return self._views
 

@@ -157,3 +157,18 @@ def test_on_a_gpu_with_nothing_set(family, attention, options):
         assert compilations() == (1, 0, 0) and not counters["inductor"]["cudagraph_skips"]
     grown = DynamicCache(config=m.config) if "policy" in options else SpectrumCache(m.config, **options)
     assert_alike(logits(m, [150, 101], grown, said, "cuda"), eager, 2e-3, 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [SMALL, {"policy": "fp16"}], ids=["b=.3", "fp16"])
+def test_heads_without_kernels_are_left_out_of_graphs(options):
+    """Their steps read counts on the host, which a CUDA graph can't hold; what lies between them is captured."""
+    m = model("llama", "sdpa", head_dim=320).cuda()
+
+    def cache():
+        return SpectrumCache(m.config, **options, max_cache_len=330)
+
+    said = generate(m, [150, 101], cache(), 160, "cuda", disable_compile=True)[:, 150:]
+    eager = logits(m, [150, 101], cache(), said, "cuda", disable_compile=True)
+    assert_alike(logits(m, [150, 101], cache(), said, "cuda"), eager, *TOLERANCE[options.get("policy")])
+    assert compilations() == (1, 0, 0)

@@ -234,7 +234,7 @@ def encode_tiers(
 ) -> list[Segment]:
     """As `codec.encode_tiers`, in one launch."""
     rooms = [n if there is None else rows_apart(there) for n, there in zip(counts, out, strict=True)]
-    known = keys.dtype == values.dtype and None not in rooms and min(bits) >= codec.least_bits
+    known = keys.dtype == values.dtype and None not in rooms and min(bits, default=16) >= codec.least_bits
     if not known or not _known(rotary, tuple(bits), keys.shape[-1], values.shape[-1], keys.dtype):
         return twin.encode_tiers(
             keys, values, order, counts, bits, codec, frame, rotary, start, flags, out, packs

@@ -2,6 +2,9 @@
 
 They are called as `append` and `attend` of this module, which finds them in the registry where `backend.namespace` puts
 them. A layout goes by its number, because a graph holds tensors and numbers; numbers are those of this package.
+
+`append_by_host` and `attend_by_host` are the same for layouts of which `prepare` says that steps can't be captured:
+a CUDA graph ends before them, and another one begins behind.
 """
 
 import torch
@@ -11,13 +14,11 @@ from . import operations
 from .layout import layout_of
 
 
-@torch.library.custom_op(add_op_namespace_prefix("append"), mutates_args=("buffer", "state"))
-def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: int) -> None:
+def _append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: int) -> None:
     operations.append(buffer, state, keys, values, layout_of(layout))
 
 
-@torch.library.custom_op(add_op_namespace_prefix("attend"), mutates_args=())
-def attend(
+def _attend(
     query: torch.Tensor,
     buffer: torch.Tensor,
     state: torch.Tensor,
@@ -41,7 +42,6 @@ def attend(
     )
 
 
-@attend.register_fake
 def _attend_fake(
     query: torch.Tensor,
     buffer: torch.Tensor,
@@ -55,3 +55,17 @@ def _attend_fake(
 ) -> torch.Tensor:
     batch, heads, queries, _ = query.shape
     return query.new_empty(batch, heads, queries, layout_of(layout).value_dim)
+
+
+BY_HOST = (torch.Tag.cudagraph_unsafe,)
+CHANGED = ("buffer", "state")
+append = torch.library.custom_op(add_op_namespace_prefix("append"), _append, mutates_args=CHANGED)
+attend = torch.library.custom_op(add_op_namespace_prefix("attend"), _attend, mutates_args=())
+append_by_host = torch.library.custom_op(
+    add_op_namespace_prefix("append_by_host"), _append, mutates_args=CHANGED, tags=BY_HOST
+)
+attend_by_host = torch.library.custom_op(
+    add_op_namespace_prefix("attend_by_host"), _attend, mutates_args=(), tags=BY_HOST
+)
+for _operation in (attend, attend_by_host):
+    _operation.register_fake(_attend_fake)

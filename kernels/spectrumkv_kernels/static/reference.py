@@ -9,13 +9,17 @@ from ..segment import Segment
 from .layout import BASE, BLOCK, LENGTH, REFUSED, Layout, Views, slots
 
 
-def prepare(buffer: torch.Tensor, layout: Layout) -> None:
+def prepare(buffer: torch.Tensor, layout: Layout) -> bool:
     """Make what the operations keep between calls, which must not first come about while a graph is captured.
 
     Args:
         buffer: As in `append`; not read.
         layout: Of it.
+
+    Returns:
+        Whether `append` and `attend` can be captured: nothing in them waits for the device.
     """
+    return False
 
 
 def append(buffer: torch.Tensor, state: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> None:

@@ -65,8 +65,8 @@ def _call(
 ) -> _Call | None:
     """None where the kernels don't do this."""
     flat, rows, rooms = layout.batch * layout.kv_heads, heads // layout.kv_heads, layout.rooms
-    order = tuple(sorted(range(len(rooms)), key=lambda i: rooms[i].bits == 16))
-    bits = (*[rooms[i].bits for i in order], 16)
+    order = _order(layout)
+    bits = _widths(layout)
     plan = plan_of(rows, layout.key_dim, layout.value_dim, bits, dtype, device)
     if plan is None:
         return None
@@ -96,11 +96,23 @@ def _call(
     return _Call(kernels, work, centred, recent, order, tuple(segments), starts["totals"], starts["frame"])
 
 
-def prepare(buffer: torch.Tensor, layout: Layout) -> None:
+def _order(layout: Layout) -> tuple[int, ...]:
+    """The arenas as the kernel takes them: coded ones first."""
+    return tuple(sorted(range(len(layout.rooms)), key=lambda i: layout.rooms[i].bits == 16))
+
+
+def _widths(layout: Layout) -> tuple[int, ...]:
+    """Bits of the arenas in that order, and of the tail."""
+    return (*[layout.rooms[i].bits for i in _order(layout)], 16)
+
+
+def prepare(buffer: torch.Tensor, layout: Layout) -> bool:
     """As `reference.prepare`: the tables of the rotation."""
-    prepared(layout, buffer.device)
+    appends = prepared(layout, buffer.device) is not None
     if layout.codec.center and layout.tiers:
         tables(layout.capacity, layout.rotary, buffer.device)
+    dims = layout.key_dim, layout.value_dim
+    return appends and plan_of(1, *dims, _widths(layout), layout.dtype, buffer.device) is not None
 
 
 def attend(

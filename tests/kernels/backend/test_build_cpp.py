@@ -245,6 +245,7 @@ def test_a_library_without_the_function_is_built_once(source, cache, builds):
 @needs_compiler
 def test_a_source_without_the_function(source, cache, builds, monkeypatch):
     monkeypatch.setattr(build_cpp, "COMPILERS", ("c++",))
+    monkeypatch.delenv("CXX", raising=False)
     for _ in range(2):
         with pytest.raises(OSError, match="has no function other, another"):
             build_cpp.load(source, ["answer", "other", "another"])

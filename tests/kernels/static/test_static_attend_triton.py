@@ -139,8 +139,9 @@ def test_codecs(codec, interleaved, device):
             ["spectrum", (Room(4, 480),), [BLOCK]],
             ["spectrum2", (Room(16, 8), Room(8, 40), Room(4, 160), Room(3, 160), Room(2, 160)), [1, 5, 18, 20, 20]],
             ["spectrum2", (Room(3, 480),), [BLOCK]],
+            ["spectrum2", (Room(2, 240), Room(1, 240)), [30, 34]],
         ],
-        [["spectrum", (Room(4, 480),), [BLOCK]], ["spectrum2", (Room(3, 480),), [BLOCK]]],
+        [["spectrum", (Room(4, 480),), [BLOCK]], ["spectrum2", (Room(2, 240), Room(1, 240)), [30, 34]]],
     ),
     ids=str,
 )
@@ -296,7 +297,7 @@ def test_shares(bytes_of_a_share, device, monkeypatch):
 
 
 @pytest.mark.parametrize("head_dim", [20, 512])
-def test_other_head_dims_go_to_the_reference(head_dim, device):
+def test_other_head_dims(head_dim, device):
     layout = layout_of(
         (Room(8, 80), Room(4, 320)) if head_dim == 512 else (), head_dim=head_dim, ring=300, capacity=300
     )
@@ -307,6 +308,15 @@ def test_other_head_dims_go_to_the_reference(head_dim, device):
     query = randn(1, 4, 1, head_dim)
     expected = reference.attend(query, buffer, state, layout, scale=0.1)
     assert error(attend(query, buffer, state, layout, device, scale=0.1), expected) < 1e-3
+    assert attend_triton.prepare(buffer.to(device), layout) == (head_dim == 20)
+
+
+@pytest.mark.parametrize("rooms", [ROOMS, ()], ids=["tiers", "none"])
+def test_what_can_be_captured(rooms, device):
+    """The kernels wait for nothing; the reference reads counts on the host."""
+    layout = layout_of(rooms, ring=RING if rooms else CAPACITY)
+    buffer = torch.zeros(layout.size, dtype=torch.uint8, device=device)
+    assert attend_triton.prepare(buffer, layout) and not reference.prepare(buffer, layout)
 
 
 @pytest.mark.parametrize("name", ["mask", "sinks", "buffer", "state"])
