@@ -14,6 +14,13 @@ class EveryTier(Policy):
         return counts | {self.tiers[-1]: tokens - sum(counts.values())}
 
 
+class EveryTierOfTwoBitsOrMore(EveryTier):
+    """For codecs that have no codes of 1 bit."""
+
+    name = "every_tier_of_two_bits_or_more"
+    tiers = TIERS[:-2]
+
+
 class EveryTierAndDropped(EveryTier):
     name = "every_tier_and_dropped"
     tiers = TIERS
