@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gc
 import json
 import time
 from contextlib import contextmanager
@@ -34,11 +35,14 @@ def spending():
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)  # else what was freed before is taken unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    gc.collect()
+    gc.freeze()  # else a collection in the block goes through all that other tests have left, which takes a second
     before, began, spent = _resident("VmRSS"), time.process_time(), Spent()
     try:
         yield spent
     finally:
         spent.seconds = time.process_time() - began
+        gc.unfreeze()
         spent.memory = max(_resident("VmHWM") - before, 0)
 
 
