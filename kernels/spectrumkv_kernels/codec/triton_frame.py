@@ -20,7 +20,7 @@ from ..rotation.triton_rotary import partner, turn, turns
 from ..segment import contiguous_rows
 from . import frame as twin
 from .triton_codec import DTYPES, widths_of
-from .triton_quantize import FLOAT16_MAX
+from .triton_quantize import is_sound
 
 SPAN = 64
 """Tokens, or queries, that one program sums up at least."""
@@ -67,12 +67,6 @@ def usual(logarithm, weight):
 def _turns_of(table, first, channels, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Cosine and sine at one position, `[1, channels]`."""
     return turn(table, tl.full([1], 0, tl.int32) + first, channels, PAIRS, INTERLEAVED)
-
-
-@triton.jit
-def _is_sound(x, WIDTH: tl.constexpr):
-    """Which of these vectors float16 holds, float32 `[tokens, WIDTH]`; as `quantize.sound`."""
-    return tl.sum((tl.abs(x) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH  # not so of NaN
 
 
 @triton.jit
@@ -189,11 +183,11 @@ def sums_kernel(
         at = token.to(tl.int64)[:, None]
         there = counted[:, None] & (channels < KEY_DIM)[None, :]
         x = tl.load(keys + at * key_token + channels[None, :], mask=there, other=0.0).to(tl.float32)
-        counted = counted & _is_sound(x, KEY_WIDTH)
+        counted = counted & is_sound(x)
         if values is not None:
             there = counted[:, None] & (value_channels < VALUE_DIM)[None, :]
             v = tl.load(values + at * value_token + value_channels[None, :], mask=there, other=0.0).to(tl.float32)
-            counted = counted & _is_sound(v, VALUE_WIDTH)
+            counted = counted & is_sound(v)
             value_sum += tl.where(counted[:, None], v, 0.0)
         x = tl.where(counted[:, None], x, 0.0)
         if PAIRS:

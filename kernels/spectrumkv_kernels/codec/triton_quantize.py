@@ -49,12 +49,18 @@ def _of(bits, NAME: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def is_sound(x):
+    """Which of these vectors float16 holds, of float32 `[tokens, channels]`: bool `[tokens]`; for `quantize.sound`."""
+    return tl.sum((tl.abs(x) <= FLOAT16_MAX).to(tl.int32), 1) == x.shape[1]  # not so of NaN
+
+
+@triton.jit
 def sound(x, wanted, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of the wanted vectors, that begin at `x`, float16 holds: bool `[tokens]`; for `quantize.sound`."""
+    """Which of the wanted vectors, that begin at `x`, float16 holds: bool `[tokens]`."""
     channels = tl.arange(0, WIDTH)
     there = wanted[:, None] & (channels < DIM)[None, :]
     y = tl.load(x[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
-    return wanted & (tl.sum((tl.abs(y) <= FLOAT16_MAX).to(tl.int32), 1) == WIDTH)  # not so of NaN
+    return wanted & is_sound(y)
 
 
 @triton.jit

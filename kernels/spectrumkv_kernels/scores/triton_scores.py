@@ -125,20 +125,13 @@ def _normalisers_kernel(
     tl.store(out, (top + tl.log2(total)) * LN2, mask=p < probes)
 
 
-@triton.jit(do_not_specialize=["splits", "total", "probes"])
-def _join_kernel(
-    parts, sinks, lse, splits, total, probes, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Log-sum-exp of the splits' `parts`, `[splits, total]`, and of the head's sink, for each row. Grid: blocks of
-    rows."""
+@triton.jit(do_not_specialize=["splits", "total"])
+def _join_kernel(parts, lse, splits, total, BLOCK: tl.constexpr):
+    """Log-sum-exp of the splits' `parts`, `[splits, total]`, for each row. Grid: blocks of rows."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < total
     top = tl.full([BLOCK], -3e38, tl.float32)  # finite: -inf - -inf would be NaN
     weight = tl.zeros([BLOCK], tl.float32)
-    if sinks is not None:
-        head = r // (probes * GROUP) % KV_HEADS
-        top = tl.maximum(tl.load(sinks + head * GROUP + r % GROUP, mask=inside, other=0.0), top)
-        weight += 1.0
     for split in range(splits):
         part = tl.load(parts + split * total + r, mask=inside, other=float("-inf"))
         new_top = tl.maximum(top, part)
@@ -302,8 +295,8 @@ def attention_scores(
     launches: list[tuple[torch.Tensor | None, ...]] = [(query, keys, rows, mask, parts)]
     if joins:
         joined = torch.empty(total, device=device)
-        launches.append((parts, sinks, joined))
-        parts, sinks = joined, None
+        launches.append((parts, joined))
+        parts = joined
     launches.append((query, keys, rows, mask, parts, sinks, out))
     with on_device(query):
         series(launches, alignments(launches[-1]))
@@ -358,9 +351,9 @@ def _passes(
         (launcher, (row_blocks * pairs, splits, 1), tensors, {**numbers, "span": span, **strides})
     ]
     if joins:
-        launcher = Launcher(_join_kernel, {"KV_HEADS": kv_heads, "GROUP": group, "BLOCK": JOINED})
-        sizes = {"splits": splits, "total": total, "probes": probes}
-        launches.append((launcher, (cdiv(total, JOINED), 1, 1), ("parts", "sinks", "lse"), sizes))
+        launcher = Launcher(_join_kernel, {"BLOCK": JOINED})
+        sizes = {"splits": splits, "total": total}
+        launches.append((launcher, (cdiv(total, JOINED), 1, 1), ("parts", "lse"), sizes))
     blocks = {"BLOCK_R": second.rows, "BLOCK_N": second.keys, "BLOCK_P": 32, "PARTS": PARTS}
     launcher = Launcher(_mass_kernel, {**modes, **blocks}, **second.options)
     numbers["mask_heads"] = heads if mask_strides[1] else 1
