@@ -112,6 +112,16 @@ class Link:
 # -- the two processes ------------------------------------------------------------------------------------------------
 
 
+def over_the_link(rank: int, end: str) -> dict[str, str]:
+    """Environment in which gloo and NCCL go over the link; to NCCL the two are machines that have nothing else."""
+    return {
+        "GLOO_SOCKET_IFNAME": end,
+        "NCCL_SOCKET_IFNAME": end,
+        "NCCL_HOSTID": str(rank),
+        "NCCL_IB_DISABLE": "1",
+    }
+
+
 class Process:
     """A worker in a namespace, which takes commands and gives results as lines of JSON."""
 
@@ -124,7 +134,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **quiet, "GLOO_SOCKET_IFNAME": link.ends[rank]},
+            env={**os.environ, **quiet, **over_the_link(rank, link.ends[rank])},
         )
 
     def tell(self, **command: Any) -> None:
@@ -264,10 +274,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "fp16_sent_bytes": size,
             "rates": [],
         }
-        total = len(args.transfer_over_prefill) * args.repeats * len(every)
-        with tqdm(total=total, desc="requests", disable=None) as bar:
-            for share in args.transfer_over_prefill:
-                rate = size / (share * prefill)
+        for policy, budget, streamed in every:  # warm-up: on a GPU kernels are compiled
+            both(processes, do="request", policy=policy, budget=budget, streamed=streamed)
+        rates = [1e6 / 8 * rate for rate in args.rates or ()]
+        rates = rates or [size / (share * prefill) for share in args.transfer_over_prefill]
+        with tqdm(total=len(rates) * args.repeats * len(every), desc="requests", disable=None) as bar:
+            for rate in rates:
                 link.limit(rate)
                 measured = both(processes, do="probe", bytes=int(min(max(rate, 1 << 21), 1 << 28)))["bandwidth"]
                 runs: dict[Case, list[dict[str, float]]] = {case: [] for case in every}
@@ -282,7 +294,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                         bar.update()
                 report["rates"].append(
                     {
-                        "transfer_over_prefill": share,
+                        "transfer_over_prefill": size / (rate * prefill),
                         "rate_bytes_per_second": rate,
                         "measured_bytes_per_second": measured,
                         "load_average": [min(load), max(load)],
@@ -362,7 +374,7 @@ def show(report: dict[str, Any]) -> None:
         low, high = rate["load_average"]
         print(
             f"link {mbit(rate['rate_bytes_per_second'])} Mbit/s (plain TCP: {mbit(rate['measured_bytes_per_second'])}),"
-            f" FP16 transfer {rate['transfer_over_prefill']:g} x prefill; load average {low:.1f} to {high:.1f}"
+            f" FP16 transfer {rate['transfer_over_prefill']:.3g} x prefill; load average {low:.1f} to {high:.1f}"
         )
         print_table(
             [
@@ -413,6 +425,7 @@ def parse_args() -> argparse.Namespace:
         default=[0.1, 0.3, 1.0, 3.0, 10.0],
         help="rates of the link: time that FP16 takes over it, as a multiple of prefill",
     )
+    parser.add_argument("--rates", nargs="+", type=float, metavar="MBIT", help="or in Mbit/s")
     parser.add_argument(
         "--threads", type=int, default=1, help="of each process: prefill, transfer and decode share cores"
     )
@@ -433,6 +446,8 @@ def main() -> None:
         return
     try:
         check_folders(args.json)
+        if min(args.rates or args.transfer_over_prefill) <= 0:
+            raise ValueError("--rates and --transfer-over-prefill are positive")
         for budget in args.budgets:
             get_policy("sink_protect", budget)
         report = measure(args)

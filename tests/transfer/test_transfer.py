@@ -118,30 +118,32 @@ def on_gpu():
         where = "cpu"
 
 
-def send_from_gpu(streamed):
+def send_from_gpu(streamed, key=None):
     cache = new_cache("llama", "greedy", 0.5)
     with on_gpu():
         if streamed:
-            with CacheSender(cache, peer(), timeout=PATIENCE):
+            with CacheSender(cache, peer(), timeout=PATIENCE, key=key):
                 prefill("llama", cache)
         else:
             prefill("llama", cache)
-            send_cache(cache, peer(), timeout=PATIENCE)
+            send_cache(cache, peer(), timeout=PATIENCE, key=key)
         return cache.serialize().cpu(), decode("llama", cache).cpu()
 
 
-def receive_on_gpu():
+def receive_on_gpu(key=None):
     with on_gpu():
-        cache = recv_cache(peer(), model("llama").config, timeout=PATIENCE, device="cuda")
+        cache = recv_cache(peer(), model("llama").config, timeout=PATIENCE, device="cuda", key=key)
         assert cache.layers[0].device.type == "cuda"
         return cache.serialize().cpu(), decode("llama", cache).cpu()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("streamed", [False, True])
-def test_round_trip_between_gpus(pair, streamed):
+def test_round_trip_between_gpus(pair, streamed, key=None):
     """By way of the host, as gloo goes."""
-    (bytes_sent, logits), received, _ = pair(functools.partial(send_from_gpu, streamed), receive_on_gpu)
+    (bytes_sent, logits), received, _ = pair(
+        functools.partial(send_from_gpu, streamed, key), functools.partial(receive_on_gpu, key)
+    )
     assert torch.equal(bytes_sent, received[0])
     assert torch.equal(logits, received[1])
 
@@ -149,9 +151,41 @@ def test_round_trip_between_gpus(pair, streamed):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["nccl"], indirect=True)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_round_trip_over_nccl(pair, kind, streamed):
+@pytest.mark.parametrize("key", [None, b"k" * 32], ids=["no key", "key"])
+def test_round_trip_over_nccl(pair, kind, streamed, key):
     """From device to device; two processes can share one."""
-    test_round_trip_between_gpus(pair, streamed)
+    test_round_trip_between_gpus(pair, streamed, key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nccl"], indirect=True)
+@pytest.mark.parametrize(
+    ("key", "other", "refusal", "answer"),
+    [
+        (b"k" * 32, b"o" * 32, "with a wrong MAC: it has another key", "it has a MAC of another key"),
+        (b"k" * 32, None, "without a MAC, and this side has a key", "has no key to check"),
+        (None, b"k" * 32, "with a MAC, and this side has no key", "it has no MAC"),
+    ],
+    ids=["two keys", "sender's", "receiver's"],
+)
+def test_keys_that_differ_over_nccl(pair, kind, key, other, refusal, answer):
+    """The greeting is refused, and both sides say why; see `test_keys.py` for the other transports."""
+    texts = pair(functools.partial(send_refused, key), functools.partial(receive_refused, other))
+    assert re.search(refusal, texts[0]) and re.search(answer, texts[1]), texts
+
+
+def send_refused(key):
+    with on_gpu(), pytest.raises(TransferError) as caught:
+        cache = new_cache("llama", "greedy", 0.5)
+        prefill("llama", cache)
+        send_cache(cache, peer(), timeout=PATIENCE, key=key)
+    return str(caught.value)
+
+
+def receive_refused(key):
+    with on_gpu(), pytest.raises(TransferError) as caught:
+        recv_cache(peer(), model("llama").config, timeout=PATIENCE, device="cuda", key=key)
+    return str(caught.value)
 
 
 def send_chunks():
