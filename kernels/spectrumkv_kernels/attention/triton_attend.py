@@ -132,8 +132,8 @@ def _plane(words, lowest, j: tl.constexpr, BITS: tl.constexpr):
 
 
 INTEGERS = [
-    *("rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "length", "splits", "window"),
-    *("mask_batch", "mask_head", "mask_query", "mask_stride", "mask_columns", "recent"),
+    *("length", "mask_batch", "mask_head", "mask_query", "mask_stride", "mask_columns"),
+    *("rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "places", "splits", "window", "recent"),
 ]
 """Arguments for whose values nothing is compiled anew."""
 
@@ -148,21 +148,22 @@ def attend_kernel(
     counts,  # COUNTED: of `counted`
     totals,  # COUNTED: tokens of each segment but the tail, [blocks tiered, segments - 1]
     sizes,  # of each: tokens, tokens that fit, as 2n + 3 (never 1 nor divisible by 16, so nothing is recompiled)
-    columns,  # COUNTED: of each its column in `totals`, likewise
-    rotated_at,
-    state_at,
-    factor_at,
-    kv_heads,
-    rows,
-    queries,
     length,
-    splits,
     mask_batch,
     mask_head,
     mask_query,
     mask_stride,
     mask_columns,
     mask_lowest,
+    columns,  # COUNTED: of each its column in `totals`, as 2n + 3
+    rotated_at,
+    state_at,
+    factor_at,
+    kv_heads,
+    rows,
+    queries,
+    places,  # positions for whose scores of the mean there is room
+    splits,
     window,
     recent,  # COUNTED: of `counted`
     scale,
@@ -192,7 +193,7 @@ def attend_kernel(
     Tokens are rows of the products and queries, which are few, columns: those come in eights, rows in sixteens.
 
     Where `COUNTED` is not None, how many tokens there are is read on the device. The last segment is the tail then, a
-    ring in which the token at position `p` lies at `p - origin` modulo its size. `length` is what there is room for.
+    ring in which the token at position `p` lies at `p - origin` modulo its size.
     """
     if ROWS_PAD <= R:
         bh = tl.program_id(0).to(tl.int64)
@@ -203,7 +204,6 @@ def attend_kernel(
         first = tl.program_id(0) % blocks * R
     row = first + tl.arange(0, R)
     real = row < rows
-    stride = length  # of the mean's scores
     if COUNTED is None:
         done, tail = 0, length
     else:
@@ -352,7 +352,7 @@ def attend_kernel(
                         at = where
                         if not PACKED[i]:
                             at = tl.maximum(tl.load(positions + place), 0)
-                        scored = halves + (bh * stride + at)[:, None] * ROWS_PAD + term[None, :]
+                        scored = halves + (bh * places + at)[:, None] * ROWS_PAD + term[None, :]
                         c = tl.load(scored)
                         if C < R:  # the columns past the last row are for nothing
                             c = tl.reshape(tl.broadcast_to(c[:, None, :], [N, R // C, C]), [N, R])

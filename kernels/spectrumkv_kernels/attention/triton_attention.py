@@ -174,26 +174,24 @@ def tiered_attention(
         query.shape, query.dtype, device, codec, rotary, frame is not None, mask_kind(mask), window is not None,
         ragged, softcap is not None, sinks is not None,
     )  # fmt: skip
-    reading, tokens = _known(call, segments)
+    reading, tail = _known(call, segments, length)
     if reading is None:
         return attention.tiered_attention(
             query, segments, length=length, scale=scale, codec=codec, frame=frame, rotary=rotary, mask=mask,
             window=window, softcap=softcap, sinks=sinks, ragged=ragged,
         )  # fmt: skip
-    centred = reading.centred
-    work = work_of(
-        reading.plan, reading.flat, reading.rows, length if centred else 0, tokens, reading.rooms, device
-    )  # fmt: skip
+    work = reading.work
     return launch(
         reading.kernels,
         work,
         query,
         reading.held,
+        sizes=work.sizes if tail is None else (*work.sizes[:-1], (2 * tail + 3, work.sizes[-1][1])),
         kv_heads=reading.kv_heads,
         value_dim=reading.plan.value_dim,
         length=length,
         scale=scale,
-        frame=frame if centred else None,
+        frame=frame if reading.centred else None,
         rotary=rotary,
         mask=mask,
         window=window,
@@ -225,27 +223,24 @@ class _Reading(NamedTuple):
 
     Attributes:
         plan, kernels: For these bits and dims.
+        work: For as many tokens as the segments have, or the last one has room for.
         held: Tensors of the segments, those in codes first.
-        tokens, rooms, traits: Of each, as in `_Laid`.
-        flat, rows: As in `Work`.
+        traits: Of each, as in `_Laid`.
         kv_heads: Of each segment.
         centred: The mean of keys is scored.
     """
 
     plan: "Plan"
     kernels: "Kernels"
+    work: "Work"
     held: Held
-    tokens: tuple[int, ...]
-    rooms: tuple[int, ...]
     traits: tuple[Any, ...]
-    flat: int
-    rows: int
     kv_heads: int
     centred: bool
 
 
-def _reading(call: _Call, segments: Iterable[Segment]) -> _Reading | None:
-    """None where the kernels don't do this."""
+def _reading(call: _Call, segments: Iterable[Segment], length: int) -> _Reading | None:
+    """Of segments with the tokens of `length` positions; None where the kernels don't do this."""
     held = [s for s in segments if s.tokens]
     held.sort(key=_is_exact)
     laid = [_laid(s) for s in held]
@@ -274,33 +269,35 @@ def _reading(call: _Call, segments: Iterable[Segment]) -> _Reading | None:
         call.softcap,
         call.sinks,
     )
+    tokens, rooms = tuple([s.tokens for s in laid]), tuple([s.room for s in laid])
     return _Reading(
         plan,
         kernels,
+        work_of(plan, batch * kv_heads, rows, length if centred else 0, tokens, rooms, call.device),
         Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid])),
-        tuple([s.tokens for s in laid]),
-        tuple([s.room for s in laid]),
         tuple([s.trait for s in laid]),
-        batch * kv_heads,
-        rows,
         kv_heads,
         centred,
     )
 
 
-def _known(call: _Call, segments: Sequence[Segment]) -> tuple[_Reading | None, tuple[int, ...]]:
-    """`_reading` of segments, and the tokens of each; kept for calls alike where only the last segment grows."""
+def _known(call: _Call, segments: Sequence[Segment], length: int) -> tuple[_Reading | None, int | None]:
+    """`_reading` of segments, and where it is of more tokens than the last segment has, how many that has.
+
+    It is kept for calls alike where only the last segment grows: as with one that is full. That has to be read where it
+    lies, as a copy would lack the tokens to come.
+    """
     if isinstance(segments, Growing) and segments.tokens:
+        others = length - segments.tokens
         made_for, reading = segments.known.get(__name__, (None, None))
-        if made_for != call:
-            # As with a tail that is full. It has to be read where it lies: a copy would lack the tokens to come.
-            in_place = _room(segments.room) is not None
-            reading = _reading(call, [*segments.others, segments.room]) if in_place else None
-            segments.known[__name__] = call, reading
+        if made_for != (call, others):
+            room = segments.room
+            in_place = _room(room) is not None
+            reading = _reading(call, [*segments.others, room], others + room.tokens) if in_place else None
+            segments.known[__name__] = (call, others), reading
         if reading is not None:
-            return reading, (*reading.tokens[:-1], segments.tokens)
-    reading = _reading(call, segments)
-    return reading, () if reading is None else reading.tokens
+            return reading, segments.tokens
+    return _reading(call, segments, length), None
 
 
 def launch(
@@ -309,6 +306,7 @@ def launch(
     query: torch.Tensor,
     segments: Held,
     *,
+    sizes: tuple[tuple[int, int], ...],
     kv_heads: int,
     value_dim: int,
     length: int,
@@ -331,8 +329,9 @@ def launch(
         kernels, work: Of `kernels_of` and `work_of`.
         query: Contiguous, `[batch, heads, queries, head_dim]`.
         segments: Tensors of each, those in codes first, as `attend_kernel` takes them.
+        sizes: Of the segments, likewise: those of `work`, or fewer tokens.
         kv_heads, value_dim: Of the segments.
-        length: Tokens seen, or where they are counted on the device, those that there is room for.
+        length: Tokens seen; means nothing where they are counted on the device.
         scale, window, softcap, sinks: As in `tiered_attention`.
         frame, rotary: As in `tiered_attention`.
         mask: As in `tiered_attention`; where tokens are counted on the device its columns are the first positions.
@@ -354,37 +353,41 @@ def launch(
     if sinks is not None:
         check_device("sinks", sinks, device)
         sink_trait = trait(sinks)
-    series = _series(kernels, work, queries, kv_heads, length, scale, window, softcap, masking, recent)
+    series = _series(kernels, work, queries, kv_heads, scale, window, softcap, recent)
+    mask_batch, mask_head, mask_query, mask_stride = masking.strides
     with on_device(query):
         fitted: torch.Tensor | Held = query if frame is None else frame
         tensors: list[tuple[Any, ...]] = [  # in the order of the names in `_series`
             (query, halves, floats, segments, masked, counted, total),
             (floats, query if sinks is None else sinks, fitted, counted, total, out),
         ]
+        numbers: list[tuple[Any, ...]] = [
+            (sizes, length, mask_batch, mask_head, mask_query, mask_stride, masking.columns, masking.lowest),
+            (sizes,),
+        ]
         if work.coded:
-            fine, coarse = (query, query) if frame is None else tables(length, rotary, device)
+            fine, coarse = (query, query) if frame is None else tables(work.places, rotary, device)
             tensors.insert(0, (query, fitted, fine, coarse, halves, floats, counted, masked))
-        series(tensors, (traits, segment_traits, fitted.data_ptr() % 16, mask_trait, sink_trait))
+            numbers.insert(0, (mask_batch, mask_stride, masking.columns))
+        small = sizes[-1][0] < 1 << 31  # the others are those of `work`
+        series(tensors, (traits, segment_traits, small, fitted.data_ptr() % 16, mask_trait, sink_trait), numbers)
     return out
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _series(
     kernels: "Kernels",
     work: "Work",
     queries: int,
     kv_heads: int,
-    length: int,
     scale: float,
     window: int | None,
     softcap: float | None,
-    mask: "Masking",
     recent: int,
 ) -> Series:
     """The launches of the kernels; in one step they are the same for all layers that share a `work`."""
     # With a cap the scores must be in natural units first; else exp2 saves a product.
     units = float(scale) if softcap is not None else scale * LOG2E.value
-    mask_batch, mask_head, mask_query, mask_stride = mask.strides
     prepare = {
         "rotated_at": work.rotated_at,
         "factor_at": work.factor_at,
@@ -393,16 +396,12 @@ def _series(
         "turning": work.turning,
         "row_blocks": work.row_blocks,
         "blocks": work.each,
-        "length": length,
+        "places": work.places,
         "recent": recent,
         "kv_heads": kv_heads,
-        "mask_batch": mask_batch,
-        "mask_stride": mask_stride,
-        "mask_columns": mask.columns,
         "scale": units,
     }
     attend = {
-        "sizes": work.sizes,
         "columns": work.columns,
         "rotated_at": work.rotated_at,
         "state_at": work.state_at,
@@ -410,21 +409,14 @@ def _series(
         "kv_heads": kv_heads,
         "rows": work.rows,
         "queries": queries,
-        "length": length,
+        "places": work.places,
         "splits": work.splits,
-        "mask_batch": mask_batch,
-        "mask_head": mask_head,
-        "mask_query": mask_query,
-        "mask_stride": mask_stride,
-        "mask_columns": mask.columns,
-        "mask_lowest": mask.lowest,
         "window": window or 0,
         "recent": recent,
         "scale": units,
         "softcap": float(softcap or 0),
     }
     merge = {
-        "sizes": work.sizes,
         "columns": work.columns,
         "state_at": work.state_at,
         "rows": work.rows,
@@ -438,18 +430,23 @@ def _series(
         (
             kernels.attend,
             work.grid,
-            ("query", "halves", "floats", "segments", "mask", "counts", "totals"),
+            (
+                *("query", "halves", "floats", "segments", "mask", "counts", "totals"),
+                *("sizes", "length", "mask_batch", "mask_head", "mask_query", "mask_stride", "mask_columns"),
+                "mask_lowest",
+            ),
             attend,
         ),
         (
             kernels.merge,
             (work.flat * work.rows, 1, 1),
-            ("partial", "sinks", "frame", "counts", "totals", "out"),
+            ("partial", "sinks", "frame", "counts", "totals", "out", "sizes"),
             merge,
         ),
     ]
     if work.coded:
-        names = ("query", "frame", "fine", "coarse", "halves", "floats", "counts", "mask")
+        names: tuple[str, ...] = ("query", "frame", "fine", "coarse", "halves", "floats", "counts", "mask")
+        names = (*names, "mask_batch", "mask_stride", "mask_columns")
         launches.insert(0, (kernels.prepare, (work.turning + work.scoring, 1, 1), names, prepare))
     return Series(launches)
 
@@ -645,6 +642,7 @@ class Work:
 
     Attributes:
         flat, rows: KV heads of the whole batch, and query rows of each.
+        places: Positions whose scores of the mean there is room for.
         workspace: Elements of float32 that the workspace takes.
         floats: Of them before those that are two of float16 each, in which `halves` begins, at a multiple of 16 bytes.
         rotated_at, state_at, factor_at: Where their parts begin.
@@ -660,6 +658,7 @@ class Work:
 
     flat: int
     rows: int
+    places: int
     workspace: int
     floats: int
     rotated_at: int
@@ -705,6 +704,7 @@ def work_of(
     return Work(
         flat=flat,
         rows=rows,
+        places=scored,
         workspace=floats + -(-halves // 2),
         floats=floats,
         rotated_at=rotated_at,

@@ -8,8 +8,8 @@ from .triton_counts import counted
 from .triton_dot import SUBNORMAL, dot, pad
 
 INTEGERS = [
-    *("rotated_at", "factor_at", "rows", "flat", "turning", "row_blocks", "blocks", "length", "recent"),
-    *("kv_heads", "mask_batch", "mask_stride", "mask_columns"),
+    *("mask_batch", "mask_stride", "mask_columns", "rotated_at", "factor_at", "rows", "flat", "turning"),
+    *("row_blocks", "blocks", "places", "recent", "kv_heads"),
 ]
 """Arguments for whose values nothing is compiled anew."""
 
@@ -24,6 +24,9 @@ def prepare_kernel(
     floats,
     counts,  # COUNTED: of `counted`
     mask,  # FOLDS: of each row of the batch and position
+    mask_batch,
+    mask_stride,
+    mask_columns,
     rotated_at,
     factor_at,
     rows,
@@ -31,12 +34,9 @@ def prepare_kernel(
     turning,
     row_blocks,
     blocks,
-    length,
+    places,  # positions for whose scores there is room
     recent,  # COUNTED: of `counted`
     kv_heads,
-    mask_batch,
-    mask_stride,
-    mask_columns,
     scale,
     D: tl.constexpr,
     FRAME: tl.constexpr,
@@ -57,14 +57,14 @@ def prepare_kernel(
     """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
 
     `flat` is batch times KV heads. Results, in the workspaces `halves` and `floats`:
-        offset: q . R(t) mean, `[flat, length, ROWS_PAD]`, first in `halves`.
+        offset: q . R(t) mean, `[flat, places, ROWS_PAD]`, first in `halves`.
         rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
             `factor_at` on in `floats`. Before it lie 0 and -1, int16.
 
     Where it folds the mask in, the offset of a position that it hides is the least number of float16.
 
-    Where `COUNTED` is not None, `length` is what there is room for, and scored are the positions before the tail.
+    Scored are all `places`, or where `COUNTED` is not None the positions before the tail.
     """
     BLOCK_D: tl.constexpr = pad(D)
     d = tl.arange(0, BLOCK_D)
@@ -92,7 +92,7 @@ def prepare_kernel(
         tl.store(factor + line * 2 + 1, tl.sum(x.to(tl.float32), axis=1) / SUBNORMAL, mask=given)
     elif MEAN:
         pid = tl.program_id(0) - turning
-        scored = length
+        scored = places
         if COUNTED is not None:
             _, _, scored, _ = counted(counts, recent, COUNTED)
             parts = tl.cdiv(scored, POSITIONS)
@@ -132,7 +132,7 @@ def prepare_kernel(
         LINE: tl.constexpr = POSITIONS * ROWS_PAD
         heads = (pid % row_blocks * R // ROWS_PAD + tl.arange(0, R // SIDE)).to(tl.int64)
         entry = tl.arange(0, POSITIONS * SIDE)
-        out = halves + (heads * length * ROWS_PAD + start.to(tl.int64) * LINE)[:, None]
+        out = halves + (heads * places * ROWS_PAD + start.to(tl.int64) * LINE)[:, None]
         if SIDE < ROWS_PAD:
             out += (entry // SIDE * ROWS_PAD + pid % row_blocks * R % ROWS_PAD + entry % SIDE)[None, :]
         else:

@@ -176,11 +176,12 @@ class Launcher:
 
 
 Launch = tuple[Launcher, tuple[int, ...], tuple[str, ...], Mapping[str, Any]]
-"""Of a `Series`: the launcher, the grid of three numbers, the names of its tensors, and its numbers."""
+"""Of a `Series`: the launcher, the grid of three numbers, the names of its tensors and then those of the numbers that
+come with each call, and the numbers that stay."""
 
 
 class Series:
-    """Launches of kernels one after the other, of which all but the tensors is kept.
+    """Launches of kernels one after the other, of which all but the tensors and few numbers is kept.
 
     Args:
         launches: In their order.
@@ -190,26 +191,33 @@ class Series:
         self._launches = launches
         self._compiles = all(launcher.compiles for launcher, *_ in launches)
         self._ready: dict[Any, list[Any]] = {}
+        self._none = ((),) * len(launches)
 
-    def __call__(self, tensors: Sequence[Sequence[Any]], known: Any) -> None:
+    def __call__(
+        self, tensors: Sequence[Sequence[Any]], known: Any, numbers: Sequence[tuple[Any, ...]] | None = None
+    ) -> None:
         """Launch them all, as their launchers do.
 
         Args:
             tensors: Of each launch, in the order of the names; otherwise as `Launcher` takes them with `known`.
             known: As there, of all launches together.
+            numbers: Of each launch those that come with the call, in the order of the names behind those of tensors.
         """
+        numbers = self._none if numbers is None else numbers
         key = None
         if self._compiles and direct():
             device = tensors[0][0].get_device()
             key = device, driver.active.get_current_stream(device), known
             if (ready := self._ready.get(key)) is not None:
-                for (run, behind), given in zip(ready, tensors, strict=True):
-                    run(*[None if tensor is None else tensor.data_ptr() for tensor in given], *behind)
+                for (run, behind), given, new in zip(ready, tensors, numbers, strict=True):
+                    run(*[None if tensor is None else tensor.data_ptr() for tensor in given], *new, *behind)
                 return
-        for (launcher, grid, names, numbers), given in zip(self._launches, tensors, strict=True):
-            launcher(grid, dict(zip(names, given, strict=True)), numbers, known)
+        for (launcher, grid, names, kept), given, new in zip(self._launches, tensors, numbers, strict=True):
+            mine = dict(zip(names, (*given, *new), strict=True))
+            of_tensors = {name: mine.pop(name) for name in names[: len(given)]}
+            launcher(grid, of_tensors, {**mine, **kept}, known)
         if key is not None:
-            made = [launcher.ready(grid, numbers, device, known) for launcher, grid, _, numbers in self._launches]
+            made = [launcher.ready(grid, kept, device, known) for launcher, grid, _, kept in self._launches]
             if None not in made:
                 self._ready[key] = made
 

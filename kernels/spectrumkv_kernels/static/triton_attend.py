@@ -148,6 +148,7 @@ def attend(
         call.work,
         query,
         Held(functools.partial(_segments, layout, call.order, buffer), _addresses(call.segments, first)),
+        sizes=call.work.sizes,
         kv_heads=layout.kv_heads,
         value_dim=layout.value_dim,
         length=layout.capacity,

@@ -406,3 +406,19 @@ def test_a_segment_that_grows(laid_out, device):
             expected = seen.expected(query, scale=0.3, mask=mask)
             out = attend(here, query, device, scale=0.3, mask=mask)
             assert error(out, expected) < 2e-3
+
+
+def test_nothing_is_worked_out_anew_while_a_segment_grows(device):
+    """Each layer of a plan has counts of its own, so no two would share what a step works out."""
+    case = on(build(((8, 67), (4, 70), (16, 33)), head_dim=32), device)
+    bits, *whole = case.segments[-1]
+    growing = Growing(case.segments[:-1], Segment(bits, *whole))
+    misses = []
+    for tokens in (1, 2, 3, 20, 33):
+        growing.tokens = tokens
+        here = case._replace(segments=growing, length=case.length + tokens)
+        seen = on(here._replace(segments=list(growing)), torch.device("cpu"))
+        query = randn(1, 4, 1, 32, seed=tokens)
+        assert error(attend(here, query, device, scale=0.3), seen.expected(query, scale=0.3)) < 2e-3
+        misses.append([kept.cache_info().misses for kept in (attention_triton.work_of, attention_triton._series)])
+    assert misses == misses[:1] * 5

@@ -158,6 +158,30 @@ def test_a_series_launches_each_kernel_with_its_own_arguments(text, ways, versio
     assert [[call[0] for call in kernel.calls] for kernel in kernels] == [ways, ways]
 
 
+@pytest.mark.parametrize("text", [min(launch_triton.DIRECT), "99.0"])
+def test_numbers_that_come_with_each_call(text, version, monkeypatch):
+    """They stand before those that stay, in both ways."""
+    version(text)
+    monkeypatch.setattr(launch_triton, "JITFunction", Kernel)
+    monkeypatch.setattr(
+        launch_triton, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    )
+    kernels, a = (Kernel(), Kernel()), torch.zeros(4)
+    held = Held((a,), (a.data_ptr(),))
+    series = Series(
+        [
+            (Launcher(kernels[0], {"KIND": "a"}), (2, 1, 1), ("tensor", "held", "count"), {"scale": 0.5}),
+            (Launcher(kernels[1], {"KIND": "b"}), (2, 1, 1), ("tensor", "held"), {"count": 5, "scale": 0.1}),
+        ]
+    )
+    for count in (3, 4, 8):
+        series([(a, held)] * 2, "known", [(count,), ()])
+        assert kernels[0].calls[-1][3] == (count, 0.5, "a") and kernels[1].calls[-1][3] == (5, 0.1, "b")
+    with pytest.raises(ValueError, match="zip"):
+        series([(a, held)] * 2, "other", [(), ()])
+    assert len(kernels[0].calls) == 3
+
+
 def test_a_series_compiles_for_what_it_does_not_know_and_launches_on_the_current_stream(version, monkeypatch):
     version(min(launch_triton.DIRECT))
     stream = 7
