@@ -31,6 +31,7 @@ from pd_disaggregation import (
     DECODE,
     PREFILL,
     add_arguments,
+    as_machines,
     join,
     prefill_and_send,
     prompts,
@@ -112,16 +113,6 @@ class Link:
 # -- the two processes ------------------------------------------------------------------------------------------------
 
 
-def over_the_link(rank: int, end: str) -> dict[str, str]:
-    """Environment in which gloo and NCCL go over the link; to NCCL the two are machines that have nothing else."""
-    return {
-        "GLOO_SOCKET_IFNAME": end,
-        "NCCL_SOCKET_IFNAME": end,
-        "NCCL_HOSTID": str(rank),
-        "NCCL_IB_DISABLE": "1",
-    }
-
-
 class Process:
     """A worker in a namespace, which takes commands and gives results as lines of JSON."""
 
@@ -134,7 +125,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **quiet, **over_the_link(rank, link.ends[rank])},
+            env={**os.environ, **quiet, "GLOO_SOCKET_IFNAME": link.ends[rank], **as_machines(rank, link.ends[rank])},
         )
 
     def tell(self, **command: Any) -> None:
@@ -276,8 +267,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         for policy, budget, streamed in every:  # warm-up: on a GPU kernels are compiled
             both(processes, do="request", policy=policy, budget=budget, streamed=streamed)
-        rates = [1e6 / 8 * rate for rate in args.rates or ()]
-        rates = rates or [size / (share * prefill) for share in args.transfer_over_prefill]
+        if args.rates:
+            rates = [1e6 / 8 * rate for rate in args.rates]
+        else:
+            rates = [size / (share * prefill) for share in args.transfer_over_prefill]
         with tqdm(total=len(rates) * args.repeats * len(every), desc="requests", disable=None) as bar:
             for rate in rates:
                 link.limit(rate)

@@ -216,6 +216,11 @@ def row_of(sent: Sent, received: Received) -> dict[str, float]:
     }
 
 
+def as_machines(rank: int, interface: str) -> dict[str, str]:
+    """Environment in which NCCL takes the two processes for two machines, with nothing but a network between them."""
+    return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": interface, "NCCL_IB_DISABLE": "1"}
+
+
 def join(args: argparse.Namespace, rank: int, address: str) -> None:
     """Join the process group of the two."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -223,9 +228,8 @@ def join(args: argparse.Namespace, rank: int, address: str) -> None:
     if args.transport == "nccl":
         devices = torch.cuda.device_count()
         torch.cuda.set_device(rank % devices)
-        if devices == 1:  # NCCL takes two processes on one GPU for two machines then, which talk over sockets
-            os.environ.update(NCCL_HOSTID=str(rank), NCCL_IB_DISABLE="1")
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        if devices == 1:  # NCCL refuses two processes on one GPU of a machine
+            os.environ.update(as_machines(rank, os.environ.get("NCCL_SOCKET_IFNAME", "lo")))
     dist.init_process_group(TRANSPORTS[args.transport], init_method=address, rank=rank, world_size=2, timeout=limit)
 
 
