@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def processors(monkeypatch):
     """Sets how many multiprocessors the attention shares its work out to."""
     attention_triton = pytest.importorskip("spectrumkv_kernels.attention.triton_attention")
-    functions = attention_triton.work_of, attention_triton._shares
+    functions = attention_triton.plan_of, attention_triton.work_of
 
     def forget():
         for function in functions:

@@ -8,6 +8,7 @@ from .. import segment
 from ..codec.triton_quantize import scale_of, zero_of
 from .triton_counts import counted, first_tile, length_of, tokens_of
 from .triton_dot import LOG2E, SUBNORMAL, dot, log2, pad, plane, plane_of_three, shifted
+from .triton_places import place_of, processor_of
 
 TILE = tl.constexpr(segment.TILE)
 START = tl.constexpr(segment.START)
@@ -134,6 +135,7 @@ def _plane(words, lowest, j: tl.constexpr, BITS: tl.constexpr):
 INTEGERS = [
     *("length", "mask_batch", "mask_head", "mask_query", "mask_stride", "mask_columns"),
     *("rotated_at", "state_at", "factor_at", "kv_heads", "rows", "queries", "places", "splits", "window", "recent"),
+    *("ticket_at", "own"),
 ]
 """Arguments for whose values nothing is compiled anew."""
 
@@ -166,6 +168,8 @@ def attend_kernel(
     splits,
     window,
     recent,  # COUNTED: of `counted`
+    ticket_at,
+    own,  # CLAIMS: of `place_of`
     scale,
     softcap,
     BITS: tl.constexpr,
@@ -185,6 +189,8 @@ def attend_kernel(
     TILES: tl.constexpr,
     TIMES: tl.constexpr,
     STAGES: tl.constexpr,
+    CLAIMS: tl.constexpr,
+    PROCESSORS: tl.constexpr,
     COUNTED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -195,13 +201,21 @@ def attend_kernel(
     Where `COUNTED` is not None, how many tokens there are is read on the device. The last segment is the tail then, a
     ring in which the token at position `p` lies at `p - origin` modulo its size.
     """
+    # Of every share the heads, and blocks of their rows, stand one after another.
+    number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if CLAIMS:
+        tickets = (floats + ticket_at).to(tl.pointer_type(tl.int32))
+        if own > 0:
+            many = tl.num_programs(0) * tl.num_programs(1)
+            number = place_of(tickets, processor_of(number), many, own, PROCESSORS)
+    share, of = number // tl.num_programs(0), number % tl.num_programs(0)
     if ROWS_PAD <= R:
-        bh = tl.program_id(0).to(tl.int64)
+        bh = of.to(tl.int64)
         first = 0
     else:
         blocks = tl.cdiv(rows, R)
-        bh = (tl.program_id(0) // blocks).to(tl.int64)
-        first = tl.program_id(0) % blocks * R
+        bh = (of // blocks).to(tl.int64)
+        first = of % blocks * R
     row = first + tl.arange(0, R)
     real = row < rows
     if COUNTED is None:
@@ -213,7 +227,7 @@ def attend_kernel(
     head = (bh % kv_heads) * (rows // queries) + row // queries
     row_mask = mask + (bh // kv_heads) * mask_batch + head * mask_head
     row_mask += (row % queries).to(tl.int64) * mask_query
-    share, shares = tl.program_id(1), tl.num_programs(1)
+    shares = tl.num_programs(1)
     whole = length_of(sizes, columns, totals, done, length - tail, len(BITS), TILES, TIMES, COUNTED)
     here, beyond = share.to(tl.int64) * whole // shares, (share + 1).to(tl.int64) * whole // shares
     before = tl.full([], 0, tl.int64)
@@ -258,7 +272,8 @@ def attend_kernel(
                 q = tl.load(query + (bh * rows + row)[None, :] * D + d[:, None], mask=real[None, :] & (d < D)[:, None])
                 q = tl.where(real[None, :] & (d < D)[:, None], q, 0.0).to(keys.dtype.element_ty)
                 acc = tl.zeros([BLOCK_V, R], tl.float32)
-                for start in tl.range(0, count, N, num_stages=STAGES):
+                # Next to tiers exact tokens are few, and shall not take the room by which programs are counted.
+                for start in tl.range(0, count, N, num_stages=STAGES - (BITS[0] < 16)):
                     token = start + tl.arange(0, N)
                     live = token < count
                     place = token

@@ -25,7 +25,7 @@ from .triton_dot import LOG2E
 from .triton_merge import merge_kernel
 from .triton_prepare import prepare_kernel
 
-# The numbers below were the fastest of those tried on an H100, for 4 query heads of 128 channels on a KV head.
+# The numbers below were the fastest of those tried on an H100 or H200, for 4 query heads of 128 channels on a KV head.
 FINE = 128
 """Positions that share one coarse rotation: `exp(i t f) = exp(i 128 (t // 128) f) exp(i (t % 128) f)`."""
 QUERY_PEAK = 1024.0
@@ -40,13 +40,17 @@ SHARE_BYTES = 1 << 14
 """A program reads this much at least."""
 TILE = {16: 16, 8: 64, 4: 64, 3: 64, 2: 64, 1: 64}
 """Tokens of an iteration, by bits."""
-TIME = {16: 3, 8: 6, 4: 4, 3: 6, 2: 4, 1: 4}
+TIME = {16: 3, 8: 5, 4: 4, 3: 6, 2: 4, 1: 4}
 """How long an iteration takes, by bits; of one to another."""
 STAGES = 3
 """Depth of the pipeline of loads."""
-OPTIONS = {"num_warps": 2, "maxnreg": 168}
-RESIDENT = 6
-"""Programs of `attend_kernel` with these options that a multiprocessor holds at once."""
+FITS = {8: (1, 255), 16: (2, 168), 32: (2, 255), 64: (4, 255)}
+"""Warps of a program of `attend_kernel`, and registers of a thread, by columns. A single warp waits for no other, and
+two would both do the values of narrow codes, whose planes have no more channels than one warp multiplies at a time."""
+BYTES = 2, 168
+"""The same for few columns, up to 128 channels, and codes of 8 bits alone: these are as fast as memory is."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
 PREPARE_OPTIONS = {"num_warps": 4}
 MERGED = 32
 """Parts that are joined at a time."""
@@ -60,9 +64,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _shares(heads: int, most: int, device: torch.device) -> int:
-    """How many programs, `most` at most, share the tokens of each of `heads`: the fewest that keep the device busy."""
-    slots = RESIDENT * _multiprocessors(device)
+def _shares(heads: int, most: int, slots: int) -> int:
+    """How many programs, `most` at most, share the tokens of each of `heads`: the fewest that keep `slots` busy."""
     most = max(1, min(most, 4 * slots // heads))
 
     def busy(shares: int) -> float:
@@ -273,7 +276,7 @@ def _reading(call: _Call, segments: Iterable[Segment], length: int) -> _Reading 
     return _Reading(
         plan,
         kernels,
-        work_of(plan, batch * kv_heads, rows, length if centred else 0, tokens, rooms, call.device),
+        work_of(plan, batch * kv_heads, rows, length if centred else 0, tokens, rooms),
         Held(tuple([s.held.tensors for s in laid]), tuple([s.held.addresses for s in laid])),
         tuple([s.trait for s in laid]),
         kv_heads,
@@ -399,6 +402,7 @@ def _series(
         "places": work.places,
         "recent": recent,
         "kv_heads": kv_heads,
+        "ticket_at": work.ticket_at,
         "scale": units,
     }
     attend = {
@@ -413,6 +417,8 @@ def _series(
         "splits": work.splits,
         "window": window or 0,
         "recent": recent,
+        "ticket_at": work.ticket_at,
+        "own": work.own,
         "scale": units,
         "softcap": float(softcap or 0),
     }
@@ -498,6 +504,8 @@ class Plan:
         block: Channels of a value, rounded up to a power of two.
         coded: Segments that are not exact, which come first.
         overlaps: The merge may be launched before what it waits for has ended.
+        processors: Multiprocessors of the device.
+        warps, registers: Of a program of `attend_kernel`, and of a thread of it.
     """
 
     dim: int
@@ -512,6 +520,9 @@ class Plan:
     block: int
     coded: int
     overlaps: bool
+    processors: int
+    warps: int
+    registers: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -530,6 +541,7 @@ def plan_of(
     columns = min(max(rows_pad, 8), ROWS)
     block = next_power_of_2(value_dim)
     wide = max(next_power_of_2(dim), block, 128)
+    warps, registers = BYTES if columns == 8 and wide == 128 and set(bits) <= {8, 16} else FITS[columns]
     return Plan(
         dim=dim,
         value_dim=value_dim,
@@ -543,6 +555,9 @@ def plan_of(
         block=block,
         coded=sum(b < 16 for b in bits),
         overlaps=_overlaps(device),
+        processors=_multiprocessors(device),
+        warps=warps,
+        registers=registers,
     )
 
 
@@ -590,6 +605,7 @@ def kernels_of(
         "R": PREPARED,
         "FOLDS": mask == FOLDED,
         "ALIKE": kv_heads * plan.rows_pad % PREPARED == 0,
+        "PROCESSORS": plan.processors,
         "COUNTED": counted,
     }
     attend = {
@@ -610,6 +626,8 @@ def kernels_of(
         "TILES": plan.tiles,
         "TIMES": plan.times,
         "STAGES": STAGES,
+        "CLAIMS": plan.coded > 1,
+        "PROCESSORS": plan.processors,
         "COUNTED": counted,
         "OVERLAPS": plan.overlaps,
     }
@@ -631,7 +649,7 @@ def kernels_of(
     early = MERGE_OPTIONS | ({"launch_pdl": True} if plan.overlaps else {})
     return Kernels(
         Launcher(prepare_kernel, prepare, **PREPARE_OPTIONS),
-        Launcher(attend_kernel, attend, **OPTIONS),
+        Launcher(attend_kernel, attend, num_warps=plan.warps, maxnreg=plan.registers),
         Launcher(merge_kernel, merge, **early),
     )
 
@@ -645,7 +663,7 @@ class Work:
         places: Positions whose scores of the mean there is room for.
         workspace: Elements of float32 that the workspace takes.
         floats: Of them before those that are two of float16 each, in which `halves` begins, at a multiple of 16 bytes.
-        rotated_at, state_at, factor_at: Where their parts begin.
+        rotated_at, state_at, factor_at, ticket_at: Where their parts begin.
         turning, scoring: Programs of `prepare_kernel` that rotate queries, and that score the mean.
         row_blocks: Of the latter, for the rows at one position.
         each: Blocks of positions for one of them.
@@ -653,6 +671,7 @@ class Work:
         splits: Places for parts of a row.
         coded: Some segments are not exact.
         grid: Of `attend_kernel`.
+        own: Programs of `attend_kernel` that each multiprocessor gets, if not all at once, then as many as it holds.
         trait: What of these numbers decides which code is compiled.
     """
 
@@ -664,6 +683,7 @@ class Work:
     rotated_at: int
     state_at: int
     factor_at: int
+    ticket_at: int
     turning: int
     scoring: int
     row_blocks: int
@@ -673,6 +693,7 @@ class Work:
     splits: int
     coded: bool
     grid: tuple[int, int, int]
+    own: int
     trait: Any
 
 
@@ -684,7 +705,6 @@ def work_of(
     scored: int,
     tokens: tuple[int, ...],
     rooms: tuple[int, ...],
-    device: torch.device,
     columns: tuple[int, ...] | None = None,
 ) -> Work:
     """Work for `tokens` in each segment and the mean's scores at `scored` positions.
@@ -692,14 +712,16 @@ def work_of(
     With `columns`, those of the table of totals, tokens are counted on the device, and are here the most there may be.
     """
     read = sum(cost * size for cost, size in zip(plan.costs, tokens, strict=True))
-    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, device)
+    resident = REGISTERS // (32 * plan.warps * -(-plan.registers // 8) * 8)
+    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, resident * plan.processors)
     splits = shares + len(tokens) - 1
     row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-scored // FINE)
-    each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * _multiprocessors(device))), 1)
+    each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * plan.processors)), 1)
     rotated_at = -(-flat * scored * plan.rows_pad // 8) * 8
     state_at = flat * splits * rows * plan.value_dim
     factor_at = state_at + flat * splits * rows * 2 + 2
-    floats, halves = -(-(factor_at + flat * rows * 2) // 4) * 4, rotated_at + flat * rows * plan.dim
+    ticket_at = factor_at + flat * rows * 2
+    floats, halves = -(-(ticket_at + plan.processors + 1) // 4) * 4, rotated_at + flat * rows * plan.dim
     sizes = tuple((2 * size + 3, 2 * room + 3) for size, room in zip(tokens, rooms, strict=True))
     return Work(
         flat=flat,
@@ -710,6 +732,7 @@ def work_of(
         rotated_at=rotated_at,
         state_at=state_at,
         factor_at=factor_at,
+        ticket_at=ticket_at,
         turning=-(-flat * rows // TURNED),
         scoring=row_blocks * -(-parts // each),
         row_blocks=row_blocks,
@@ -719,7 +742,8 @@ def work_of(
         splits=splits,
         coded=plan.coded > 0,
         grid=(flat * plan.row_blocks, shares, 1),
-        trait=trait((rotated_at, state_at, factor_at, sizes)),
+        own=min(flat * plan.row_blocks * shares // plan.processors, resident),
+        trait=trait((rotated_at, state_at, factor_at, ticket_at, sizes)),
     )
 
 

@@ -9,7 +9,7 @@ from .triton_dot import SUBNORMAL, dot, pad
 
 INTEGERS = [
     *("mask_batch", "mask_stride", "mask_columns", "rotated_at", "factor_at", "rows", "flat", "turning"),
-    *("row_blocks", "blocks", "places", "recent", "kv_heads"),
+    *("row_blocks", "blocks", "places", "recent", "kv_heads", "ticket_at"),
 ]
 """Arguments for whose values nothing is compiled anew."""
 
@@ -37,6 +37,7 @@ def prepare_kernel(
     places,  # positions for whose scores there is room
     recent,  # COUNTED: of `counted`
     kv_heads,
+    ticket_at,
     scale,
     D: tl.constexpr,
     FRAME: tl.constexpr,
@@ -52,6 +53,7 @@ def prepare_kernel(
     R: tl.constexpr,
     FOLDS: tl.constexpr,
     ALIKE: tl.constexpr,  # all places of a program are of one row of the batch
+    PROCESSORS: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
     """The first `turning` programs rotate and scale queries for coded keys, the others score the mean.
@@ -61,6 +63,7 @@ def prepare_kernel(
         rotated: The rotated queries, `[flat, rows, D]`, from `rotated_at` on in `halves`.
         factor: Unit of the codes' products, and sum of the rotated query in that unit, `[flat, rows, 2]`, from
             `factor_at` on in `floats`. Before it lie 0 and -1, int16.
+        tickets: As `place_of` takes them, from `ticket_at` on in `floats`.
 
     Where it folds the mask in, the offset of a position that it hides is the least number of float16.
 
@@ -72,6 +75,10 @@ def prepare_kernel(
         tl.store(
             (floats + (factor_at - 2)).to(tl.pointer_type(tl.int16)) + tl.arange(0, 2), -tl.arange(0, 2).to(tl.int16)
         )
+        tickets = (floats + ticket_at).to(tl.pointer_type(tl.int32))
+        for some in range(0, PROCESSORS + 1, POSITIONS):
+            ticket = some + tl.arange(0, POSITIONS)
+            tl.store(tickets + ticket, 0, mask=ticket <= PROCESSORS)
     if tl.program_id(0) < turning:
         rotated, factor = halves + rotated_at, floats + factor_at
         line = tl.program_id(0).to(tl.int64) * TURNED + tl.arange(0, TURNED)

@@ -76,7 +76,7 @@ def _call(
         mask = "bool"
     tokens = (*[rooms[i].tokens for i in order], layout.ring)
     scored = layout.capacity if centred else 0
-    work = work_of(plan, flat, rows, scored, tokens, tokens, device, (*order, 0))
+    work = work_of(plan, flat, rows, scored, tokens, tokens, (*order, 0))
     kernels = kernels_of(
         plan, codec.symmetric, codec.balanced, codec.hadamard, centred, len(rotary.inv_freq), rotary.interleaved,
         (False,) * len(bits), (False,) * len(bits), mask, False, window, layout.ragged, softcap, sinks, COUNTED,
