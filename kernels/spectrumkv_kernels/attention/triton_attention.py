@@ -47,7 +47,7 @@ STAGES = 3
 FITS = {8: (1, 255), 16: (2, 168), 32: (2, 255), 64: (4, 255)}
 """Warps of a program of `attend_kernel`, and registers of a thread, by columns. A single warp waits for no other, and
 two would both do the values of narrow codes, whose planes have no more channels than one warp multiplies at a time."""
-BYTES = 2, 168
+FITS_OF_8_BITS = 2, 168
 """The same for few columns, up to 128 channels, and codes of 8 bits alone: these are as fast as memory is."""
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
@@ -61,6 +61,11 @@ PREPARE_RESIDENT = 4
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def resident(warps: int, registers: int) -> int:
+    """Programs with so many warps, and registers of a thread, that a multiprocessor holds at once."""
+    return REGISTERS // (32 * warps * -(-registers // 8) * 8)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -541,7 +546,7 @@ def plan_of(
     columns = min(max(rows_pad, 8), ROWS)
     block = next_power_of_2(value_dim)
     wide = max(next_power_of_2(dim), block, 128)
-    warps, registers = BYTES if columns == 8 and wide == 128 and set(bits) <= {8, 16} else FITS[columns]
+    warps, registers = FITS_OF_8_BITS if columns == 8 and wide == 128 and set(bits) <= {8, 16} else FITS[columns]
     return Plan(
         dim=dim,
         value_dim=value_dim,
@@ -625,7 +630,7 @@ def kernels_of(
         "SOFTCAP": softcap,
         "TILES": plan.tiles,
         "TIMES": plan.times,
-        "STAGES": STAGES,
+        "STAGES": STAGES - (mask in ("bool", "additive")),  # masks are read in stages of their own
         "CLAIMS": plan.coded > 1,
         "PROCESSORS": plan.processors,
         "COUNTED": counted,
@@ -712,8 +717,8 @@ def work_of(
     With `columns`, those of the table of totals, tokens are counted on the device, and are here the most there may be.
     """
     read = sum(cost * size for cost, size in zip(plan.costs, tokens, strict=True))
-    resident = REGISTERS // (32 * plan.warps * -(-plan.registers // 8) * 8)
-    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, resident * plan.processors)
+    held = resident(plan.warps, plan.registers)
+    shares = _shares(flat * plan.row_blocks, read // SHARE_BYTES, held * plan.processors)
     splits = shares + len(tokens) - 1
     row_blocks, parts = -(-flat * plan.rows_pad // PREPARED), -(-scored // FINE)
     each = max(-(-parts * row_blocks // (PREPARE_RESIDENT * plan.processors)), 1)
@@ -742,7 +747,7 @@ def work_of(
         splits=splits,
         coded=plan.coded > 0,
         grid=(flat * plan.row_blocks, shares, 1),
-        own=min(flat * plan.row_blocks * shares // plan.processors, resident),
+        own=min(flat * plan.row_blocks * shares // plan.processors, held),
         trait=trait((rotated_at, state_at, factor_at, ticket_at, sizes)),
     )
 

@@ -25,14 +25,18 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 run, compiled = JITFunction.run, set()
-SHARED = 227 << 10
-"""Bytes that a program has on an H100."""
+SHARED, RESERVED = 227 << 10, 1 << 10
+"""Bytes that a program has on an H100, and that it takes beside its own of the multiprocessor's, which are both."""
 
 
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     shared = kernel.metadata.shared
     assert shared <= SHARED, f"{self.__name__} takes {shared} bytes of shared memory, of {SHARED}: it can't be launched"
+    if "maxnreg" in options:  # as many programs are counted on as registers suffice for
+        resident = attention_triton.resident(options["num_warps"], options["maxnreg"])
+        held = resident * (shared + RESERVED)
+        assert held <= SHARED + RESERVED, f"{resident} programs of {self.__name__} with {shared} bytes don't fit"
     compiled.add(self.__name__)
 
 
