@@ -430,9 +430,10 @@ def suffer_store(tally, case, place, plan, faulty):
         hits += [found(tally, case, place, ids) for ids in (IDS, OTHER)]
     if time.monotonic() - began > LIMIT:
         tally.hangs.append(case)
-    if isinstance(place, Path) and not died:
+    if isinstance(place, Path) and not died and ("unlink", "broken") not in plan.happened:
         left = [path.name for path in place.iterdir() if path.suffix not in (".kv", ".at")]
-        if left := left + (unlisted(place) if told else []):
+        honest = all(kind in ("full", "broken") for _, kind in plan.happened)  # else what leads to an entry may be lost
+        if left := left + (unlisted(place) if told and honest else []):
             tally.left.append(f"{case}: {left}")
     tally.cases, tally.faults = tally.cases + 1, tally.faults + plan.happened
     tally.right, tally.refused = tally.right + all(hits), tally.refused + (not all(hits))
