@@ -15,7 +15,7 @@ def processor_of(number):
 
 @triton.jit
 def place_of(tickets, processor, many, own, PROCESSORS: tl.constexpr):
-    """A place in `[0, many)` for this program, which none of the `many` others gets.
+    """A place in `[0, many)` for this program: each of `many` gets another.
 
     Each of the `PROCESSORS` has `own` places, one after another, and what is left lies behind, for whoever comes later.
     `tickets`, int32 `[PROCESSORS + 1]`, count who came, from 0 on. Where a multiprocessor gets fewer programs than it
