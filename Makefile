@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports; pip would compile everything, and most modules are never imported.
+# Python compiles what it imports; pip would compile everything, and most modules are never imported. Where an image has
+# switched that off, each of the processes that tests start would compile Transformers and PyTorch anew, in 10 s.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-matrix test-oldest test-slow test-engines test-vllm fuzz lint bench eval docs dist hub-kernel clean
