@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
+    StaticLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -50,6 +51,9 @@ _TAKES = {
     "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
 }
 """Types of layers that take an option; Transformers 5.17 gives all options to all layers."""
+_ALWAYS_GROWING = ("indexed_attention", "hybrid", "hybrid_sliding")
+"""Types of layers of which Transformers' static class gives other logits than its dynamic one: in 5.24 with an index, and
+where a window is longer than the capacity. Hybrid ones are not compiled anyway."""
 
 
 @functools.cache
@@ -159,7 +163,7 @@ class TieredCache(Cache):
             options = {name: value for name, value in options.items() if kind in _TAKES.get(name, (kind,))}
             dynamic: functools.partial[Any] = functools.partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
             stock = dynamic
-            if self._capacity is not None and kind in STATIC_LAYER_TYPE_MAPPING:
+            if self._capacity is not None and kind in STATIC_LAYER_TYPE_MAPPING and kind not in _ALWAYS_GROWING:
                 static = {"max_cache_len": self._capacity, **options}
                 stock = functools.partial(STATIC_LAYER_TYPE_MAPPING[kind], **static)
             own = configs[index]
@@ -228,7 +232,9 @@ class TieredCache(Cache):
             ValueError: it holds more already, or has a fixed capacity.
         """
         self.check_whole()
-        length = int(self.get_seq_length())
+        length = max(
+            (int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")), default=0
+        )
         if self._capacity is not None or type(max_cache_len) is not int or max_cache_len < max(length, 1):
             raise ValueError(
                 f"a cache of {length} tokens can be given a capacity of as many or more once, got {max_cache_len!r}"
@@ -237,17 +243,23 @@ class TieredCache(Cache):
         other = copy.copy(self)
         other._capacity = max_cache_len
         other.layers = other._build_layers(self._config)
-        for old, new in zip(self.layers, other.layers, strict=True):
+        for index, (old, new) in enumerate(zip(self.layers, list(other.layers), strict=True)):
+            if getattr(old, "record_past", False) and hasattr(new, "record_past"):
+                new.record_past = True
             if isinstance(old, SpectrumLayer):
                 old.settle()
                 if isinstance(old, LinearStates):
                     raise ValueError("a cache with linear attention can't be given a capacity once it is made")
-                if old.is_initialized and isinstance(new, SpectrumLayer):
+                if old.is_initialized:
                     new.adopt(old.store)
             elif isinstance(new, SlidingSpectrumLayer):
                 new.take_growing(old)
-            elif getattr(old, "is_initialized", False):
+            elif type(old) is type(new):  # of a fixed size in any case, as the states of linear attention
+                other.layers[index] = old
+            elif old.is_initialized and type(new) is StaticLayer:
                 new.update(old.keys, old.values)
+            elif old.is_initialized:  # a window of Transformers that has let go of tokens: it goes on growing
+                other.layers[index] = old
         other._eager_because = other._uncompileable()
         other._known, other._unread = length, 0
         self.__dict__.update(other.__dict__)
@@ -322,6 +334,10 @@ class TieredCache(Cache):
         if self._capacity is None or query_length != 1 or not self.is_compileable:
             return super().get_mask_sizes(query_length, layer_idx)
         self._check_room()
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        ring = getattr(layer, "is_sliding", False) and not isinstance(layer, SpectrumLayer)  # of Transformers: chunks
+        if ring or any(isinstance(other, SpectrumLayer) and other.unshown for other in self.layers):
+            return super().get_mask_sizes(query_length, layer_idx)
         return self._capacity, 0
 
     def _check_room(self) -> None:

@@ -85,6 +85,8 @@ class Expected:
             heads.add(1)
         if config.model_type == "falcon":  # in its new architecture keys are repeated before they are cached
             heads |= _counts(config, r"attention_heads$", declared)
+        if config.model_type == "mimo_v2_flash":  # of layers with a window
+            heads |= {2 * number for number in heads}
         widths = _counts(config, r"^(.*hidden_size|d_model|n_embd|embed_dim)$")
         parts = _counts(config, r"(attention_heads|num_heads|n_heads?)$") - {0}
         dims = _counts(config, r"(head_dim|dim_head|head_size|kv_channels|d_kv)$")

@@ -120,7 +120,8 @@ class SpectrumLayer(CacheLayerMixin):
         self.window: int | None = None
         self.capacity = capacity
         self.undecodable = undecodable(policy)
-        self._direct = False  # the last attention of an update took its handles as they are, and could read the store
+        self._direct: bool | None = None
+        """The last attention of an update took its handles as they are, and could read the store; None before any."""
         self.on_update: Listeners[[int, torch.Tensor, torch.Tensor]] = Listeners()
         self.on_attention: Listeners[[Attention]] = Listeners()
         self.on_final: Listeners[[int]] = Listeners()
@@ -238,7 +239,7 @@ class SpectrumLayer(CacheLayerMixin):
         if isinstance(self._held, StaticStore):
             self._check_room(store.length)
             self._held.take(store)
-            self._held.publish()
+            self._publish()
         else:
             self._held = store
 
@@ -320,9 +321,10 @@ class SpectrumLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether a decode step needs no host: capacity and policy allow it, and nobody listens."""
+        """Whether a decode step needs no host: capacity, policy and the model's attention allow it, nobody listens."""
         return (
             self.capacity is not None
+            and self._direct is not False
             and not self.undecodable
             and not getattr(self, "record_past", False)
             and not (self.on_update.some or self.on_attention.some or self.on_final.some)
@@ -337,7 +339,12 @@ class SpectrumLayer(CacheLayerMixin):
     def steps_alone(self) -> bool:
         """Whether the next token can be added by `step`."""
         held = self._held
-        return self._direct and isinstance(held, StaticStore) and held.published and self.is_compileable
+        return self._direct is True and isinstance(held, StaticStore) and held.published and self.is_compileable
+
+    @property
+    def unshown(self) -> bool:
+        """It holds tokens, and no attention has shown yet whether it can read them where they are."""
+        return self.is_initialized and self._direct is None
 
     def note_route(self, direct: bool) -> None:
         """Learn whether an attention took the handles as they are, and may read the store."""

@@ -126,8 +126,33 @@ class StaticStore(TieredStore):
         return self._published
 
     def take(self, other: TieredStore) -> None:
-        """Hold what another store holds, whose tensors are copied when this one is published."""
-        self._now = other.contents._replace(arenas=self._stored(other.arenas.values()))
+        """Hold what another store holds, whose tensors are copied when this one is published.
+
+        Raises:
+            ValueError: all tokens are exact here, and some of those that are needed were dropped.
+        """
+        if self.plan.policy.lossless and other.arenas:
+            self._now = self._exactly(other)
+        else:
+            self._now = other.contents._replace(arenas=self._stored(other.arenas.values()))
+
+    def _exactly(self, other: TieredStore) -> Contents:
+        """What another store holds, without its tiers, for which there is no room: as their codes stand for it."""
+        start = max(other.first_kept, 0 if self.plan.window is None else other.length - self.plan.window + 1)
+        if other.drops:
+            missing = other.tier_map(start) == DROPPED.bits
+            if other.pads is not None:
+                missing &= torch.arange(start, other.length, device=other.device) >= other.pads[:, None, None]
+            if missing.any():
+                raise ValueError(
+                    "a window is exact in a cache of fixed capacity, and tokens of it were dropped: give the cache its "
+                    "capacity (max_cache_len) when it is made"
+                )
+        keys, values = other.dense(start)
+        return other.contents._replace(
+            keys=keys, values=values, arenas={}, tail_start=start, first_kept=start, frame=None, ragged=False,
+            drops=False, borrowed=True,
+        )  # fmt: skip
 
     def succeed(self, before: "StaticStore | None") -> None:
         """Use the buffer of a store that is no longer used, where it fits: graphs that were captured read it there."""
@@ -271,6 +296,7 @@ class StaticStore(TieredStore):
         for tier, arena in now.arenas.items():
             whole = self._whole(tier)
             if whole is None:
+                assert not len(arena), f"{len(arena)} tokens of {tier.bits} bits have no room"
                 continue
             if arena.places.data_ptr() != whole.places.data_ptr():
                 _copy(arena, whole)

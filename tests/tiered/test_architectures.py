@@ -21,7 +21,12 @@ from spectrumkv_hf.attention import route as attention
 from spectrumkv_hf.tiered import fit
 from spectrumkv_hf.tiered.cache import _warn_once
 from spectrumkv_hf.tiered.layer import SpectrumLayer
-from spectrumkv_hf.tiered.mixed_layers import CrossAttentionLayer, HybridSlidingSpectrumLayer, HybridSpectrumLayer
+from spectrumkv_hf.tiered.mixed_layers import (
+    CrossAttentionLayer,
+    HybridSlidingSpectrumLayer,
+    HybridSpectrumLayer,
+    LinearStates,
+)
 
 HETEROGENEOUS = ("gemma4_text", "gemma4_unified_text")
 
@@ -150,6 +155,28 @@ def test_lossless_equals_stock(model_type):
         pytest.skip(f"over DynamicCache: {problem}"[:200])
     cache = SpectrumCache(m.config, policy="fp16", model=m)
     assert torch.equal(forwards(m, cache, ids, chunks), expected)
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_a_fixed_capacity_equals_stock(model_type):
+    """From the beginning, and given to a cache that holds tokens, where that is not refused."""
+    m = built(model_type)
+    ids, chunks = prompt(34, seed=3), [25, 1, 1, 1, 3, 1, 1, 1]
+    try:
+        expected = forwards(m, DynamicCache(config=m.config), ids, chunks)
+    except Exception as problem:
+        pytest.skip(f"over DynamicCache: {problem}"[:200])
+    fixed = forwards(m, SpectrumCache(m.config, policy="fp16", max_cache_len=60), ids, chunks)
+    assert ((fixed - expected).norm() / expected.norm()) < 1e-4
+    cache = SpectrumCache(m.config, policy="fp16")
+    before = forwards(m, cache, ids[:, :25], 25)
+    if any(isinstance(layer, LinearStates) for layer in cache.layers):
+        with pytest.raises(ValueError, match="linear attention"):
+            cache.reserve(60)
+    else:
+        cache.reserve(60)
+    reserved = torch.cat((before, forwards(m, cache, ids[:, 25:], chunks[1:])), dim=1)
+    assert ((reserved - expected).norm() / expected.norm()) < 1e-4
 
 
 def generate(m, cache):

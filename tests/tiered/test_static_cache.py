@@ -297,6 +297,46 @@ def test_reserve_refuses_what_does_not_fit():
         cache.reserve(400)
 
 
+@pytest.mark.parametrize("padding", [0, 20])
+@pytest.mark.parametrize("tokens", [130, 191, 192, 193, 300])
+def test_reserve_keeps_a_window_whose_tokens_have_tiers(tokens, padding):
+    """They are exact from then on, and what their codes stood for: the same logits as in a cache that grows."""
+    m = model("gemma3", "sdpa", sliding_window=192)
+    ids = prompt(tokens + 80, 2, seed=4)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    grows = SpectrumCache(m.config, budget=0.3)
+
+    def forward(cache, start, stop):
+        with torch.no_grad():
+            return m(ids[:, start:stop], attention_mask=mask[:, :stop], **cache_argument(cache, m)).logits
+
+    forward(grows, 0, tokens)
+    window = grows.layers[0].store
+    assert window.arenas and window.length - 191 < window.tail_start
+    fixed = copy.deepcopy(grows)
+    fixed.reserve(tokens + 100)
+    assert not fixed.layers[0].store.arenas and fixed.layers[1].store.arenas
+    for step in range(60):  # the cache that grows tiers its window anew behind that
+        a, b = (forward(cache, tokens + step, tokens + step + 1) for cache in (fixed, grows))
+        assert ((a - b).norm() / b.norm()) < 1e-5
+    read = SpectrumCache.deserialize(fixed.serialize(), m.config)
+    a, b = (forward(cache, tokens + 60, tokens + 61) for cache in (fixed, read))
+    assert ((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_reserve_refuses_a_window_that_lacks_tokens():
+    m = model("gemma3", "sdpa", sliding_window=192)
+    cache = SpectrumCache(m.config, policy="drop_scored", budget=0.4)
+    with torch.no_grad():
+        m(prompt(180), **cache_argument(cache, m))
+        before = cache.serialize().clone()
+        with pytest.raises(ValueError, match="were dropped"):
+            cache.reserve(300)
+        assert torch.equal(cache.serialize(), before)
+        assert m(prompt(1), **cache_argument(cache, m)).logits.isfinite().all()
+
+
 def test_an_attention_that_asks_for_weights_gets_keys_and_values():
     m = model("llama", "sdpa")
     cache = SpectrumCache(m.config, policy="fp16", max_cache_len=CAPACITY)
