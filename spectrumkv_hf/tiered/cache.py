@@ -52,8 +52,8 @@ _TAKES = {
 }
 """Types of layers that take an option; Transformers 5.17 gives all options to all layers."""
 _ALWAYS_GROWING = ("indexed_attention", "hybrid", "hybrid_sliding")
-"""Types of layers of which Transformers' static class gives other logits than its dynamic one: in 5.24 with an index, and
-where a window is longer than the capacity. Hybrid ones are not compiled anyway."""
+"""Types of layers of which Transformers' static class gives other logits than its dynamic one: in 5.24 with an index,
+and where a window is longer than the capacity. Hybrid ones are not compiled anyway."""
 
 
 @functools.cache
