@@ -51,9 +51,10 @@ _TAKES = {
     "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
 }
 """Types of layers that take an option; Transformers 5.17 gives all options to all layers."""
-_ALWAYS_GROWING = ("indexed_attention", "hybrid", "hybrid_sliding")
-"""Types of layers of which Transformers' static class gives other logits than its dynamic one: in 5.24 with an index,
-and where a window is longer than the capacity. Hybrid ones are not compiled anyway."""
+_INDEXED = ("indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention")  # one name in 5.24, two in 5.17
+_ALWAYS_GROWING = (*_INDEXED, "hybrid", "hybrid_sliding")
+"""Types of layers of which Transformers' static class gives other logits than its dynamic one: with an index, and where
+a window is longer than the capacity. Hybrid ones are not compiled anyway."""
 
 
 @functools.cache
@@ -378,7 +379,7 @@ class TieredCache(Cache):
     def _check_step(self, layer: SpectrumLayer) -> None:
         """What `_update` checks, for a step that asks the device nothing."""
         self.check_whole()
-        before = next((b for b in reversed(self.layers[: layer.layer_idx]) if isinstance(b, SpectrumLayer)), None)
+        before = self._before(layer.layer_idx)
         if before is None or before.count is None or layer.count is None:
             return
         if before.count != layer.count + 1:
