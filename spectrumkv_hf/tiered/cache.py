@@ -310,6 +310,8 @@ class TieredCache(Cache):
             known = False
         if not known:
             return f"the attention of {type(self._config).__name__}'s model is its own"
+        if self._config.model_type in fit.COMPUTE_BETWEEN:
+            return f"{type(self._config).__name__}'s model computes with keys or values before its attention"
         for index, layer in enumerate(self.layers):
             if isinstance(layer, LinearStates):
                 return f"layer {index} has linear attention beside its own"

@@ -20,6 +20,9 @@ ENCODERS_UNLESS_TOLD = frozenset((
 RECOMPUTED = frozenset(("phi3", "phi4_multimodal", "phimoe"))
 """Model types whose `prepare_inputs_for_generation` drops the cache where RoPE changes from short to long factors."""
 
+COMPUTE_BETWEEN = frozenset(("diffllama", "doge", "jetmoe"))
+"""Model types that compute with keys or values between the cache and their attention: a step can't read tiers then."""
+
 
 def no_decoder(*configs: PreTrainedConfig) -> str | None:
     """Why models of this config keep no cache of tokens, or None where they may.
