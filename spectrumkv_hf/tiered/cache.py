@@ -245,8 +245,8 @@ class TieredCache(Cache):
         other._capacity = max_cache_len
         other.layers = other._build_layers(self._config)
         for index, (old, new) in enumerate(zip(self.layers, list(other.layers), strict=True)):
-            if getattr(old, "record_past", False) and hasattr(new, "record_past"):
-                new.record_past = True
+            if getattr(old, "record_past", False) and hasattr(new, "activate_past_recording"):
+                new.activate_past_recording()
             if isinstance(old, SpectrumLayer):
                 old.settle()
                 if isinstance(old, LinearStates):
