@@ -233,9 +233,7 @@ class TieredCache(Cache):
             ValueError: it holds more already, or has a fixed capacity.
         """
         self.check_whole()
-        length = max(
-            (int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")), default=0
-        )
+        length = max(self._lengths(), default=0)
         if self._capacity is not None or type(max_cache_len) is not int or max_cache_len < max(length, 1):
             raise ValueError(
                 f"a cache of {length} tokens can be given a capacity of as many or more once, got {max_cache_len!r}"
@@ -244,7 +242,7 @@ class TieredCache(Cache):
         other = copy.copy(self)
         other._capacity = max_cache_len
         other.layers = other._build_layers(self._config)
-        for index, (old, new) in enumerate(zip(self.layers, list(other.layers), strict=True)):
+        for index, (old, new) in enumerate(zip(self.layers, other.layers, strict=True)):
             if getattr(old, "record_past", False) and hasattr(new, "activate_past_recording"):
                 new.activate_past_recording()
             if isinstance(old, SpectrumLayer):
@@ -265,6 +263,10 @@ class TieredCache(Cache):
         other._known, other._unread = length, 0
         self.__dict__.update(other.__dict__)
 
+    def _lengths(self) -> set[int]:
+        """Tokens seen by each layer; linear attention does not count them."""
+        return {int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")}
+
     def summary(self, layers: list[Any] | None = None) -> str:
         """Which layers are tiered, and why the others are not; a line for each kind."""
         layers = self.layers if layers is None else layers
@@ -276,7 +278,7 @@ class TieredCache(Cache):
     def __repr__(self) -> str:
         """One line: policy, layers by class, tokens and bytes."""
         kinds = Counter(type(layer).__name__ for layer in self.layers)
-        lengths = sorted({int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")})
+        lengths = sorted(self._lengths())
         tokens = " or ".join(map(str, lengths or [0]))  # more than one after an interrupted forward
         about = [
             f"{self.policy.name} b={self.policy.budget:g}",
