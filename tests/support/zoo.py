@@ -66,6 +66,7 @@ OWN: dict[str, dict] = {
         "layer_types": ["hybrid_sliding", "hybrid"] * 2, "head_dim": 32, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4, "swa_head_dim": 16, "sliding_window": 160,
     },
+    "llama4_text": {"attention_chunk_size": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_expand": 2},
     "zamba": {
         "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attention_hidden_size": 128,
